@@ -1,0 +1,74 @@
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && { echo $$p; break; }; done)
+
+# Installed first and by itself, and only where no torch is there: whoever brings another build keeps it.
+# TORCH_FLAGS may name an index with CPU-only builds, which are far smaller than the default ones.
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+
+TRANSFORMERS_FLOOR ?= 5.0.0
+FLOOR := .venv-transformers-floor
+FLOOR_STAMP := $(FLOOR)/.done-$(TRANSFORMERS_FLOOR)
+# What that version needs and today's transformers rules out.
+FLOOR_NEEDS := huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 certifi
+
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
+DATA_FLAG = $(if $(DATA),--data "$(DATA)")
+
+.PHONY: help setup quickstart test bench gpu-check transformers-floor clean
+
+help:
+	@echo "make setup               make $(VENV) with all that the other targets need"
+	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
+	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...)"
+	@echo "make bench               the benchmarks"
+	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
+	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
+	@echo "make clean               remove caches and build output (keeps $(VENV) and runs)"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "make setup: no python3.11 or python3 found; install Python 3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make setup: needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); set PYTHON=" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "make setup: $(PYTHON) -m venv failed; install its venv module" >&2; exit 1; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	    { echo "installing $(TORCH)"; $(PIP_INSTALL) -c constraints.txt $(TORCH_FLAGS) "$(TORCH)"; }
+	@echo "installing megatron-dmc and what it needs"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python examples/quickstart/run.py $(SMOKE_FLAG) $(DATA_FLAG)
+
+test: setup transformers-floor
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py
+
+transformers-floor: $(FLOOR_STAMP)
+
+$(FLOOR_STAMP): | $(STAMP)
+	@echo "installing transformers==$(TRANSFORMERS_FLOOR) into $(FLOOR)"
+	@rm -rf $(FLOOR)
+	@$(PIP_INSTALL) --no-deps --target $(FLOOR) "transformers==$(TRANSFORMERS_FLOOR)" $(FLOOR_NEEDS)
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

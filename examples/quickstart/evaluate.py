@@ -1,0 +1,129 @@
+"""Measures every model of the quickstart on the same held-out text; writes summary.json, prints the table."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+CACHE_TOKENS = 2048
+NEW_TOKENS = 64
+SUMMARY = Path("summary.json")
+
+
+def measure(smoke: bool) -> dict[str, Any]:
+    """All numbers of the table. Runs in the quickstart's folder."""
+    from megatron_dmc.evaluation.cache_size import measure_cache
+    from megatron_dmc.evaluation.perplexity import evaluate
+    from megatron_dmc.inference.loading import load_model
+    from megatron_dmc.training.data import heldout_windows
+
+    limit = 8 if smoke else None
+    rows = [("base", "base/final"), ("control", "control/final")]
+    rows += [(source, f"{source}/{name}") for source in ("recipe", "neuron") for name in ("cr_2", "cr_3", "final")]
+    summary: dict[str, Any] = {"dmc": []}
+    for name, checkpoint in rows:
+        print(f"{checkpoint}", file=sys.stderr, flush=True)
+        loaded = load_model(Path("checkpoints", checkpoint))
+        windows = heldout_windows("data/valid", loaded.recipe.data.sequence_length, loaded.tokenizer)
+        result = evaluate(loaded, windows, limit=limit)
+        row = {
+            "checkpoint": checkpoint,
+            "loss": result.loss,
+            "loss_per_byte": result.loss_per_byte,
+            "perplexity": result.perplexity,
+        }
+        if not loaded.merges:
+            summary[name] = row
+            continue
+        text = heldout_windows("data/valid", CACHE_TOKENS, loaded.tokenizer)[0]["tokens"]
+        size = measure_cache(loaded, text)
+        target = loaded.recipe.dmc.target_compression_ratio if checkpoint.endswith("final") else int(checkpoint[-1])
+        assert result.layer_head_ratio is not None
+        summary["dmc"].append(
+            row
+            | {
+                "decision_source": loaded.recipe.dmc.decision_source,
+                "target_compression_ratio": float(target),
+                "compression_ratio": result.compression_ratio,
+                "compression_ratio_of_cache": size.compression_ratio,
+                "cache_bytes": size.cache_bytes,
+                "plain_cache_bytes": size.plain_cache_bytes,
+                "layer_head_compression_ratio": result.layer_head_ratio.tolist(),
+            }
+        )
+    summary["generation"] = {name: generate(folder) for name, folder in (("dmc", "hf"), ("control", "hf-control"))}
+    return summary
+
+
+def generate(folder: str) -> dict[str, Any]:
+    """What generate.py measures, in a process that knows transformers alone."""
+    command = [sys.executable, str(HERE / "generate.py"), folder, "--new-tokens", str(NEW_TOKENS), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """The quickstart's table, and the text that the exported model wrote."""
+    control = summary["control"]["loss_per_byte"]
+    table = Table(title="held-out text")
+    for column in (
+        "model",
+        "target CR",
+        "CR",
+        "nats/token",
+        "perplexity",
+        "nats/byte",
+        "over control",
+        "cache at 2048",
+    ):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in ("base", "control"):
+        row = summary[name]
+        table.add_row(name, "", "1.00", *_losses(row, control), "")
+    for row in summary["dmc"]:
+        table.add_row(
+            f"DMC {row['decision_source']}",
+            f"{row['target_compression_ratio']:g}",
+            f"{row['compression_ratio']:.2f}",
+            *_losses(row, control),
+            f"{row['cache_bytes'] / 1024:.0f} of {row['plain_cache_bytes'] / 1024:.0f} KiB",
+        )
+    console.print(table)
+    for name, made in summary["generation"].items():
+        console.print(
+            f"generation, {name}: {made['tokens_per_second']:.0f} tokens/s with a cache of "
+            f"{made['cache_bytes'] / 1024:.0f} KiB after {made['tokens']} tokens"
+        )
+    console.print("\n[bold]hf/ continues a text:[/bold]")
+    console.print(summary["generation"]["dmc"]["text"], markup=False, highlight=False)
+
+
+def _losses(row: dict[str, Any], control: float) -> tuple[str, str, str, str]:
+    over = row["loss_per_byte"] - control
+    return f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['loss_per_byte']:.4f}", f"{over:+.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="a few held-out windows only")
+    parser.add_argument("--show", action="store_true", help="print the table of a summary that is there")
+    parsed = parser.parse_args()
+    if parsed.show:
+        show(json.loads(SUMMARY.read_text()), Console(width=120))
+        return
+    partial = SUMMARY.with_suffix(".partial")
+    partial.write_text(json.dumps(measure(parsed.smoke), indent=1))
+    partial.replace(SUMMARY)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The one configuration of Dynamic Memory Compression that every part of the package reads."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+DecisionSource = Literal["neuron", "projection"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the field, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class DMCConfig:
+    """Dynamic Memory Compression of one model (Nawrot et al., ICML 2024, arXiv 2403.09636).
+
+    Attributes:
+        target_compression_ratio: CR*, tokens per cache slot that the retrofit aims at; >= 1.
+        decision_source: where the logits of alpha (merge) and omega (weight) come from. ``neuron`` (the paper): the last
+            channel of key and query. ``projection``: a linear map of the layer's normed attention input, starting at zero.
+        decision_bias: c. The logits start at a = -c (append) and b = +c (full weight).
+        decision_scale: s, multiplies the projection's output: s W h. Under Adam it acts as a learning-rate multiplier of W.
+        temperature: tau of the Gumbel-sigmoid that relaxes alpha in training.
+        window_size: None for the exact scan over a slot; w truncates a slot to its last w tokens (12: the authors' code).
+        per_layer: DMC-C, all heads of a layer take one decision (the mean logit).
+        loss_coefficient: lambda of the one-sided compression loss.
+        seed: of the decisions' noise.
+    """
+
+    target_compression_ratio: float = 4.0
+    decision_source: DecisionSource = "projection"
+    decision_bias: float = 5.0
+    decision_scale: float = 1.0
+    temperature: float = 0.1
+    window_size: int | None = None
+    per_layer: bool = False
+    loss_coefficient: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.decision_source not in get_args(DecisionSource):
+            raise ConfigError(
+                f"decision_source must be one of {', '.join(get_args(DecisionSource))}, got {self.decision_source!r}"
+            )
+        _at_least("target_compression_ratio", self.target_compression_ratio, 1.0)
+        _at_least("decision_bias", self.decision_bias, 0.0)
+        _at_least("loss_coefficient", self.loss_coefficient, 0.0)
+        for name in ("temperature", "decision_scale"):
+            _at_least(name, getattr(self, name), 0.0)
+            if getattr(self, name) == 0.0:
+                raise ConfigError(f"{name} must be > 0, got 0")
+        if self.window_size is not None and self.window_size < 1:
+            raise ConfigError(
+                f"window_size must be null (the exact scan) or >= 1, got {self.window_size}; "
+                "the authors' checkpoints use 12"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be in [0, 2^63), got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to ``config.json`` and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DMCConfig":
+        """The inverse of :meth:`to_dict`; raises ConfigError for a key it does not know."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown DMC setting {', '.join(unknown)}; it may come from a newer megatron_dmc")
+        return cls(**values)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    if value < least:
+        raise ConfigError(f"{name} must be >= {least:g}, got {value:g}")

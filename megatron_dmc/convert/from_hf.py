@@ -1,0 +1,85 @@
+"""A Hugging Face Llama folder -> a checkpoint of this project."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.convert.folders import check_output, copy_tokenizer, new_folder
+from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
+from megatron_dmc.convert.single_process import empty_model, single_process
+from megatron_dmc.convert.weights import Weights
+from megatron_dmc.model.model_config import ModelConfig
+from megatron_dmc.training.arguments import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig
+from megatron_dmc.training.checkpoint import CheckpointInfo, save_checkpoint
+from megatron_dmc.training.run_state import model_state
+from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
+
+OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def import_hf(folder: str | Path, output: str | Path) -> None:
+    """Writes a weights-only checkpoint, and with it the tokenizer; to load as ``checkpoint.load_base`` of a recipe.
+
+    Weights keep their dtype. A plain Llama becomes a base model, a DMC model keeps its decisions. One process, on the
+    CPU; needs the model's size in memory once.
+
+    Args:
+        folder: config.json, safetensors and, if it has one, a tokenizer.
+        output: must not exist, or be empty. It appears when it is whole.
+
+    Raises:
+        ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
+    """
+    folder, output = Path(folder), Path(output)
+    check_output(output)
+    model, dmc = read_config(folder)
+    weights = Weights(folder)
+    _drop_redundant(weights, model)
+    weights.check(hugging_face_shapes(model, dmc))
+    if (folder / "tokenizer.json").is_file():
+        check_vocabulary(load_tokenizer(folder), model.vocab_size)
+    with single_process(), new_folder(output) as temporary:
+        network = empty_model(model, dmc, weights.dtype)
+        parameters = dict(network.named_parameters())
+        with torch.no_grad():
+            for name, tensor in to_megatron(weights.__getitem__, model, dmc):
+                parameters.pop(name).copy_(tensor)
+        if parameters:
+            raise RuntimeError(f"the mapping has no row for {', '.join(parameters)}")
+        recipe = placeholder_recipe(model, dmc)
+        info = CheckpointInfo(
+            kind="weights",
+            recipe=recipe.to_dict(),
+            step=0,
+            consumed_samples=0,
+            phase=recipe.phases[0].kind,
+            compression_ratio=None,
+        )
+        tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+        save_checkpoint(temporary, "checkpoint", model_state([network]), info, tokenizer)
+        for path in (temporary / "checkpoint").iterdir():
+            path.rename(temporary / path.name)
+        (temporary / "checkpoint").rmdir()
+        copy_tokenizer(folder, temporary / "tokenizer")
+
+
+def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:
+    """What a checkpoint tells of its run, where there was none: the model is real, one phase says whether it merges."""
+    return Recipe(
+        model=model,
+        dmc=dmc or DMCConfig(),
+        data=DataConfig(train=["none"], tokenizer="none", sequence_length=model.max_position_embeddings, cache="none"),
+        phases=[PhaseConfig(kind="pretrain" if dmc is None else "compress", steps=1)],
+        training=TrainingConfig(global_batch_size=1),
+        checkpoint=CheckpointConfig(directory="none"),
+    )
+
+
+def _drop_redundant(weights: Weights, model: ModelConfig) -> None:
+    """Forgets what older transformers saved beside the weights."""
+    for name in [name for name in weights.shapes if name.endswith(".rotary_emb.inv_freq")]:
+        weights.drop(name)
+    if model.share_embeddings_and_output_weights and {OUTPUT_LAYER, EMBEDDING} <= set(weights.shapes):
+        weights.drop_copy(OUTPUT_LAYER, EMBEDDING)

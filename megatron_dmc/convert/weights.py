@@ -1,0 +1,191 @@
+"""Weights of a Hugging Face folder: reading and writing sharded safetensors, one tensor at a time."""
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.hf_config import read_json
+from megatron_dmc.convert.mapping import Shape
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES_IN_MESSAGE = 3
+
+
+class Weights:
+    """The tensors of a folder, memory-mapped: nothing is read before it is asked for.
+
+    Attributes:
+        shapes: of all tensors, by name.
+        dtype: the one that holds every tensor exactly: their own where they share one.
+
+    Raises:
+        ConfigError: no safetensors, a shard that is missing or truncated, an index that does not fit its shards, or a
+            dtype that is not floating point.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # safetensors' handle of the file that holds a tensor
+        self._handles: dict[str, Any] = {}
+        self.shapes: dict[str, Shape] = {}
+        dtypes = set()
+        for path, names in _files(folder).items():
+            handle = _open(path)
+            held = set(handle.keys())
+            for name in sorted(held if names is None else names):
+                if name not in held:
+                    raise ConfigError(f"{path} does not hold {name}, which {INDEX_FILE} says it does; fetch it again")
+                header = handle.get_slice(name)
+                if header.get_dtype() not in _DTYPES:
+                    raise ConfigError(
+                        f"{path}: {name} is {header.get_dtype()}; only {', '.join(_DTYPES)} weights are supported"
+                    )
+                self._handles[name] = handle
+                self.shapes[name] = tuple(header.get_shape())
+                dtypes.add(_DTYPES[header.get_dtype()])
+        if not dtypes:
+            raise ConfigError(f"{folder} holds no tensors")
+        self.dtype = functools.reduce(torch.promote_types, sorted(dtypes, key=str))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._handles[name].get_tensor(name)
+
+    def drop(self, name: str) -> None:
+        """Forgets a tensor that the model does not have."""
+        del self._handles[name], self.shapes[name]
+
+    def drop_copy(self, name: str, original: str) -> None:
+        """Forgets a tensor that tied weights make redundant; raises ConfigError if it is not ``original``'s copy."""
+        if not torch.equal(self[name], self[original]):
+            raise ConfigError(
+                f"{self._folder}: {name} differs from {original}, but config.json ties them; set tie_word_embeddings to "
+                "false, or remove the one that is not used"
+            )
+        self.drop(name)
+
+    def check(self, expected: Iterable[tuple[str, Shape]]) -> None:
+        """Raises ConfigError unless names and shapes are exactly those of ``expected``."""
+        seen, missing = set(), []
+        for name, shape in expected:
+            if name not in self.shapes:
+                missing.append(name)
+                # config.json may promise any number of layers
+                if len(missing) > _NAMES_IN_MESSAGE:
+                    break
+            elif self.shapes[name] != shape:
+                raise ConfigError(
+                    f"{self._folder}: {name} has shape {list(self.shapes[name])}, config.json asks for {list(shape)}"
+                )
+            seen.add(name)
+        if missing:
+            raise ConfigError(f"{self._folder}: missing from the weights: {_list(missing)}")
+        if unexpected := sorted(set(self.shapes) - seen):
+            raise ConfigError(f"{self._folder}: in the weights, but not in the model: {_list(unexpected)}")
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    max_shard_size: int,
+) -> None:
+    """Writes safetensors, and their index if there is more than one; holds one shard in memory at a time.
+
+    Args:
+        shapes: of all tensors, in the order in which ``tensors`` gives them.
+        dtype: to write.
+        max_shard_size: bytes; a single tensor may exceed it.
+    """
+    shards = _plan(shapes, dtype, max_shard_size)
+    weight_map: dict[str, str] = {}
+    remaining = iter(tensors)
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {}
+        for name, (given, tensor) in zip(names, remaining, strict=False):
+            if given != name or tuple(tensor.shape) != shapes[name]:
+                raise RuntimeError(f"{given} {list(tensor.shape)} came where {name} {list(shapes[name])} was planned")
+            shard[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            weight_map[name] = file
+        if len(shard) != len(names):
+            raise RuntimeError(f"{names[len(shard)]} was planned and did not come")
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ConfigError(f"cannot write {folder / file}: {error}") from None
+    if len(shards) > 1:
+        total = sum(map(_numel, shapes.values())) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_shard_size: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    size = 0
+    for name, shape in shapes.items():
+        bytes_ = _numel(shape) * dtype.itemsize
+        if not shards or size + bytes_ > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+    return shards
+
+
+def _files(folder: Path) -> dict[Path, list[str] | None]:
+    """Files and the tensors to take from each (None: all)."""
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        files: dict[Path, list[str] | None] = {}
+        for name, file in _entries(folder, weight_map):
+            files.setdefault(folder / file, []).append(name)  # type: ignore[union-attr]
+        for path in files:
+            if not path.is_file():
+                raise ConfigError(f"{path} is missing; {INDEX_FILE} names it")
+        return files
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: None}
+    if next(folder.glob("*.bin"), None) or next(folder.glob("*.pth"), None):
+        raise ConfigError(
+            f"{folder} holds its weights only as pickles (.bin, .pth), which are not read: convert to safetensors, "
+            "with save_pretrained of a recent transformers"
+        )
+    raise ConfigError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _entries(folder: Path, weight_map: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{folder / INDEX_FILE} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ConfigError(f"{folder / INDEX_FILE}: {file!r} is not the name of a safetensors file in the folder")
+        yield name, file
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors ({error}); if truncated, fetch it again") from None
+
+
+def _numel(shape: Shape) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)
+
+
+def _list(names: list[str]) -> str:
+    more = len(names) > _NAMES_IN_MESSAGE
+    return ", ".join(names[:_NAMES_IN_MESSAGE]) + (", and more" if more else "")

@@ -1,0 +1,41 @@
+"""Bytes that a text's cache really holds, beside a plain cache's."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_dmc.inference.context import DMCInferenceContext
+from megatron_dmc.inference.generate import forward
+from megatron_dmc.inference.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """tokens read; slots [layers, kv_heads] they became; bytes held for them, and by a plain cache of the same dtype."""
+
+    tokens: int
+    slots: Tensor
+    cache_bytes: int
+    plain_cache_bytes: int
+
+    @property
+    def layer_head_ratio(self) -> Tensor:
+        return self.tokens / self.slots.double()
+
+    @property
+    def compression_ratio(self) -> float:
+        return self.tokens * self.slots.numel() / float(self.slots.sum())
+
+
+def plain_cache_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Keys and values of every layer and KV head in the model's dtype."""
+    model = loaded.recipe.model
+    element = next(loaded.model.parameters()).element_size()
+    return 2 * model.num_layers * model.num_query_groups * model.head_dim * element * tokens
+
+
+def measure_cache(loaded: LoadedModel, tokens: Tensor) -> CacheSize:
+    """Fills the compressed cache with one text, tokens [seq]."""
+    context = DMCInferenceContext(loaded.recipe.dmc, len(tokens))
+    forward(loaded, tokens[None], context)
+    return CacheSize(len(tokens), context.slots[:, 0].cpu(), context.nbytes, plain_cache_bytes(loaded, len(tokens)))

@@ -1,0 +1,57 @@
+"""Loss of a checkpoint on held-out text, and what its decisions did there."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.inference.loading import LoadedModel
+from megatron_dmc.model.compression_loss import compression_ratio
+from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.training.data import HeldoutWindows
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per token; loss_per_byte: nats per byte of text; layer_head_ratio: noise-free [layers, kv_heads]."""
+
+    loss: float
+    loss_per_byte: float
+    tokens: int
+    layer_head_ratio: Tensor | None = None
+    compression_ratio: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def evaluate(
+    loaded: LoadedModel, windows: HeldoutWindows, *, batch_size: int = 8, limit: int | None = None
+) -> Evaluation:
+    """Runs the model in eval mode (binary decisions, no noise) over the windows, or the first ``limit`` of them."""
+    layers = dmc_layers(loaded.model)
+    for layer in layers:
+        layer.statistics.reset()
+    count = len(windows) if limit is None else min(limit, len(windows))
+    total, tokens = 0.0, 0
+    for begin in range(0, count, batch_size):
+        rows = [windows[i] for i in range(begin, min(begin + batch_size, count))]
+        batch = {name: torch.stack([row[name] for row in rows]).to(loaded.device) for name in rows[0]}
+        losses = loaded.model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        total += float(losses.double().sum())
+        tokens += losses.numel()
+    loss = total / tokens
+    per_byte = loss / windows.bytes_per_token
+    if not loaded.merges:
+        return Evaluation(loss, per_byte, tokens)
+    _, merged, seen = torch.stack([layer.statistics.counts for layer in layers]).unbind(1)
+    return Evaluation(
+        loss,
+        per_byte,
+        tokens,
+        compression_ratio(merged.double(), seen.double()).cpu(),
+        float(compression_ratio(merged.double().sum(), seen.double().sum())),
+    )

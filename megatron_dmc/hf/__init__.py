@@ -1,0 +1,1 @@
+"""Llama with Dynamic Memory Compression for transformers, and its form for ``trust_remote_code``."""

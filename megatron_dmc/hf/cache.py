@@ -1,0 +1,105 @@
+"""The compressed cache as transformers' generate() handles one."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
+from megatron_dmc.ops.decode import LayerCache
+
+
+class DMCCache(Cache):
+    """One LayerCache per layer. A head's length is its number of slots, not of tokens, and its own.
+
+    Attributes:
+        layers: the LayerCaches.
+        columns: columns of input_ids seen, padding counted: what generate() means by a cache's length.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_initialized = True
+
+    def __init__(self, config: DMCLlamaConfig):
+        # Not Cache.__init__: its layers hold one dense tensor each, and all that it sets up is for them.
+        self.layers: Any = [LayerCache(config.dmc["window_size"]) for _ in range(config.num_hidden_layers)]
+        self.offloading = False
+        self.columns = 0
+
+    def __repr__(self) -> str:
+        return f"DMCCache(columns={self.columns}, nbytes={self.nbytes})"
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Real tokens of each sequence, int64 [batch]."""
+        return self.layers[0].tokens
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots in use, int64 [layers, batch, kv_heads]."""
+        return torch.stack([layer.slots for layer in self.layers])
+
+    @property
+    def compression_ratio(self) -> float:
+        """Tokens per slot over all layers, heads and sequences; 1 for an empty cache."""
+        slots = self.slots
+        kept = int(slots.sum())
+        return int(self.tokens.sum()) * slots.shape[0] * slots.shape[2] / kept if kept else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, everything counted."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.tokens)
+
+    max_batch_size = batch_size
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit. Early releases of transformers 5 call it get_max_cache_shape."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            layer.reset()
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what beam_idx[i] was."""
+        for layer in self.layers:
+            layer.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a DMCCache takes tokens in by attention; another model's update() cannot fill it")
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a DMCCache has no mask: every head keeps its own number of slots")
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("a DMCCache cannot be cropped: a merged token cannot be taken out of its slot again")
+
+    def activate_past_recording(self) -> NoReturn:
+        self.crop()

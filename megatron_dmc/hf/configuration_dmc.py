@@ -1,0 +1,51 @@
+"""Configuration of a Llama with Dynamic Memory Compression."""
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from megatron_dmc.config import DMCConfig
+
+
+class DMCLlamaConfig(LlamaConfig):
+    """LlamaConfig with DMC's settings (Nawrot et al., ICML 2024, arXiv 2403.09636).
+
+    Args:
+        dmc: the settings of the retrofit, as DMCConfig.to_dict() gives them; missing ones have DMCConfig's defaults.
+        prefill_chunk_size: a prompt longer than this goes through the layers in pieces of this many tokens.
+        kwargs: LlamaConfig's.
+
+    Raises:
+        ValueError: a setting that this model does not have; the message names it.
+    """
+
+    model_type = "dmc_llama"
+    base_model_tp_plan = {}  # noqa: RUF012 (Llama's plan knows no decision weight: never sharded)
+
+    def __init__(self, dmc: dict[str, Any] | None = None, prefill_chunk_size: int = 4096, **kwargs: Any):
+        self.dmc = DMCConfig.from_dict(dmc or {}).to_dict()
+        if isinstance(prefill_chunk_size, bool) or not isinstance(prefill_chunk_size, int) or prefill_chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be an integer >= 1, got {prefill_chunk_size!r}")
+        self.prefill_chunk_size = prefill_chunk_size
+        super().__init__(**kwargs)
+        self._refuse_what_is_not_llama()
+
+    def _refuse_what_is_not_llama(self) -> None:
+        plain = {"sliding_window": None, "attention_bias": False, "attention_dropout": 0}
+        for name, value in plain.items():
+            found = getattr(self, name, value)
+            if found != value:
+                raise ValueError(f"{name} must be {value} in a DMC Llama, got {found!r}")
+        rotary = self.rope_parameters or {}
+        if rotary.get("rope_type", "default") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type {rotary['rope_type']!r} is not supported: its frequencies change with the length, "
+                "and cached slots are already rotated"
+            )
+        if rotary.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ValueError(f"partial_rotary_factor must be 1, got {rotary['partial_rotary_factor']!r}")
+        if any(kind != "full_attention" for kind in getattr(self, "layer_types", None) or ()):
+            raise ValueError(f"layer_types must all be full_attention, got {self.layer_types!r}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads ({kv_heads}) must divide num_attention_heads ({heads})")

@@ -1,0 +1,293 @@
+"""Llama with Dynamic Memory Compression (Nawrot et al., ICML 2024, arXiv 2403.09636) for transformers 5."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+
+from megatron_dmc.hf.cache import DMCCache
+from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
+from megatron_dmc.hf.padding import Packing
+from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.decisions import (
+    clear_channel,
+    hard_logits,
+    neuron_logits,
+    omega_from_logits,
+    projection_logits,
+)
+from megatron_dmc.ops.decode import LayerCache
+from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.rotary import rotate
+
+
+class DecisionProjection(nn.Linear):
+    """W of the `projection` source, rows (a_0, b_0, a_1, b_1, ...); zero at first, so that nothing merges."""
+
+
+class DMCLlamaAttention(nn.Module):
+    """Llama's attention whose keys and values merge into slots. Decisions are binary, also in training mode."""
+
+    def __init__(self, config: DMCLlamaConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.dmc = config.dmc
+        self.neuron = config.dmc["decision_source"] == "neuron"
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        if not self.neuron:
+            self.decision = DecisionProjection(config.hidden_size, 2 * kv_heads, bias=False)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, lengths: Tensor | None
+    ) -> Tensor:
+        """hidden [batch, seq, hidden] (normed), cos and sin [batch or 1, seq, 1, head_dim] -> [batch, seq, hidden]."""
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.neuron:
+            a, b = neuron_logits(query, key, self.dmc["decision_bias"])
+            query, key = clear_channel(query), clear_channel(key)
+        else:
+            a, b = projection_logits(self.decision(hidden), self.dmc["decision_bias"], self.dmc["decision_scale"])
+        if self.dmc["per_layer"]:
+            a = a.mean(-1, keepdim=True).expand_as(a)
+        omega = omega_from_logits(b)
+        bias_channel = -1 if self.neuron else None
+        if cache is not None:
+            out = cache.attend(query, key, value, a > 0, omega, cos, sin, lengths=lengths, bias_channel=bias_channel)
+        else:
+            # Padding stands behind the real tokens, where causal attention never looks.
+            key, value = pool(key, value, (a > 0).to(a.dtype), omega, window_size=self.dmc["window_size"])
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            if self.neuron:
+                query, key = clear_channel(query), clear_channel(key)
+            out = dmc_attention(query, key, value, hard_logits(a), bias_channel=bias_channel)
+        return self.o_proj(out.flatten(2))
+
+
+class DMCLlamaDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DMCLlamaConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = DMCLlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, lengths: Tensor | None
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, cache, lengths)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DMCLlamaPreTrainedModel(PreTrainedModel):
+    config_class = DMCLlamaConfig
+    config: DMCLlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DMCLlamaDecoderLayer"]  # noqa: RUF012 (transformers' form)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DecisionProjection):
+            init.zeros_(module.weight)
+
+
+class DMCLlamaModel(DMCLlamaPreTrainedModel):
+    def __init__(self, config: DMCLlamaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DMCLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The hidden states behind the last layer.
+
+        Args:
+            input_ids, inputs_embeds: one of them, [batch, seq] or [batch, seq, hidden].
+            attention_mask: [batch, seq] or longer (past tokens in front); zero at padding, which may stand anywhere.
+            position_ids: may only say what the mask says: a row's real tokens count from 0.
+            past_key_values: a DMCCache (or an empty cache of another kind, which is replaced by one).
+            use_cache: None follows the configuration, except where gradients are recorded: the cache has none.
+            output_hidden_states: also return the states in front of every layer and behind the last norm.
+
+        Raises:
+            ValueError: an argument that cannot be honoured; the message names it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("output_attentions=True is not supported: no attention weights are ever stored")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        seq = hidden.shape[1]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        cache = self._cache(past_key_values, use_cache)
+        keep_states = bool(output_hidden_states or self.config.output_hidden_states)
+        packing = _packing(attention_mask, seq)
+        first = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        if cache is not None and cache.columns > 0:
+            first = cache.tokens[:, None]
+        if seq > 1:  # a step's are not worth a look
+            _check_positions(position_ids, packing, first, seq)
+        if packing is not None:
+            hidden = packing.pack(hidden)
+        positions = first + torch.arange(hidden.shape[1], device=hidden.device)
+        cos, sin = (x[:, :, None] for x in self.rotary_emb(hidden, positions))
+        states = self._run_layers(hidden, cos, sin, cache, None if packing is None else packing.lengths, keep_states)
+        states[-1] = self.norm(states[-1])
+        if packing is not None:
+            states = [packing.unpack(x) for x in states]
+        if cache is not None:
+            cache.columns += seq
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if keep_states else None,
+        )
+
+    def _run_layers(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DMCCache | None, lengths: Tensor | None, keep: bool
+    ) -> list[Tensor]:
+        """The states behind the last layer, in front of them (keep) those before each layer; with a cache in chunks."""
+        seq = hidden.shape[1]
+        size = seq if cache is None else self.config.prefill_chunk_size
+        chunks = []
+        for start in range(0, seq, size):
+            stop = min(start + size, seq)
+            real = None if lengths is None else (lengths - start).clamp(0, stop - start)
+            states = [hidden[:, start:stop]]
+            for i, layer in enumerate(self.layers):
+                layer_cache = None if cache is None else cache.layers[i]
+                out = layer(states[-1], cos[:, start:stop], sin[:, start:stop], layer_cache, real)
+                states = [*states, out] if keep else [out]
+            chunks.append(states)
+        return [torch.cat(pieces, dim=1) for pieces in zip(*chunks, strict=True)]
+
+    def _cache(self, past_key_values: Any, use_cache: bool) -> DMCCache | None:
+        if past_key_values is None:
+            return DMCCache(self.config) if use_cache else None
+        if not isinstance(past_key_values, DMCCache):
+            raise ValueError(f"past_key_values must be None or a DMCCache, got {type(past_key_values).__name__}")
+        return past_key_values
+
+
+class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DMCLlamaConfig):
+        super().__init__(config)
+        self.model = DMCLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the loss where labels are given. Arguments as DMCLlamaModel's and Llama's."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """generate() asks for its cache here."""
+        asked = (*args, *kwargs.values())
+        if GenerationMode.ASSISTED_GENERATION in asked or getattr(generation_config, "is_assistant", False):
+            raise ValueError(
+                "assisted generation is not supported: a rejected token that was merged cannot be taken out of its slot"
+            )
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported: this model has its "
+                "compressed cache only; leave it out"
+            )
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and cache.get_seq_length() == 0 and not isinstance(cache, DMCCache):
+            cache = None  # another kind, still empty
+        if cache is None and generation_config.use_cache is not False:
+            cache = DMCCache(self.config)
+        model_kwargs["past_key_values"] = cache
+
+
+def _packing(attention_mask: Tensor | None, seq: int) -> Packing | None:
+    """None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < seq:
+        raise ValueError(f"attention_mask must be [batch, >= {seq}], got {list(attention_mask.shape)}")
+    attention_mask = attention_mask[:, -seq:]
+    return None if bool((attention_mask != 0).all()) else Packing(attention_mask)
+
+
+def _check_positions(position_ids: Tensor | None, packing: Packing | None, first: Tensor, seq: int) -> None:
+    """Positions are what the mask says. Others would mean packed documents, which need attention that stops at them."""
+    if position_ids is None:
+        return
+    if packing is None:
+        expected, real = first + torch.arange(seq, device=first.device), torch.ones_like(first, dtype=torch.bool)
+    else:
+        expected, real = first + packing.place, packing.real
+    if not bool(((position_ids == expected) | ~real).all()):
+        raise ValueError("position_ids must count every row's real tokens from 0: packed sequences are not supported")

@@ -1,0 +1,74 @@
+"""The compressed cache of a whole megatron-core model, handed through it as its inference context."""
+
+import torch
+from megatron.core.inference.contexts.base_context import BaseInferenceContext
+from torch import Tensor
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.ops.decode import LayerCache
+
+
+class DMCInferenceContext(BaseInferenceContext):
+    """Give it to ``GPTModel.forward(..., inference_context=...)``: prefill, later chunks and single steps are the same call.
+
+    Args:
+        dmc: the model's configuration.
+        max_sequence_length: positions for which rotary embeddings are made, prompt and answer together.
+    """
+
+    def __init__(self, dmc: DMCConfig, max_sequence_length: int) -> None:
+        super().__init__(materialize_only_last_token_logits=False)
+        self.dmc = dmc
+        self.max_sequence_length = max_sequence_length
+        self.layers: dict[int, LayerCache] = {}
+        # How many of the next call's tokens are real in each sequence, [batch]; None: all.
+        self.lengths: Tensor | None = None
+        self.sequence_len_offset = 0
+
+    def is_static_batching(self) -> bool:
+        """megatron-core's other kind has a paged cache of its own."""
+        return True
+
+    def is_decode_only(self) -> bool:
+        """Chunks and steps take the same path."""
+        return False
+
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        a: Tensor,
+        omega: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """One layer's attention, called by DMCSelfAttention; cos and sin are of all positions, [1, max, 1, head_dim]."""
+        cache = self.layers.setdefault(layer_number, LayerCache(self.dmc.window_size))
+        begun = cache.tokens if len(cache.tokens) else torch.zeros(len(key), dtype=torch.long, device=key.device)
+        positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)
+        if int(positions.max()) >= self.max_sequence_length and self.lengths is None:
+            raise ValueError(f"the text is longer than max_sequence_length ({self.max_sequence_length})")
+        positions = positions.clamp(max=self.max_sequence_length - 1)
+        return cache.attend(
+            query,
+            key,
+            value,
+            a > 0,
+            omega,
+            cos[0, positions],
+            sin[0, positions],
+            lengths=self.lengths,
+            bias_channel=-1 if self.dmc.decision_source == "neuron" else None,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all of this rank's layers."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots in use, int64 [layers, batch, kv_heads]."""
+        return torch.stack([self.layers[number].slots for number in sorted(self.layers)])

@@ -1,0 +1,78 @@
+"""Text generation with the compressed cache."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.inference.context import DMCInferenceContext
+from megatron_dmc.inference.loading import LoadedModel, load_model, require_merging
+
+
+@torch.no_grad()
+def forward(loaded: LoadedModel, tokens: Tensor, context: DMCInferenceContext) -> Tensor:
+    """Logits [batch, seq, vocabulary] of the next tokens [batch, seq], which enter the cache."""
+    tokens = tokens.to(loaded.device)
+    # Positions are the cache's: each sequence goes on where it stands.
+    logits = loaded.model(tokens, torch.zeros_like(tokens), None, inference_context=context)
+    context.sequence_len_offset += tokens.shape[1]
+    return logits.float()
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next tokens [batch], one step at a time, after a parallel prefill of prompt [batch, seq].
+
+    temperature 0 takes the likeliest token. Ends after max_new_tokens; the caller stops at an end token.
+    """
+    context = DMCInferenceContext(loaded.recipe.dmc, prompt.shape[1] + max_new_tokens)
+    logits = forward(loaded, prompt, context)[:, -1]
+    for step in range(max_new_tokens):
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            probabilities = torch.softmax(logits / temperature, dim=-1).cpu()
+            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        yield token.cpu()
+        if step + 1 < max_new_tokens:
+            logits = forward(loaded, token[:, None], context)[:, -1]
+
+
+def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ConfigError(f"--temperature must be >= 0, got {temperature:g}")
+    loaded = load_model(checkpoint)
+    require_merging(loaded, checkpoint)
+    ids = loaded.tokenizer.tokenize(prompt)
+    if not ids:
+        raise ConfigError("--prompt is empty; give at least one character")
+    print(prompt, end="", flush=True)
+    shown, made = "", []
+    steps = generate(
+        loaded,
+        torch.tensor([ids]),
+        max_new_tokens,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    for token in steps:
+        made.append(int(token[0]))
+        if made[-1] == loaded.tokenizer.eod:
+            break
+        # A character may be spread over several tokens.
+        text = loaded.tokenizer.detokenize(made)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(file=sys.stdout)

@@ -1,0 +1,55 @@
+"""A checkpoint as a model that is ready to evaluate or to generate, in one process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.model.gpt import build_model, transformer_config
+from megatron_dmc.training import distributed
+from megatron_dmc.training.arguments import ParallelConfig, Recipe, recipe_from_dict
+from megatron_dmc.training.checkpoint import CheckpointInfo, check_checkpoint
+from megatron_dmc.training.run_state import is_dmc_checkpoint, load_weights
+from megatron_dmc.training.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode with what belongs to it. merges: whether it has decisions."""
+
+    model: GPTModel
+    recipe: Recipe
+    info: CheckpointInfo
+    tokenizer: Tokenizer
+    merges: bool
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_model(folder: str | Path) -> LoadedModel:
+    """Loads a checkpoint of any layout into this process: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is damaged or of another version.
+    """
+    info = check_checkpoint(folder)
+    recipe = recipe_from_dict(info.recipe)
+    distributed.initialize(ParallelConfig(), recipe.training.seed)
+    merges = is_dmc_checkpoint(info)
+    on_gpu = torch.cuda.is_available()
+    config = transformer_config(recipe.model, bf16=on_gpu)
+    model = build_model(recipe.model, recipe.dmc if merges else None, config)
+    if on_gpu:
+        model.cuda().bfloat16()
+    load_weights(folder, [model], recipe)
+    return LoadedModel(model.eval(), recipe, info, load_tokenizer(Path(folder, "tokenizer")), merges)
+
+
+def require_merging(loaded: LoadedModel, folder: str | Path) -> None:
+    """Raises ConfigError for a base model, which has no compressed cache."""
+    if not loaded.merges:
+        raise ConfigError(f"{folder} is a base model without decisions; name a checkpoint of a retrofit")

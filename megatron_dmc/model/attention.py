@@ -1,0 +1,242 @@
+"""Self-attention whose keys and values are merged into slots, as a megatron-core module."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, count_decisions
+from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.decisions import (
+    clear_channel,
+    hard_logits,
+    neuron_logits,
+    omega_from_logits,
+    projection_logits,
+)
+from megatron_dmc.ops.noise import logistic_noise
+from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.rotary import rotate
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What is constant during one training step; the trainer sets it between steps, so recomputation sees the same.
+
+    Attributes:
+        merging: decisions are made and carried out. False: the base model.
+        channel_scale: factor on the last channel of q and k before and after rotary embedding (phase zero_out).
+        alpha_gradient: gradient of the step's compression loss with respect to every alpha.
+    """
+
+    merging: bool = True
+    channel_scale: float = 1.0
+    alpha_gradient: float = 0.0
+
+
+class DMCCoreAttention(MegatronModule):
+    """Causal attention on rotated [batch, seq, heads, head_dim]: plain, or over slot states when there are merge logits."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        dmc: DMCConfig | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.bias_channel = -1 if dmc is not None and dmc.decision_source == "neuron" else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, merge_logits: Tensor | None) -> Tensor:
+        if merge_logits is not None:
+            return dmc_attention(
+                query, key, value, merge_logits, softmax_scale=self.softmax_scale, bias_channel=self.bias_channel
+            )
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            *heads_first, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[2] != key.shape[2]
+        )
+        return out.transpose(1, 2)
+
+
+class DMCSelfAttention(SelfAttention):
+    """SelfAttention with Dynamic Memory Compression (paper, section 3).
+
+    ``attention_mask`` carries no mask: attention is causal by construction, and no s x s mask is ever built. In training
+    it carries the global sample indices, int64 [batch], that the decisions' noise is keyed by: megatron-core hands it to
+    every layer and every pipeline stage, through activation checkpointing, as an explicit argument.
+
+    Args:
+        dmc: None for the base model: plain causal attention, no new parameters.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        dmc: DMCConfig | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        self.dmc = dmc
+        self.step = StepContext()
+        self.statistics = DecisionStatistics()
+        rank = self.pg_collection.tp.rank()
+        heads = self.num_query_groups_per_partition
+        # Global numbers of this rank's KV heads.
+        self.kv_heads = range(rank * heads, (rank + 1) * heads)
+        if dmc is not None and dmc.decision_source == "projection":
+            # megatron-core's own linear, also under Transformer Engine: decisions stay out of FP8.
+            self.decision = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                2 * config.num_query_groups,
+                config=config,
+                init_method=torch.nn.init.zeros_,
+                bias=False,
+                gather_output=False,
+                skip_bias_add=False,
+                tp_group=self.pg_collection.tp,
+            )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [seq, batch, hidden] (normed) -> output [seq, batch, hidden] and its bias (None)."""
+        if packed_seq_params is not None or attention_bias is not None or key_value_states is not None:
+            raise NotImplementedError("DMC attention takes no packed sequences, attention bias or cross-attention")
+        if rotary_pos_emb is None:
+            raise NotImplementedError("DMC attention needs rotary position embedding")
+        query, key, value = (x.transpose(0, 1) for x in self.get_query_key_value_tensors(hidden_states))
+        angles = (rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb).transpose(0, 1)
+        cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
+
+        if self.dmc is None or not self.step.merging:
+            if inference_context is not None:
+                raise NotImplementedError("the compressed cache needs a model that merges")
+            query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
+            out = self._attend(query, key, value, None)
+        else:
+            a, b = self._decision_logits(hidden_states, query, key)
+            omega = omega_from_logits(b)
+            if self.dmc.decision_source == "neuron":
+                query, key = clear_channel(query), clear_channel(key)
+            if inference_context is not None:
+                out = inference_context.attend(self.layer_number, query, key, value, a, omega, cos, sin)
+            else:
+                out = self._merge_and_attend(query, key, value, a, omega, cos, sin, attention_mask)
+        return self.linear_proj(out.transpose(0, 1).flatten(2))
+
+    def _decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """a, b [batch, seq, kv_heads]"""
+        assert self.dmc is not None
+        if self.dmc.decision_source == "neuron":
+            a, b = neuron_logits(query, key, self.dmc.decision_bias)
+        else:
+            projected, _ = self.decision(hidden_states)
+            a, b = projection_logits(projected.transpose(0, 1), self.dmc.decision_bias, self.dmc.decision_scale)
+        if self.dmc.per_layer:
+            # Summed over the tensor-parallel ranks, forward and backward.
+            total = tensor_parallel.reduce_from_tensor_model_parallel_region(a.sum(-1, keepdim=True))
+            total = tensor_parallel.copy_to_tensor_model_parallel_region(total)
+            a = (total / self.config.num_query_groups).expand_as(a)
+        return a, b
+
+    def _merge_and_attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        a: Tensor,
+        omega: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sample_index: Tensor | None,
+    ) -> Tensor:
+        assert self.dmc is not None
+        if self.training:
+            merge_logits = (a + self._noise(a, sample_index)) / self.dmc.temperature
+        else:
+            merge_logits = hard_logits(a)
+        alpha = torch.sigmoid(merge_logits)
+        counts = count_decisions(merge_logits.detach(), a.detach())
+        if self.training:
+            # The first token's alpha is 0 by definition: it gets no gradient.
+            free = alpha[:, 1:]
+            value = CompressionLoss.apply(value, free, counts, self.statistics, self.step.alpha_gradient)
+        else:
+            self.statistics.add(counts)
+        key, value = pool(key, value, alpha, omega, window_size=self.dmc.window_size)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.dmc.decision_source == "neuron":
+            query, key = clear_channel(query), clear_channel(key)
+        return self._attend(query, key, value, merge_logits)
+
+    def _noise(self, a: Tensor, sample_index: Tensor | None) -> Tensor:
+        assert self.dmc is not None
+        if sample_index is None or sample_index.dtype != torch.int64 or sample_index.shape != a.shape[:1]:
+            raise ValueError(
+                "in training, attention_mask must carry the global sample indices, int64 [batch], for the decisions' noise"
+            )
+        # DMC-C takes one decision for all heads: one noise.
+        heads = range(1) if self.dmc.per_layer else self.kv_heads
+        return logistic_noise(self.dmc.seed, sample_index, self.layer_number - 1, heads, torch.arange(a.shape[1]))
+
+    def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary embedding, with the last channel scaled before and after it in phase zero_out."""
+        if self.step.channel_scale == 1.0:
+            return rotate(x, cos, sin)
+        scale = F.pad(x.new_ones(x.shape[-1] - 1), (0, 1), value=self.step.channel_scale)
+        return rotate(x * scale, cos, sin) * scale
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, merge_logits: Tensor | None) -> Tensor:
+        if self.checkpoint_core_attention and self.training:
+            # The logits need a gradient: checkpointing is exact only if they are an argument.
+            return tensor_parallel.checkpoint(self.core_attention, False, query, key, value, merge_logits)
+        return self.core_attention(query, key, value, merge_logits)
+
+    @torch.no_grad()
+    def clear_decision_channel(self) -> None:
+        """Ends phase zero_out: the q and k rows of the last channel become zero, so that a = -c and b = +c exactly."""
+        head_dim = self.hidden_size_per_attention_head
+        for parameter in (self.linear_qkv.weight, self.linear_qkv.bias):
+            if parameter is not None:
+                # [group][q ... q k v][head_dim]
+                rows = parameter.view(self.num_query_groups_per_partition, -1, head_dim, *parameter.shape[1:])
+                rows[:, :-1, -1] = 0

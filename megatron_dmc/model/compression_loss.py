@@ -1,0 +1,65 @@
+"""The one-sided compression loss: its gradient, its gate and the statistics it is made of.
+
+L = lambda max(0, (1 - 1/CR*) - mean alpha), the mean over all layers, KV heads, positions and samples of a global batch
+(paper, section 3.3, where the hinge is taken per sample). The hinge's gradient is a constant times one bit, whether the
+mean lies below the target. The bit is taken from the last global batch (the target moves by about 1/6000 a step): one
+small all-reduce per step, no message inside a step, the same in every parallel layout.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DecisionStatistics:
+    """Counts of one layer since the last reset, as int64 [3, kv_heads]: merged with noise, merged without, tokens."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
+
+    def add(self, counts: Tensor) -> None:
+        self.counts = counts.clone() if self.counts is None else self.counts + counts
+
+    def reset(self) -> None:
+        self.counts = None
+
+
+def count_decisions(merge_logits: Tensor, noise_free_logits: Tensor) -> Tensor:
+    """int64 [3, kv_heads] from logits [batch, seq, kv_heads]; the first token never merges and counts as a token."""
+    tokens = torch.full_like(merge_logits[0, 0], merge_logits[..., 0].numel(), dtype=torch.int64)
+    noisy, noise_free = ((x[:, 1:] > 0).sum(dim=(0, 1)) for x in (merge_logits, noise_free_logits))
+    return torch.stack([noisy, noise_free, tokens])
+
+
+class CompressionLoss(torch.autograd.Function):
+    """Identity on ``value``; its backward adds the loss' gradient to every alpha and the counts to the statistics.
+
+    The backward pass of a micro-batch runs exactly once, with or without recomputation; its forward pass may run twice.
+    The gradient is straight-through: with respect to the relaxed alpha, as if it were the hard one that was counted.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, alpha: Tensor, counts: Tensor, statistics: DecisionStatistics, alpha_gradient: float
+    ) -> Tensor:
+        ctx.counts, ctx.statistics, ctx.alpha_gradient = counts, statistics, alpha_gradient
+        ctx.alpha = alpha.shape, alpha.dtype, alpha.device
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.statistics.add(ctx.counts)
+        shape, dtype, device = ctx.alpha
+        grad_alpha = torch.full((), ctx.alpha_gradient, dtype=dtype, device=device).expand(shape)
+        return grads[0], grad_alpha, None, None, None
+
+
+def merge_fraction_target(compression_ratio: float) -> float:
+    """1 - 1/CR: the fraction of tokens that must merge."""
+    return 1 - 1 / compression_ratio
+
+
+def compression_ratio(merged: Tensor | float, tokens: Tensor | float) -> Any:
+    """tokens / slots = 1 / (1 - mean alpha)."""
+    return tokens / (tokens - merged)

@@ -1,0 +1,48 @@
+"""Sizes of the Llama-like decoder, whole-model numbers under megatron-core's names."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from megatron_dmc.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention, without biases."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING  # KV heads
+    vocab_size: int = MISSING
+    max_position_embeddings: int = MISSING
+    kv_channels: int | None = None  # head dimension; None: hidden_size / num_attention_heads
+    rotary_base: float = 10000.0
+    rotary_scaling_factor: float | None = None  # Llama 3's frequency scaling (8.0 in 3.1, 32.0 in 3.2); None: plain
+    norm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    share_embeddings_and_output_weights: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    def check(self) -> None:
+        """Raises ConfigError for sizes that do not fit one another. (Missing values are found when a recipe is read.)"""
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, bool) and value <= 0:
+                raise ConfigError(f"model.{name} must be > 0, got {value}")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size ({self.hidden_size}) must be divisible by model.num_attention_heads "
+                f"({self.num_attention_heads}), or set model.kv_channels"
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"model.num_attention_heads ({self.num_attention_heads}) must be divisible by model.num_query_groups "
+                f"({self.num_query_groups})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"the head dimension must be even for rotary embedding, got {self.head_dim}")

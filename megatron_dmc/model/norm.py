@@ -1,0 +1,18 @@
+"""RMSNorm that works under sequence parallelism (megatron-core's torch norm refuses it)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm; its weight's gradient is summed over the sequence-parallel ranks by megatron-core."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # What megatron-core reads when it finalizes gradients.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)

@@ -1,0 +1,213 @@
+"""Stock flash-attention kernels of torch with an additive bias per key, forward and backward.
+
+The kernels give no gradient of a bias. A channel of the query that is one (after scaling) sums the rows of dS into the
+same channel of the key's gradient: that is the bias' gradient. The channel is one that the caller left free, or one that
+is added for the occasion.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# exp(-1e4) is 0 in every dtype, and -1e4 itself is exact enough in bf16 and fp16. An infinite bias would empty row 0.
+HIDDEN = -1e4
+
+aten = torch.ops.aten
+
+
+class Gradients(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor | None
+
+
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    bias_channel: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q . k + key_bias) v on a stock flash kernel: no s x s tensor, K and V never expanded.
+
+    Args:
+        query: [batch, seq_q, heads, head_dim]; bf16 or fp16 on a GPU, any floating dtype on a CPU.
+        key, value: [batch, seq_k, kv_heads, head_dim], kv_heads dividing heads.
+        key_bias: [batch, seq_k, kv_heads], finite (HIDDEN hides a key), or None.
+        causal: query i sees keys j <= i (seq_q == seq_k).
+        bias_channel: a channel that is zero in query and key.
+
+    Returns:
+        out [batch, seq_q, heads, head_dim] in query's dtype; log-sum-exp [batch, seq_q, heads], at least float32.
+    """
+    if query.is_cuda:
+        return _cuda_forward(query, key, value, key_bias, causal, softmax_scale, bias_channel)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(query, key, value), 0.0, causal, attn_mask=_mask(query, key_bias), scale=softmax_scale
+    )
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    bias_channel: int | None = None,
+) -> Gradients:
+    """The kernel's gradients, given out and lse that may include terms which this kernel never saw.
+
+    Only P_ij = exp(s_ij - lse_i) and rowsum(grad_out . out) enter, so with the final out and lse of a joined softmax the
+    result is this part's exact share (as in ring attention, Liu et al., arXiv 2310.01889).
+    """
+    if query.is_cuda:
+        return _cuda_backward(grad_out, query, key, value, out, lse, key_bias, causal, softmax_scale, bias_channel)
+    head_dim = query.shape[-1]
+    if key_bias is None:
+        wide, channel = (grad_out, query, key, value, out), None
+    elif bias_channel is not None:
+        channel = bias_channel % head_dim
+        wide = (grad_out, _with_channel(query, channel, 1 / softmax_scale), key, value, out)
+    else:
+        channel = head_dim
+        padded_query = F.pad(query, (0, 1), value=1 / softmax_scale)
+        wide = (F.pad(grad_out, (0, 1)), padded_query, F.pad(key, (0, 1)), F.pad(value, (0, 1)), F.pad(out, (0, 1)))
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(*wide),
+        lse.transpose(1, 2).contiguous(),
+        0.0,
+        causal,
+        attn_mask=_mask(query, key_bias),
+        scale=softmax_scale,
+    )
+    return _split_bias(*(g.transpose(1, 2) for g in grads), channel, head_dim, 1.0)
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _mask(query: Tensor, key_bias: Tensor | None) -> Tensor | None:
+    """[batch, heads, 1, seq_k]: the CPU kernel broadcasts it over the queries, without memory if the keys lie together."""
+    if key_bias is None:
+        return None
+    group = query.shape[2] // key_bias.shape[2]
+    return key_bias.to(query.dtype).repeat_interleave(group, dim=2).transpose(1, 2)[:, :, None].contiguous()
+
+
+def _with_channel(x: Tensor, channel: int, content: float | Tensor) -> Tensor:
+    x = x.clone()
+    x[..., channel] = content
+    return x
+
+
+def _split_bias(
+    query: Tensor, key: Tensor, value: Tensor, channel: int | None, head_dim: int, factor: float
+) -> Gradients:
+    """Takes the bias' gradient out of its channel. ``factor`` is scale times what the query holds there, inverted."""
+    if channel is None:
+        return Gradients(query, key, value, None)
+    grad_bias = key[..., channel].float() * factor if key.dtype != torch.float64 else key[..., channel] * factor
+    if channel < head_dim:
+        query[..., channel] = 0
+        key[..., channel] = 0
+    return Gradients(query[..., :head_dim], key[..., :head_dim], value[..., :head_dim], grad_bias)
+
+
+# The CUDA kernels take no bias at all: it travels in the channel, forward and backward.
+
+
+def _carry_bias(
+    query: Tensor, key: Tensor, key_bias: Tensor, softmax_scale: float, bias_channel: int | None
+) -> tuple[Tensor, Tensor, int, float]:
+    """query and key with p and bias / (scale p) in a channel; p is a power of two near 1 / scale, so exact in bf16."""
+    carrier = 2.0 ** round(-math.log2(softmax_scale))
+    content = key_bias / (softmax_scale * carrier)
+    if bias_channel is None:
+        # Flash kernels want multiples of 8. Two channels carry the bias with twice the digits.
+        high = content.to(key.dtype)
+        low = (content - high.float()).to(key.dtype)
+        carriers = torch.full((*query.shape[:-1], 2), carrier, dtype=query.dtype, device=query.device)
+        query = torch.cat([query, F.pad(carriers, (0, 6))], dim=-1)
+        key = torch.cat([key, F.pad(torch.stack([high, low], dim=-1), (0, 6))], dim=-1)
+        return query, key, query.shape[-1] - 8, carrier
+    channel = bias_channel % query.shape[-1]
+    return _with_channel(query, channel, carrier), _with_channel(key, channel, content.to(key.dtype)), channel, carrier
+
+
+def _check_cuda(query: Tensor) -> None:
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"attention on a GPU needs bfloat16 or float16 (flash kernels have no {query.dtype}); set bf16")
+
+
+def _cuda_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    causal: bool,
+    softmax_scale: float,
+    bias_channel: int | None,
+) -> tuple[Tensor, Tensor]:
+    _check_cuda(query)
+    head_dim = query.shape[-1]
+    if key_bias is not None:
+        query, key, _, _ = _carry_bias(query, key, key_bias, softmax_scale, bias_channel)
+        value = F.pad(value, (0, query.shape[-1] - head_dim))
+    out, lse, *_ = aten._flash_attention_forward(
+        query, key, value, None, None, query.shape[1], key.shape[1], 0.0, causal, False, scale=softmax_scale
+    )
+    return out[..., :head_dim], lse.transpose(1, 2)
+
+
+def _cuda_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    causal: bool,
+    softmax_scale: float,
+    bias_channel: int | None,
+) -> Gradients:
+    _check_cuda(query)
+    head_dim = query.shape[-1]
+    channel, carrier = None, 1.0
+    if key_bias is not None:
+        query, key, channel, carrier = _carry_bias(query, key, key_bias, softmax_scale, bias_channel)
+        extra = (0, query.shape[-1] - head_dim)
+        value, grad_out, out = F.pad(value, extra), F.pad(grad_out, extra), F.pad(out, extra)
+    no_dropout = torch.zeros((), dtype=torch.uint64, device=query.device)
+    grads = aten._flash_attention_backward(
+        grad_out.contiguous(),
+        query,
+        key,
+        value,
+        out.contiguous(),
+        lse.transpose(1, 2).contiguous(),
+        None,
+        None,
+        query.shape[1],
+        key.shape[1],
+        0.0,
+        causal,
+        no_dropout,
+        no_dropout,
+        scale=softmax_scale,
+    )
+    return _split_bias(*grads, channel, head_dim, 1 / (softmax_scale * carrier))

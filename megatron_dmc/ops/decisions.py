@@ -1,0 +1,57 @@
+"""Logits of the merge decision alpha and of the weight omega (paper, section 3.1; DMS, arXiv 2506.05345, for projection)."""
+
+import torch
+from torch import Tensor
+
+# The authors' bf16 eps, in every dtype: keeps a slot's weight above 0.
+OMEGA_EPS = 2.0**-7
+
+
+def neuron_logits(query: Tensor, key: Tensor, bias: float) -> tuple[Tensor, Tensor]:
+    """a_t = k_t[-1] - c, b_t = (mean of q_t[-1] over the query heads that share the KV head) + c.
+
+    Args:
+        query: [batch, seq, heads, head_dim] before rotary embedding.
+        key: [batch, seq, kv_heads, head_dim] before rotary embedding.
+        bias: c.
+
+    Returns:
+        a, b: [batch, seq, kv_heads], at least float32.
+    """
+    a = _wide(key[..., -1]) - bias
+    b = _wide(query[..., -1]).unflatten(-1, (key.shape[-2], -1)).mean(-1) + bias
+    return a, b
+
+
+def projection_logits(projected: Tensor, bias: float, scale: float) -> tuple[Tensor, Tensor]:
+    """[a_t, b_t] = s W h_t + (-c, +c).
+
+    Args:
+        projected: W h, [batch, seq, 2 * kv_heads], interleaved per KV head: a_0, b_0, a_1, b_1, ...
+        bias: c.
+        scale: s.
+
+    Returns:
+        a, b: [batch, seq, kv_heads], at least float32.
+    """
+    a, b = (scale * _wide(projected)).unflatten(-1, (-1, 2)).unbind(-1)
+    return a - bias, b + bias
+
+
+def omega_from_logits(b: Tensor) -> Tensor:
+    """omega = sigmoid(b) + 2^-7."""
+    return torch.sigmoid(b) + OMEGA_EPS
+
+
+def hard_logits(a: Tensor) -> Tensor:
+    """Merge logits of the binary decision 1[a > 0]: +inf where it merges, -inf where it appends."""
+    return torch.where(a > 0, float("inf"), float("-inf")).to(a.dtype)
+
+
+def clear_channel(x: Tensor) -> Tensor:
+    """x with its last channel set to zero; gradients of that channel stop here."""
+    return torch.nn.functional.pad(x[..., :-1], (0, 1))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

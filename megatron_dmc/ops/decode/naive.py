@@ -1,0 +1,55 @@
+"""Decoding with a compressed cache, token by token, as the paper's section 3.1 writes it: the oracle."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Slot:
+    """Tokens that were merged into one another, in order, and the position of the latest."""
+
+    tokens: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    position: int = 0
+
+    def pooled(self, window_size: int | None) -> tuple[Tensor, Tensor]:
+        """The weighted mean of the last ``window_size`` keys and values."""
+        recent = self.tokens[-window_size:] if window_size else self.tokens
+        keys, values, omegas = (torch.stack(x) for x in zip(*recent, strict=True))
+        return omegas @ keys / omegas.sum(), omegas @ values / omegas.sum()
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    rotate: Callable[[Tensor, int], Tensor],
+    window_size: int | None = None,
+) -> tuple[Tensor, list[Slot]]:
+    """One sequence, one KV head: every token merges into the last slot or appends one, then attends to all slots.
+
+    Args:
+        query: [seq, group, head_dim]; key, value: [seq, head_dim]; alpha (bool), omega: [seq]. Before rotary embedding.
+        rotate: a vector and its position -> the rotated vector.
+
+    Returns:
+        [seq, group, head_dim] and the slots after the last token.
+    """
+    slots: list[Slot] = []
+    outputs = []
+    for t in range(len(query)):
+        if not slots or not alpha[t]:
+            slots.append(Slot())
+        slots[-1].tokens.append((key[t], value[t], omega[t]))
+        slots[-1].position = t
+        pooled = [slot.pooled(window_size) for slot in slots]
+        keys = torch.stack([rotate(k, slot.position) for slot, (k, _) in zip(slots, pooled, strict=True)])
+        values = torch.stack([v for _, v in pooled])
+        scores = rotate(query[t], t) @ keys.T / math.sqrt(key.shape[-1])
+        outputs.append(scores.softmax(-1) @ values)
+    return torch.stack(outputs), slots

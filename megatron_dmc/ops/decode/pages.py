@@ -1,0 +1,126 @@
+"""Closed slots of all (sequence, KV head) rows in one pool of small pages: memory follows the sum of the lengths."""
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.attention.flash import HIDDEN
+
+
+class Pages:
+    """A growing pool of pages, each owned by one row and written from its front.
+
+    Pages are never given back one by one: rows only grow, or are selected anew as a whole (:meth:`select`), which packs
+    what is left. So the pages in use are the first ``used`` ones, a row's pages lie in the order of their slots, and
+    only its last page has room.
+    """
+
+    GROWTH = 16  # the pool grows by 1/16: what it holds in vain, against how often it is copied
+
+    def __init__(self, rows: int, head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        self.page_size = page_size
+        self.used = 0
+        self.keys = torch.zeros(0, page_size, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.owner = torch.zeros(0, dtype=torch.long, device=device)  # [pages], the row
+        self.fill = torch.zeros(0, dtype=torch.long, device=device)  # [pages], slots written
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last_page = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def append(self, row: Tensor, key: Tensor, value: Tensor) -> None:
+        """Adds slots. row [n], ascending, the slots of a row in order; key (rotated) and value [n, head_dim]."""
+        if len(row) == 0:
+            return
+        ones = torch.ones_like(row)
+        added = torch.zeros_like(self.lengths).index_add_(0, row, ones)
+        pages_before = self._page_count(self.lengths)
+        fresh = self._page_count(self.lengths + added) - pages_before
+        fresh_end = self.used + fresh.cumsum(0)
+        used = int(fresh_end[-1])
+        self._reserve(used)
+        self.owner[self.used : used] = torch.repeat_interleave(fresh, output_size=used - self.used)
+
+        rank = torch.arange(len(row), device=row.device) - (added.cumsum(0) - added)[row]
+        place = self.lengths[row] + rank
+        ordinal = place // self.page_size - pages_before[row]  # among the fresh pages; -1: the page that still has room
+        page = torch.where(ordinal < 0, self.last_page[row], (fresh_end - fresh)[row] + ordinal)
+        self.keys[page, place % self.page_size] = key
+        self.values[page, place % self.page_size] = value
+        self.fill.index_add_(0, page, ones)
+        self.last_page = torch.where(fresh > 0, fresh_end - 1, self.last_page)
+        self.lengths = self.lengths + added
+        self.used = used
+
+    def attend(self, query: Tensor, own_key: Tensor, own_value: Tensor, softmax_scale: float) -> Tensor:
+        """One query per head over its row's slots and its own open slot; pages are the splits of a flash-decoding step.
+
+        Args:
+            query: [rows, group, head_dim], rotated.
+            own_key, own_value: [rows, head_dim], the open slot; the key rotated.
+
+        Returns:
+            [rows, group, head_dim], float32 or wider.
+        """
+        owner, fill = self.owner[: self.used], self.fill[: self.used]
+        scores = _product(query[owner], self.keys[: self.used].mT) * softmax_scale  # [pages, group, page_size]
+        empty = torch.arange(self.page_size, device=fill.device) >= fill[:, None]
+        scores.masked_fill_(empty[:, None], float("-inf"))
+        own_score = _product(query, own_key[..., None])[..., 0] * softmax_scale  # [rows, group]
+
+        peak = own_score.scatter_reduce(0, owner[:, None].expand(-1, query.shape[1]), scores.amax(-1), "amax")
+        weights = torch.exp(scores - peak[owner][..., None])
+        total = torch.exp(own_score - peak)
+        out = total[..., None] * own_value[:, None]
+        total = total.index_add(0, owner, weights.sum(-1))
+        out.index_add_(0, owner, _product(weights.to(self.values.dtype), self.values[: self.used]))
+        return out / total[..., None]
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A dense temporary: keys, values [rows, longest, head_dim]; bias [rows, longest], HIDDEN where no slot is."""
+        count = self._page_count(self.lengths)
+        ordinal = torch.arange(int(count.max()), device=count.device)
+        exists = ordinal < count[:, None]
+        by_row = self.owner[: self.used].argsort(stable=True)
+        first = (count.cumsum(0) - count)[:, None]
+        page = by_row[torch.where(exists, first + ordinal, 0)]  # [rows, most pages of a row]
+        slot = torch.arange(self.page_size, device=count.device)
+        visible = (slot < self.fill[page][..., None]) & exists[..., None]
+        bias = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, HIDDEN)
+        return self.keys[page].flatten(1, 2), self.values[page].flatten(1, 2), bias.flatten(1, 2)
+
+    def select(self, row: Tensor) -> None:
+        """Row i becomes what row[i] was; rows not named give their pages back."""
+        count = self._page_count(self.lengths)
+        by_row = self.owner[: self.used].argsort(stable=True)
+        first = (count.cumsum(0) - count)[row]
+        count = count[row]
+        end = count.cumsum(0)
+        self.used = int(end[-1])
+        self.owner = torch.repeat_interleave(count, output_size=self.used)
+        rank = torch.arange(self.used, device=row.device) - (end - count)[self.owner]
+        page = by_row[first[self.owner] + rank]
+        self.keys, self.values, self.fill = self.keys[page], self.values[page], self.fill[page]
+        self.lengths, self.last_page = self.lengths[row], end - 1
+
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values, self.owner, self.fill, self.lengths, self.last_page]
+
+    def _page_count(self, lengths: Tensor) -> Tensor:
+        return (lengths + self.page_size - 1) // self.page_size
+
+    def _reserve(self, pages: int) -> None:
+        capacity = len(self.owner)
+        if pages <= capacity:
+            return
+        extra = max(pages, capacity + capacity // self.GROWTH) - capacity
+        # Zeros, not whatever lay there: an unwritten slot has weight 0, and 0 * NaN is NaN.
+        for name in ("keys", "values", "owner", "fill"):
+            pool = getattr(self, name)
+            setattr(self, name, torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a @ b, in float32 or wider: scores rounded to bf16 would be off by far more than the keys are."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return torch.bmm(a.to(wide), b.to(wide))

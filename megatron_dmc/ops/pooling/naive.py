@@ -1,0 +1,24 @@
+"""Pooling token by token: the oracle."""
+
+import torch
+from torch import Tensor
+
+
+def pool(
+    key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """N_t = alpha_t N_{t-1} + omega_t x_t;  z_t = alpha_t z_{t-1} + omega_t;  x~_t = N_t / z_t.
+
+    alpha is 0 where a slot has to start. With a window the sums run over the last ``window_size`` tokens.
+    """
+    tokens = torch.cat([key, value], dim=-1)
+    window = window_size or key.shape[1]
+    pooled = []
+    for t in range(key.shape[1]):
+        numerator, weight = torch.zeros_like(tokens[:, 0]), torch.zeros_like(omega[:, 0])
+        for j in range(max(0, t - window + 1), t + 1):
+            numerator = alpha[:, j, :, None] * numerator + omega[:, j, :, None] * tokens[:, j]
+            weight = alpha[:, j] * weight + omega[:, j]
+        pooled.append(numerator / weight[..., None])
+    pooled_key, pooled_value = torch.stack(pooled, dim=1).split(key.shape[-1], dim=-1)
+    return pooled_key, pooled_value

@@ -1,0 +1,111 @@
+"""Pooling by a parallel scan, with the adjoint recurrence as its backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.pooling.scan import linear_scan
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[batch, seq, kv_heads, ...] -> [batch * kv_heads, seq, ...]"""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _unrows(x: Tensor, kv_heads: int) -> Tensor:
+    """The inverse of _rows."""
+    return x.unflatten(0, (-1, kv_heads)).transpose(1, 2)
+
+
+class Pool(torch.autograd.Function):
+    """The means themselves are a recurrence: x~_t = (1 - r_t) x~_{t-1} + r_t x_t with r_t = omega_t / z_t.
+
+    So the slots' weights z are scanned first, one channel, and the means by them: nothing is divided but weights, and
+    where alpha is 0 (r = 1) the result is x_t to the last bit. Gradients run through the same recurrence backwards: with
+    g_t the gradient of x~_t and h_t = z_t dL/dN_t,
+    h_t = g_t + (1 - r_{t+1}) h_{t+1},  dx_t = r_t h_t,  gz_t = -(g_t . x~_t) / z_t + alpha_{t+1} gz_{t+1},
+    domega_t = h_t . x_t / z_t + gz_t,  dalpha_t = z_{t-1} (h_t . x~_{t-1} / z_t + gz_t).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        key: Tensor,
+        value: Tensor,
+        alpha: Tensor,
+        omega: Tensor,
+        initial: Tensor | None,
+        initial_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """initial [rows, 2 * head_dim] is N_{-1}, initial_weight [rows] z_{-1}; returns the last N and z too."""
+        wide = torch.promote_types(key.dtype, torch.float32)
+        alpha_rows, omega_rows = _rows(alpha).to(wide), _rows(omega).to(wide)
+        before = None if initial_weight is None else initial_weight[:, None]
+        weight = linear_scan(alpha_rows, omega_rows[..., None], before)[..., 0]
+        share = omega_rows / weight
+        previous_weight = torch.cat(
+            [torch.zeros_like(weight[:, :1]) if before is None else before, weight[:, :-1]], dim=1
+        )
+        keep = alpha_rows * previous_weight / weight
+        inputs = torch.cat([_rows(key) * share[..., None], _rows(value) * share[..., None]], dim=-1)
+        mean = None if initial is None else torch.where(before > 0, initial / before, 0)
+        pooled = linear_scan(keep, inputs, mean)
+        last = pooled[:, -1] * weight[:, -1:]
+        pooled = _unrows(pooled.to(key.dtype), key.shape[2])
+        ctx.save_for_backward(key, value, alpha_rows, share, keep, weight, previous_weight, pooled, mean)
+        ctx.dtypes = alpha.dtype, omega.dtype
+        pooled_key, pooled_value = pooled.split(key.shape[-1], dim=-1)
+        return pooled_key, pooled_value, last, weight[:, -1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_key, grad_value, grad_last, grad_last_weight = grads
+        key, value, alpha, share, keep, weight, previous_weight, pooled, mean = ctx.saved_tensors
+        kv_heads, head_dim = key.shape[2:]
+        pooled = _rows(pooled)
+        grad_pooled = torch.cat([_rows(grad_key), _rows(grad_value)], dim=-1).to(weight.dtype)
+        grad_weight = -(grad_pooled * pooled).sum(-1) / weight
+        grad_weight[:, -1] += grad_last_weight
+        grad_pooled[:, -1] += weight[:, -1:] * grad_last
+        h = linear_scan(keep, grad_pooled, reverse=True)
+        grad_weight = linear_scan(alpha, grad_weight[..., None], reverse=True)[..., 0]
+
+        before = torch.zeros_like(h[:, 0]) if mean is None else mean
+        from_previous = torch.cat([(h[:, :1] * before[:, None]).sum(-1), (h[:, 1:] * pooled[:, :-1]).sum(-1)], dim=1)
+        grad_alpha = previous_weight * (from_previous / weight + grad_weight)
+        h_key, h_value = h.split(head_dim, dim=-1)
+        grad_omega = ((h_key * _rows(key)).sum(-1) + (h_value * _rows(value)).sum(-1)) / weight + grad_weight
+        alpha_dtype, omega_dtype = ctx.dtypes
+        return (
+            _unrows((share[..., None] * h_key).to(key.dtype), kv_heads),
+            _unrows((share[..., None] * h_value).to(value.dtype), kv_heads),
+            _unrows(grad_alpha.to(alpha_dtype), kv_heads),
+            _unrows(grad_omega.to(omega_dtype), kv_heads),
+            None if mean is None else (alpha[:, :1] / weight[:, :1]) * h[:, 0],
+            None if mean is None else alpha[:, 0] * grad_weight[:, 0],
+        )
+
+
+def pool_window(key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
+    """The scan truncated to a slot's last ``window_size`` tokens, as the authors' released code has it.
+
+    A sum over the window's offsets (not over tokens); for their checkpoints, so by autograd and without a kernel's care.
+    """
+    wide = torch.promote_types(key.dtype, torch.float32)
+    tokens = torch.cat([key, value], dim=-1).to(wide)
+    alpha, omega = alpha.to(wide), omega.to(wide)
+    decay = torch.ones_like(alpha)
+    numerator, slot_weight = omega[..., None] * tokens, omega
+    for offset in range(1, min(window_size, key.shape[1])):
+        decay = decay * _delayed(alpha, offset - 1)
+        weight = decay * _delayed(omega, offset)
+        numerator = numerator + weight[..., None] * _delayed(tokens, offset)
+        slot_weight = slot_weight + weight
+    pooled_key, pooled_value = (numerator / slot_weight[..., None]).to(key.dtype).split(key.shape[-1], dim=-1)
+    return pooled_key, pooled_value
+
+
+def _delayed(x: Tensor, offset: int) -> Tensor:
+    """x[:, t - offset], zero before the first token."""
+    return torch.cat([torch.zeros_like(x[:, :offset]), x[:, : x.shape[1] - offset]], dim=1)

@@ -1,0 +1,19 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in Llama's half-split form."""
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel pairs (i, i + head_dim / 2).
+
+    Args:
+        x: [batch, seq, heads, head_dim].
+        cos, sin: the angles' cosine and sine, both halves alike, broadcastable to [batch, seq, 1, head_dim].
+
+    Returns:
+        x's shape and dtype; computed in the wider of x's and cos's dtypes.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + swapped * sin).to(x.dtype)

@@ -1,0 +1,244 @@
+"""A run's recipe: YAML over typed dataclasses, dotted overrides, and every check that needs no model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.model.model_config import ModelConfig
+
+PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text to train on and to hold out, as megatron-core indexed datasets."""
+
+    train: list[str] = MISSING  # path prefixes of .bin/.idx pairs
+    valid: list[str] = field(default_factory=list)
+    tokenizer: str = MISSING  # a folder with tokenizer.json
+    sequence_length: int = MISSING
+    cache: str = MISSING  # a folder for the dataset indices
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One stretch of the run with its own optimizer state and learning-rate schedule (algorithm.md section 5)."""
+
+    kind: PhaseKind = MISSING
+    steps: int = MISSING
+    lr: float = 3e-5
+    min_lr: float | None = None  # None: lr (constant)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    start_compression_ratio: float = 1.0  # of kind compress: the target rises from here
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    micro_batch_size: int = 1
+    global_batch_size: int = MISSING
+    bf16: bool = True
+    seed: int = 1234
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    recompute: Literal["none", "selective", "full"] = "none"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    exit_after_steps: int | None = None  # stop (and save) after this many steps of this process
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    overlap: bool = False  # gradient reduction and parameter gathering behind the backward and forward pass
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    directory: str = MISSING
+    load_base: str | None = None  # weights-only start: a checkpoint folder of this project
+    save_interval: int = 500  # steps between full checkpoints; 0: only at the end
+    keep_last: int = 2  # full checkpoints kept
+    save_every_integer_ratio: bool = True
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    tensorboard: str | None = None
+    log_interval: int = 10
+    heatmap_interval: int = 100
+    eval_interval: int = 0  # 0: only at the end
+    eval_samples: int = 32
+    progress_bar: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is. Read one with :func:`load_recipe`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dmc: DMCConfig = field(default_factory=DMCConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def merges(self) -> bool:
+        """Whether the run's model has decisions: any phase beyond pretraining."""
+        return any(phase.kind != "pretrain" for phase in self.phases)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values; ``recipe_from_dict`` reads them back."""
+        return OmegaConf.to_container(OmegaConf.structured(self))  # type: ignore[return-value]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe and ``section.field=value`` overrides, checks all of it.
+
+    Raises:
+        ConfigError: one line: the file or field, the value, and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"recipe {path} does not exist; examples/ holds recipes to start from")
+    try:
+        values = OmegaConf.load(path)
+    except Exception as error:  # PyYAML, OmegaConf and the file system each have errors of their own
+        raise ConfigError(f"recipe {path} is not YAML: {_one_line(error)}") from None
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(f"recipe {path} must hold sections (model, data, phases, ...), not a {type(values).__name__}")
+    try:
+        for override in overrides:
+            _apply(values, override)
+        return _build(values)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from None
+
+
+def _apply(values: Any, override: str) -> None:
+    """Sets ``section.field=value``; a number in the path counts list entries: ``phases.0.steps=100``."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must read section.field=value")
+    try:
+        OmegaConf.update(values, key, OmegaConf.from_dotlist([f"value={text}"]).value, force_add=True)
+    except Exception as error:  # PyYAML and OmegaConf each have errors of their own
+        raise ConfigError(f"override {override!r}: {_one_line(error)}") from None
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint was written with; raises ConfigError as :func:`load_recipe` does."""
+    return _build(OmegaConf.create(values))
+
+
+def _build(values: Any) -> Recipe:
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key}: {_one_line(error)}" if key else _one_line(error)) from None
+    assert isinstance(recipe, Recipe)
+    check_recipe(recipe)
+    return recipe
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).split("\n", maxsplit=1)[0]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """All checks of a run's settings against one another, before anything is built.
+
+    Raises:
+        ConfigError: the first setting that cannot work, with the remedy.
+    """
+    model, training, parallel, phases = recipe.model, recipe.training, recipe.parallel, recipe.phases
+    model.check()
+    for section, config in (("training", training), ("parallel", parallel)):
+        for name, value in vars(config).items():
+            if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+                raise ConfigError(f"{section}.{name} must be >= 1, got {value}")
+    if recipe.data.sequence_length < 2:
+        raise ConfigError(f"data.sequence_length must be >= 2, got {recipe.data.sequence_length}")
+    if recipe.data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length ({recipe.data.sequence_length}) exceeds model.max_position_embeddings "
+            f"({model.max_position_embeddings}); shorten one or lengthen the other"
+        )
+    _check_parallel(recipe)
+    _check_phases(phases, recipe.dmc)
+
+
+def _check_parallel(recipe: Recipe) -> None:
+    model, parallel = recipe.model, recipe.parallel
+    tp, pp, vpp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
+    if model.num_query_groups % tp:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups "
+            f"({model.num_query_groups}): a KV head and its decisions live on one rank"
+        )
+    if model.vocab_size % tp:
+        raise ConfigError(
+            f"model.vocab_size ({model.vocab_size}) must be divisible by parallel.tensor_model_parallel_size ({tp}); "
+            "pad the vocabulary"
+        )
+    if vpp is not None and pp == 1:
+        raise ConfigError("parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+    if model.num_layers % (pp * (vpp or 1)):
+        raise ConfigError(
+            f"model.num_layers ({model.num_layers}) must be divisible by the pipeline's {pp * (vpp or 1)} stages"
+        )
+    if parallel.context_parallel_size > 1:
+        raise ConfigError("parallel.context_parallel_size > 1 is not supported yet; set it to 1")
+    if parallel.sequence_parallel and tp == 1:
+        raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
+
+
+def _check_phases(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> None:
+    if not phases:
+        raise ConfigError("phases is empty; a retrofit has zero_out (neuron only), compress and solidify")
+    for i, phase in enumerate(phases):
+        if phase.steps < 1:
+            raise ConfigError(f"phases[{i}].steps must be >= 1, got {phase.steps}")
+        if phase.lr <= 0 or (phase.min_lr is not None and not 0 <= phase.min_lr <= phase.lr):
+            raise ConfigError(
+                f"phases[{i}] needs 0 <= min_lr <= lr and lr > 0, got lr {phase.lr}, min_lr {phase.min_lr}"
+            )
+        if not 0 <= phase.lr_warmup_steps < phase.steps:
+            raise ConfigError(f"phases[{i}].lr_warmup_steps must be in [0, steps), got {phase.lr_warmup_steps}")
+        if not 1 <= phase.start_compression_ratio <= dmc.target_compression_ratio:
+            raise ConfigError(
+                f"phases[{i}].start_compression_ratio must be in [1, dmc.target_compression_ratio = "
+                f"{dmc.target_compression_ratio:g}], got {phase.start_compression_ratio:g}"
+            )
+        if phase.kind == "zero_out" and dmc.decision_source != "neuron":
+            raise ConfigError(
+                f"phases[{i}].kind zero_out is only for dmc.decision_source neuron: projection takes nothing from the "
+                "model; remove the phase"
+            )

@@ -1,0 +1,141 @@
+"""A run's progress on stderr: a bar on a terminal, plain lines in a log file."""
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from megatron_dmc.training.monitor import StepRecord
+
+# The ETA follows the speed of this many last updates, so a phase that is slower or faster soon shows.
+SPEED_WINDOW = 50
+SHORTEST_REDRAW_SECONDS = 0.1
+
+
+class TrainingProgress:
+    """Shows phase, step, loss, compression ratio against target, speed and time left.
+
+    On a terminal one bar is redrawn in place. Anywhere else (SLURM logs, CI, a pipe) it prints a plain line with the
+    first update and then at most one every ``line_interval_seconds``; the run's last step is always shown.
+
+    Args:
+        total_steps: of the whole run.
+        done_steps: that a resumed run starts from.
+        enabled: False on every rank but one: nothing is shown.
+        stream: where to write; None is stderr.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        done_steps: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        line_interval_seconds: float = 30.0,
+    ) -> None:
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._stream = stream or sys.stderr
+        self._line_interval_seconds = line_interval_seconds
+        self._last_shown = float("-inf")
+        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), done_steps)], maxlen=SPEED_WINDOW)
+        self._bar = self._start_bar(done_steps) if enabled else None
+
+    def update(self, record: StepRecord) -> None:
+        """Shows a step that is done."""
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        self._times.append((now, record.step))
+        last = record.step >= self._total_steps
+        shortest = self._line_interval_seconds if self._bar is None else SHORTEST_REDRAW_SECONDS
+        if now - self._last_shown < shortest and not last:
+            return
+        self._last_shown = now
+        phase, values = record.phase, _values(record)
+        eta = f"ETA {format_duration(self._seconds_left(record.step))}"
+        if self._bar is None:
+            step = f"step {record.step}/{self._total_steps}"
+            print(" | ".join([phase, step, *values, eta]), file=self._stream, flush=True)
+        else:
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=record.step, phase=phase, values="  ".join([*values, eta]), refresh=True)
+
+    def message(self, text: str) -> None:
+        """One line for the reader (a checkpoint was saved, an evaluation's result), above the bar."""
+        if not self._enabled:
+            return
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> "TrainingProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_bar(self, done_steps: int) -> Progress | None:
+        if not self._stream.isatty():
+            return None
+        console = Console(file=self._stream, force_terminal=True)
+        if console.is_dumb_terminal:
+            return None
+        bar = Progress(
+            TextColumn("{task.fields[phase]} {task.completed:.0f}/{task.total:.0f}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[values]}", markup=False),
+            console=console,
+            expand=True,
+            # Drawn from update() alone: no thread beside those of the checkpoint writer and the data loader.
+            auto_refresh=False,
+            # A redirected standard output must reach its file, not this terminal.
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        bar.add_task("", total=self._total_steps, completed=done_steps, phase="starting", values="")
+        bar.start()
+        return bar
+
+    def _seconds_left(self, step: int) -> float | None:
+        (first_time, first_step), (last_time, last_step) = self._times[0], self._times[-1]
+        if last_step <= first_step:
+            return None
+        return (self._total_steps - step) * (last_time - first_time) / (last_step - first_step)
+
+
+def format_duration(seconds: float | None) -> str:
+    """``0:01:05``, ``2d 03:00:00``; ``-`` for an unknown time."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _values(record: StepRecord) -> list[str]:
+    values = [f"loss {record.lm_loss:.4f}"]
+    if record.compression_ratio is not None:
+        target = record.target_compression_ratio
+        values.append(f"CR {record.compression_ratio:.2f}" + ("" if target is None else f"/{target:.2f}"))
+    values.append(f"{_short(record.tokens_per_second)} tokens/s")
+    return values
+
+
+def _short(number: float) -> str:
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{suffix}"
+    return f"{number:.0f}"

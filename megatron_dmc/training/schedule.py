@@ -1,0 +1,70 @@
+"""What every step of a retrofit does: its phase, its target and its scales, as pure functions of the step's number."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.training.arguments import PhaseConfig
+
+# zero_out fades the channel over the first part of its steps and trains on with the channel at zero (paper, section 4).
+FADE_FRACTION = 0.8
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the run.
+
+    Attributes:
+        phase_index, phase: where in the recipe's phases.
+        step_in_phase: steps of this phase done before this one.
+        merging: whether decisions are made.
+        target_compression_ratio: CR* of this step; None where nothing merges.
+        channel_scale: factor on the last channel of q and k.
+    """
+
+    phase_index: int
+    phase: PhaseConfig
+    step_in_phase: int
+    merging: bool
+    target_compression_ratio: float | None
+    channel_scale: float
+
+
+def plan_step(phases: Sequence[PhaseConfig], dmc: DMCConfig, step: int) -> StepPlan:
+    """The plan of the step after ``step`` steps of the run; raises IndexError when the run is over."""
+    for index, phase in enumerate(phases):
+        if step < phase.steps:
+            break
+        step -= phase.steps
+    else:
+        raise IndexError("the run is over")
+    merging = phase.kind in ("compress", "solidify")
+    scale = max(0.0, 1 - step / (FADE_FRACTION * phase.steps)) if phase.kind == "zero_out" else 1.0
+    return StepPlan(index, phase, step, merging, _target(phase, dmc, step) if merging else None, scale)
+
+
+def _target(phase: PhaseConfig, dmc: DMCConfig, step: int) -> float:
+    goal = dmc.target_compression_ratio
+    if phase.kind == "solidify":
+        return goal
+    start = phase.start_compression_ratio
+    # The last step of the phase has reached the goal.
+    return start + (goal - start) * min(1.0, (step + 1) / phase.steps)
+
+
+def integer_ratios(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> dict[int, int]:
+    """{integer CR: steps of the run after which its checkpoint is due}, from the targets of the compress phases."""
+    due: dict[int, int] = {}
+    begin = 0
+    for phase in phases:
+        if phase.kind == "compress":
+            for ratio in itertools.count(int(phase.start_compression_ratio) + 1):
+                if ratio > dmc.target_compression_ratio:
+                    break
+                share = (ratio - phase.start_compression_ratio) / (
+                    dmc.target_compression_ratio - phase.start_compression_ratio
+                )
+                due.setdefault(ratio, begin + max(1, round(share * phase.steps)))
+        begin += phase.steps
+    return due

@@ -1,0 +1,200 @@
+"""Byte-pair tokenizers: training one, and reading a folder's ``tokenizer.json`` for megatron-core's datasets."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatron_dmc.config import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte, and END_OF_TEXT
+
+# Looked for, in this order, where a folder's configuration does not name its end-of-text token.
+_KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|eot_id|>", "<|im_end|>")
+
+
+class Tokenizer:
+    """A ``tokenizer.json`` with the protocol that megatron-core's datasets ask for.
+
+    Attributes:
+        folder: where it was read from.
+        vocab_size: one more than the largest token id.
+        eod: the id that closes a document.
+        vocabulary_digest: SHA-256 of the vocabulary; equal for folders that hold the same tokens under the same ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eod: int, folder: Path) -> None:
+        # A file's truncation and padding are for batches of prompts; documents are stored as they are.
+        backend.no_truncation()
+        backend.no_padding()
+        # Text that merely spells a special token is text: a document can not end itself.
+        backend.encode_special_tokens = True
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._backend = backend
+        self.folder = folder
+        self.eod = eod
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocabulary_digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        """What makes cached dataset indices belong to this tokenizer; independent of where the folder lies."""
+        return {"class": type(self).__name__, "vocabulary": self.vocabulary_digest, "eod": self.eod}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, without any special token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`tokenize` of every text, in parallel threads."""
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; special tokens appear as they are spelled."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, output_folder: str | Path) -> Tokenizer:
+    """Trains a byte-level BPE and writes ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Every string can be encoded and comes back unchanged; there is no unknown token. ``<|endoftext|>`` is token 0 and
+    serves as beginning and end. ``transformers.AutoTokenizer.from_pretrained`` loads the folder.
+
+    Args:
+        documents: the texts to learn merges from.
+        vocab_size: tokens in all, >= 257. Too little text gives fewer.
+        output_folder: made if missing. Each file is replaced whole, ``tokenizer.json`` last.
+
+    Raises:
+        ConfigError: for a vocabulary below 257, no text, or a folder that cannot be written.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"the tokenizer's vocabulary must be >= {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), "
+            f"got {vocab_size}"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_at_least_one(documents), trainer)
+    settings = {
+        # The name that both transformers 4 and 5 resolve to "read tokenizer.json as it is".
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    folder = Path(output_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        _replace(folder / "tokenizer.json", backend.to_str(pretty=True) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from None
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Reads ``tokenizer.json`` of a folder: one of :func:`train_tokenizer`, or a Hugging Face model's.
+
+    The token that ends a document is ``eos_token`` of ``tokenizer_config.json`` or ``special_tokens_map.json``, else a
+    well-known end token among the added tokens.
+
+    Raises:
+        ConfigError: for a missing folder or file, one that is no tokenizer, or no end-of-text token.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise ConfigError(f"tokenizer {folder} is not a folder; name one that holds tokenizer.json")
+    if not path.is_file():
+        raise ConfigError(
+            f"tokenizer {folder} holds no tokenizer.json; train one, or save a Hugging Face tokenizer there with "
+            "save_pretrained"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    # The library raises plain Exception for anything it cannot read.
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read as a tokenizer: {_one_line(error)}") from None
+    if not backend.get_vocab(with_added_tokens=True):
+        raise ConfigError(f"{path} has an empty vocabulary; save the tokenizer again")
+    return Tokenizer(backend, _end_token(backend, folder), folder)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raises ConfigError where the tokenizer can produce an id that the model has no embedding for."""
+    if tokenizer.vocab_size > model_vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model_vocab_size}, but the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} "
+            f"tokens; set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+
+
+def _end_token(backend: tokenizers.Tokenizer, folder: Path) -> int:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _eos_token(folder / name)
+        if token is not None:
+            found = backend.token_to_id(token)
+            if found is None:
+                raise ConfigError(f"{folder / name}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
+            return found
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    for token in _KNOWN_END_TOKENS:
+        if token in added:
+            return added[token]
+    raise ConfigError(
+        f"tokenizer {folder} names no end-of-text token; set eos_token in {folder / 'tokenizer_config.json'}"
+    )
+
+
+def _eos_token(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {_one_line(error)}") from None
+    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    # transformers writes either the string or a whole added token
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _at_least_one(documents: Iterable[str]) -> Iterator[str]:
+    iterator = iter(documents)
+    for first in iterator:
+        return chain([first], iterator)
+    raise ConfigError("there is no text to train a tokenizer on; name a folder, a text file or a .jsonl file")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).split("\n", maxsplit=1)[0]

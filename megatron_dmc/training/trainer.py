@@ -1,0 +1,391 @@
+"""Runs a recipe: pretraining or the phases of a retrofit, on megatron-core's own parts."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.model.attention import StepContext
+from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
+from megatron_dmc.model.gpt import build_model, dmc_layers, transformer_config
+from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
+from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
+from megatron_dmc.training.optimizer import build_optimizer, phase_scheduler, restart_optimizer
+from megatron_dmc.training.progress import TrainingProgress
+from megatron_dmc.training.run_state import RunStore
+from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
+from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message says why and what to do."""
+
+
+@dataclass
+class StepResult:
+    """Global sums of one step, the same on every rank. counts: [3, layers, kv_heads], see DecisionStatistics."""
+
+    loss: float
+    tokens: float
+    counts: Tensor
+    grad_norm: float = 0.0
+
+    @property
+    def merges(self) -> bool:
+        return bool(self.counts[2].sum() > 0)
+
+    def merge_fraction(self, *, noisy: bool) -> float:
+        return float(self.counts[0 if noisy else 1].sum() / self.counts[2].sum())
+
+    def ratio(self, *, noisy: bool) -> float | None:
+        return 1 / (1 - self.merge_fraction(noisy=noisy)) if self.merges else None
+
+    @property
+    def layer_head_ratio(self) -> Tensor | None:
+        return compression_ratio(self.counts[1], self.counts[2]) if self.merges else None
+
+
+class Trainer:
+    """One run of a recipe on this process's share of the model. torch.distributed must be initialized."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+        check_vocabulary(tokenizer, recipe.model.vocab_size)
+        self._check_batch()
+        training = recipe.training
+        self.train_data, self.valid_data = build_datasets(
+            recipe.data,
+            tokenizer,
+            recipe.total_steps * training.global_batch_size,
+            recipe.monitor.eval_samples if recipe.data.valid else 0,
+        )
+        self.model = self._build_model()
+        self.optimizer = build_optimizer(recipe, self.model)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.store = RunStore(recipe, self.model, self.optimizer)
+        self.step = 0
+        # Noise-free share of merged tokens in the last global batch: what the compression loss' gate looks at.
+        self.merge_fraction = 0.0
+
+    # Building
+
+    def _check_batch(self) -> None:
+        training = self.recipe.training
+        replicas = parallel_state.get_data_parallel_world_size()
+        if training.global_batch_size % (training.micro_batch_size * replicas):
+            raise ConfigError(
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({training.micro_batch_size}) x data-parallel replicas ({replicas})"
+            )
+
+    def _build_model(self) -> list[torch.nn.Module]:
+        recipe, training, parallel = self.recipe, self.recipe.training, self.recipe.parallel
+        recomputation: dict[str, Any] = {
+            "none": {},
+            "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+            "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        }[training.recompute]
+        stages = parallel.virtual_pipeline_model_parallel_size
+        self.config = transformer_config(
+            recipe.model,
+            bf16=training.bf16,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=stages,
+            context_parallel_size=parallel.context_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            # The default peer-to-peer flags give wrong losses on gloo with interleaved stages.
+            overlap_p2p_comm=stages is not None,
+            batch_p2p_comm=stages is None,
+            **recomputation,
+        )
+        use_engine = {"auto": None, "local": False, "transformer_engine": True}[training.transformer_impl]
+        chunks: list[torch.nn.Module] = []
+        for stage in [None] if stages is None else range(stages):
+            chunk: Any = build_model(
+                recipe.model,
+                recipe.dmc if recipe.merges else None,
+                self.config,
+                vp_stage=stage,
+                use_transformer_engine=use_engine,
+            )
+            if torch.cuda.is_available():
+                chunk.cuda()
+            if training.bf16:
+                chunk = Float16Module(self.config, chunk)
+            chunk.model_type = ModelType.encoder_or_decoder
+            chunks.append(chunk)
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap,
+            overlap_param_gather=parallel.overlap and parallel.use_distributed_optimizer,
+        )
+        wrapped = [
+            DistributedDataParallel(self.config, settings, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(chunks)
+        ]
+        if parallel.overlap:
+            no_sync = [chunk.no_sync for chunk in wrapped]
+            self.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        return list(wrapped)
+
+    def _layers(self) -> list[Any]:
+        return [layer for chunk in self.model for layer in dmc_layers(chunk)]
+
+    # Running
+
+    def run(self) -> StepResult | None:
+        """Trains to the end of the recipe (or ``training.exit_after_steps``); resumes from ``latest`` if there is one.
+
+        Returns:
+            The last evaluation on held-out samples, or None without held-out data.
+        """
+        recipe = self.recipe
+        self.step, self.merge_fraction = self.store.load()
+        last_step = recipe.total_steps
+        if recipe.training.exit_after_steps is not None:
+            last_step = min(last_step, self.step + recipe.training.exit_after_steps)
+        due = integer_ratios(recipe.phases, recipe.dmc) if recipe.checkpoint.save_every_integer_ratio else {}
+        # Statistics and losses are the same everywhere; one rank writes them.
+        writes = dist.get_rank() == 0
+        evaluation: StepResult | None = None
+        with (
+            TrainingProgress(
+                recipe.total_steps, done_steps=self.step, enabled=writes and recipe.monitor.progress_bar
+            ) as progress,
+            _monitor(recipe, self.step, writes) as monitor,
+        ):
+            scheduler: Any = None
+            while self.step < last_step:
+                plan = plan_step(recipe.phases, recipe.dmc, self.step)
+                if scheduler is None or plan.step_in_phase == 0:
+                    if plan.step_in_phase == 0:
+                        restart_optimizer(self.optimizer)
+                    scheduler = phase_scheduler(
+                        self.optimizer, plan.phase, recipe.training.weight_decay, plan.step_in_phase
+                    )
+                began = time.perf_counter()
+                learning_rate = self.optimizer.param_groups[0]["lr"]
+                result = self._train_step(plan)
+                scheduler.step(increment=1)
+                self.step += 1
+                if result.merges:
+                    self.merge_fraction = result.merge_fraction(noisy=False)
+                if plan.step_in_phase + 1 == plan.phase.steps and plan.phase.kind == "zero_out":
+                    self._clear_decision_channel()
+                record = self._record(plan, result, learning_rate, time.perf_counter() - began)
+                progress.update(record)
+                last = self.step == recipe.total_steps
+                if monitor is not None and (self.step % recipe.monitor.log_interval == 0 or last):
+                    monitor.log_step(record)
+                if _is_due(self.step, recipe.monitor.eval_interval, last):
+                    evaluation = self.evaluate(plan)
+                    if evaluation is not None:
+                        _report(evaluation, self.step, progress, monitor)
+                for ratio, step in due.items():
+                    if step == self.step:
+                        self.store.save_weights(f"cr_{ratio}", self.step, plan.phase.kind, result.ratio(noisy=False))
+                if last:
+                    self.store.save_weights("final", self.step, plan.phase.kind, result.ratio(noisy=False))
+                if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step):
+                    self.store.save_full(self.step, plan.phase.kind, result.ratio(noisy=False), self.merge_fraction)
+        return evaluation
+
+    def _train_step(self, plan: StepPlan) -> StepResult:
+        recipe = self.recipe
+        micro_batches = self._micro_batches(self.train_data, self.step * recipe.training.global_batch_size)
+        context = StepContext(plan.merging, plan.channel_scale, self._alpha_gradient(plan, micro_batches))
+        for layer in self._layers():
+            layer.step = context
+            layer.statistics.reset()
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        outputs = self._forward_backward(micro_batches, forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        result = self._reduce(outputs)
+        result.grad_norm = float(grad_norm)
+        if not math.isfinite(result.loss) or not updated:
+            raise TrainingError(
+                f"the loss of step {self.step + 1} is {result.loss}: training diverged; lower phases[{plan.phase_index}].lr "
+                "and resume from the last checkpoint"
+            )
+        return result
+
+    def _micro_batches(self, data: SampleDataset, first_sample: int) -> list[dict[str, Tensor]]:
+        """This replica's share of the global batch; which samples it holds is a function of their global numbers alone."""
+        size = self.recipe.training.micro_batch_size
+        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        rounds = self.recipe.training.global_batch_size // (size * replicas)
+        begins = [first_sample + (i * replicas + replica) * size for i in range(rounds)]
+        return [_to_device(global_batch(data, range(begin, begin + size))) for begin in begins]
+
+    def _alpha_gradient(self, plan: StepPlan, micro_batches: list[dict[str, Tensor]]) -> float:
+        """What every alpha of this step gets: the hinge's slope -lambda / (alphas of the global batch) while the gate is open.
+
+        megatron-core divides all gradients by the global batch's valid tokens; that is undone here.
+        """
+        if not plan.merging or self.merge_fraction >= merge_fraction_target(plan.target_compression_ratio or 1.0):
+            return 0.0
+        recipe = self.recipe
+        valid = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
+        dist.all_reduce(valid, group=parallel_state.get_data_parallel_group())
+        alphas = (
+            recipe.model.num_layers
+            * recipe.model.num_query_groups
+            * recipe.data.sequence_length
+            * recipe.training.global_batch_size
+        )
+        return -recipe.dmc.loss_coefficient * float(valid) / alphas
+
+    def _forward_backward(self, micro_batches: list[dict[str, Tensor]], *, forward_only: bool) -> list[Tensor]:
+        """[loss sum, tokens] of every micro-batch on the last pipeline stage, nothing elsewhere."""
+        iterators = [iter(micro_batches) for _ in self.model]
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.recipe.data.sequence_length,
+            micro_batch_size=len(micro_batches[0]["tokens"]),
+            forward_only=forward_only,
+        )
+        return [output["lm loss"] for output in outputs]
+
+    def _reduce(self, outputs: list[Tensor]) -> StepResult:
+        """The step's one message: losses of the last stage and decision counts of every layer, summed over all ranks."""
+        model = self.recipe.model
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        counts = torch.zeros(3, model.num_layers, model.num_query_groups, dtype=torch.float64, device=device)
+        for layer in self._layers():
+            if layer.statistics.counts is not None:
+                heads = layer.kv_heads
+                counts[:, layer.layer_number - 1, heads.start : heads.stop] += layer.statistics.counts
+        losses = torch.zeros(2, dtype=torch.float64, device=device)
+        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
+            losses += torch.stack(outputs).sum(0)
+        message = torch.cat([counts.flatten(), losses])
+        dist.all_reduce(message)
+        total, tokens = message[-2:].tolist()
+        return StepResult(total / tokens, tokens, message[:-2].view_as(counts).cpu())
+
+    def _clear_decision_channel(self) -> None:
+        for layer in self._layers():
+            layer.clear_decision_channel()
+        self.optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def evaluate(self, plan: StepPlan) -> StepResult | None:
+        """Loss and noise-free decisions on the held-out samples; None without any. The plan says whether anything merges."""
+        if self.valid_data is None:
+            return None
+        per_batch = self.recipe.training.global_batch_size
+        batches = max(1, self.recipe.monitor.eval_samples // per_batch)
+        if len(self.valid_data) < batches * per_batch:
+            return None
+        for layer in self._layers():
+            layer.step = StepContext(plan.merging, plan.channel_scale)
+            layer.statistics.reset()
+        for chunk in self.model:
+            chunk.eval()
+        outputs = []
+        for i in range(batches):
+            outputs += self._forward_backward(self._micro_batches(self.valid_data, i * per_batch), forward_only=True)
+        result = self._reduce(outputs)
+        for chunk in self.model:
+            chunk.train()
+        return result
+
+    def _record(self, plan: StepPlan, result: StepResult, learning_rate: float, seconds: float) -> StepRecord:
+        recipe = self.recipe
+        samples = self.step * recipe.training.global_batch_size
+        loss = None
+        if plan.target_compression_ratio is not None:
+            missing = merge_fraction_target(plan.target_compression_ratio) - result.merge_fraction(noisy=True)
+            loss = recipe.dmc.loss_coefficient * max(0.0, missing)
+        return StepRecord(
+            step=self.step,
+            phase=plan.phase.kind,
+            lm_loss=result.loss,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            tokens_per_second=result.tokens / seconds,
+            memory_bytes=measure_memory_bytes(),
+            consumed_samples=samples,
+            consumed_tokens=samples * recipe.data.sequence_length,
+            compression_loss=loss,
+            compression_ratio=result.ratio(noisy=False),
+            noisy_compression_ratio=result.ratio(noisy=True),
+            target_compression_ratio=plan.target_compression_ratio,
+            layer_head_ratio=result.layer_head_ratio,
+        )
+
+
+def _forward_step(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    # The attention mask argument carries the samples' numbers, see DMCSelfAttention.
+    losses = model(batch["tokens"], batch["position_ids"], batch["sample_index"], labels=batch["labels"])
+    return losses, partial(_loss, loss_mask=batch["loss_mask"])
+
+
+def _loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
+    report = torch.stack([total.detach(), tokens]).double()
+    return total, tokens.to(torch.int), {"lm loss": report}
+
+
+def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not torch.cuda.is_available():
+        return batch
+    return {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
+
+
+def _is_due(step: int, interval: int, last: bool) -> bool:
+    return last or (interval > 0 and step % interval == 0)
+
+
+class _NoMonitor:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _monitor(recipe: Recipe, step: int, writes: bool) -> Monitor | _NoMonitor:
+    if recipe.monitor.tensorboard is None or not writes:
+        return _NoMonitor()
+    return Monitor(
+        Path(recipe.monitor.tensorboard),
+        recipe.model.num_layers,
+        recipe.model.num_query_groups,
+        first_step=step + 1 if step else 0,
+        heatmap_interval=recipe.monitor.heatmap_interval,
+    )
+
+
+def _report(evaluation: StepResult, step: int, progress: TrainingProgress, monitor: Monitor | None) -> None:
+    ratio = evaluation.ratio(noisy=False)
+    merged = "" if ratio is None else f", compression ratio {ratio:.2f}"
+    progress.message(f"held-out loss after {step} steps: {evaluation.loss:.4f} nats per token{merged}")
+    if monitor is not None:
+        values = {"lm_loss": evaluation.loss}
+        monitor.log_evaluation(step, values if ratio is None else values | {"compression_ratio": ratio})

@@ -1,0 +1,56 @@
+"""Packaging metadata. Settings of the tools stand in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    match = re.search(
+        r'^__version__ = "([^"]+)"$', (ROOT / "megatron_dmc/__init__.py").read_text("utf-8"), re.MULTILINE
+    )
+    if match is None:
+        raise RuntimeError("megatron_dmc/__init__.py has no __version__")
+    return match.group(1)
+
+
+def long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text("utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="megatron-dmc",
+    version=version(),
+    description="Retrofit pretrained LLMs with Dynamic Memory Compression on NVIDIA megatron-core",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_dmc", "megatron_dmc.*"]),
+    package_data={"megatron_dmc": ["**/*.json", "**/*.yaml", "**/*.txt"]},
+    entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},
+    install_requires=[
+        "matplotlib",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "omegaconf>=2.4",
+        "psutil",  # megatron-core's dist_checkpointing hangs without it and does not declare it
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "tokenizers",
+        "torch>=2.6",
+    ],
+    extras_require={
+        "hf": ["transformers>=5.0,<6"],
+        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7"],
+        "eval": ["lm-eval>=0.4.8"],
+        "mpi": ["mpi4py>=4.0"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+    },
+)

@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama3_rotary import LLAMA3
+from transformers import AutoConfig, LlamaConfig
+
+from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.convert.hf_config import parse_config, read_config, write_config
+from megatron_dmc.model.model_config import ModelConfig
+
+PLAIN: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
+OLD_LLAMA3 = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+MODEL = ModelConfig(2, 32, 48, 4, 2, 300, 131072, rotary_base=500000.0, norm_epsilon=1e-6)
+
+
+def test_keys_that_old_files_lack_have_llamas_defaults() -> None:
+    model, dmc = parse_config(PLAIN)
+    default = LlamaConfig()
+    assert dmc is None
+    assert model.num_query_groups == 4
+    assert model.max_position_embeddings == default.max_position_embeddings
+    assert model.norm_epsilon == default.rms_norm_eps
+    assert model.init_method_std == default.initializer_range
+    assert model.rotary_base == default.rope_parameters["rope_theta"]
+    assert not model.share_embeddings_and_output_weights
+
+
+@pytest.mark.parametrize(
+    ("rotary", "base", "factor"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}, 1000.0, None),
+        ({"rope_parameters": LLAMA3}, 500000.0, 8.0),
+        ({"rope_theta": 500000, "rope_scaling": None}, 500000.0, None),
+        ({"rope_theta": 500000.0, "rope_scaling": OLD_LLAMA3}, 500000.0, 8.0),
+        ({"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **OLD_LLAMA3, "factor": 32.0}}, 500000.0, 32.0),
+    ],
+    ids=["v5", "v5-llama3", "v4", "v4-llama3", "v4-llama3-32"],
+)
+def test_rotary_settings_of_transformers_4_and_5(rotary: dict[str, Any], base: float, factor: float | None) -> None:
+    model, _ = parse_config(PLAIN | rotary)
+    assert (model.rotary_base, model.rotary_scaling_factor) == (base, factor)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_head_dimension(head_dim: int) -> None:
+    model, _ = parse_config(PLAIN | {"head_dim": head_dim})
+    assert model.head_dim == head_dim
+
+
+@pytest.mark.parametrize("dmc", [None, DMCConfig(decision_source="neuron", window_size=12, per_layer=True)])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("factor", [None, 32.0])
+def test_write_is_the_inverse_of_parse(dmc: DMCConfig | None, tied: bool, factor: float | None) -> None:
+    model = ModelConfig(**vars(MODEL) | {"share_embeddings_and_output_weights": tied, "rotary_scaling_factor": factor})
+    written = write_config(model, dmc, dtype=torch.bfloat16, special_tokens={"eos_token_id": 0})
+    assert parse_config(json.loads(json.dumps(written))) == (model, dmc)
+
+
+def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
+    model = ModelConfig(**vars(MODEL) | {"kv_channels": 16, "rotary_scaling_factor": 8.0})
+    written = write_config(model, None, dtype=torch.bfloat16, special_tokens={"eos_token_id": [0, 7]})
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is LlamaConfig
+    assert config.rope_parameters == LLAMA3
+    assert (config.head_dim, config.num_key_value_heads, config.rms_norm_eps) == (16, 2, 1e-6)
+    assert (config.eos_token_id, config.bos_token_id, config.dtype) == ([0, 7], None, torch.bfloat16)
+    assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "num_local_experts 8: mixture-of-experts"),
+        ({"num_experts": 64}, "mixture-of-experts"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096: sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor must be 1"),
+        ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 4096}}, "must be 8192"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": "llama3"}, "must be an object"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a number > 0, got '1e4'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number > 0, got nan"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 32.0}, "hidden_size must be an integer >= 1, got 32.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be an integer >= 1, got True"),
+        ({"vocab_size": -1}, "vocab_size must be an integer >= 1, got -1"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"num_key_value_heads": 3}, "divisible"),
+        ({"head_dim": 7}, "even"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"model_type": "dmc_llama", "architectures": ["LlamaForCausalLM"]}, "only DMCLlamaForCausalLM is"),
+        ({"model_type": "dmc_llama", "architectures": ["DMCLlamaForCausalLM"]}, "dmc must be an object"),
+        ({"model_type": "dmc_llama", "architectures": None, "dmc": {"decision_bias": "5"}}, "decision_bias"),
+    ],
+)
+def test_other_models_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PLAIN | change))
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path)
+    assert message in str(error.value)
+    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dmc", "message"),
+    [
+        ({"decision_bias": "5"}, "decision_bias"),
+        ({"window_size": "12"}, "dmc"),
+        ({"decision_source": "oracle"}, "decision_source"),
+        ({"from_the_future": 1}, "from_the_future"),
+        ({"seed": "x"}, "dmc"),
+    ],
+)
+def test_bad_dmc_settings_are_refused_in_one_line(dmc: dict[str, Any], message: str) -> None:
+    values = PLAIN | {"model_type": "dmc_llama", "architectures": ["DMCLlamaForCausalLM"], "dmc": dmc}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", b"\xff\xfe", "[" * 100_000])
+def test_a_damaged_file_is_refused(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match="config.json"):
+        read_config(tmp_path)
+
+
+def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config.json does not exist"):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_sizes_that_transformers_refuses_are_not_written() -> None:
+    model = ModelConfig(2, 30, 48, 4, 2, 300, 128, kv_channels=8)
+    with pytest.raises(ConfigError, match="not divisible"):
+        write_config(model, None, dtype=torch.float32, special_tokens={})

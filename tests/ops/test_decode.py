@@ -1,0 +1,241 @@
+"""The compressed cache against its oracle, however the tokens are cut into calls."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.decisions import OMEGA_EPS, hard_logits
+from megatron_dmc.ops.decode import LayerCache, naive
+from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.rotary import rotate
+
+torch.set_num_threads(1)
+
+
+class Tokens(NamedTuple):
+    """Queries, keys, values before rotary embedding and their decisions, [batch, seq, ...]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    alpha: Tensor
+    omega: Tensor
+
+    def cut(self, start: int, stop: int) -> "Tokens":
+        return Tokens(*(x[:, start:stop] for x in self))
+
+
+def make_tokens(
+    batch: int,
+    seq: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    merge: float = 0.6,
+    dtype: torch.dtype = torch.float64,
+) -> Tokens:
+    generator = torch.Generator().manual_seed(seq + heads)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    # Heads merge at different rates, so that their lengths part.
+    rate = merge * torch.linspace(0.87, 1.13, kv_heads)
+    return Tokens(
+        normal(batch, seq, heads, head_dim),
+        normal(batch, seq, kv_heads, head_dim),
+        normal(batch, seq, kv_heads, head_dim),
+        torch.rand(batch, seq, kv_heads, generator=generator) < rate,
+        torch.rand(batch, seq, kv_heads, generator=generator, dtype=torch.float64).to(dtype) + OMEGA_EPS,
+    )
+
+
+def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions [batch, seq] -> [batch, seq, 1, head_dim]."""
+    frequency = 100.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = positions[..., None, None] * frequency.repeat(2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def through_cache(tokens: Tokens, cuts: Sequence[int], cache: LayerCache, bias_channel: int | None = None) -> Tensor:
+    """Feeds the tokens in pieces of the given sizes."""
+    outputs, start = [], 0
+    for size in cuts:
+        part = tokens.cut(start, start + size)
+        positions = (cache.tokens if len(cache.tokens) else torch.zeros(1))[:, None] + torch.arange(size)
+        cos, sin = rotation(positions, tokens.key.shape[-1], tokens.key.dtype)
+        outputs.append(cache.attend(*part, cos, sin, bias_channel=bias_channel))
+        start += size
+    return torch.cat(outputs, dim=1)
+
+
+def oracle(tokens: Tokens, window_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads]."""
+
+    def rotate_at(x: Tensor, position: int) -> Tensor:
+        cos, sin = rotation(torch.tensor([[position]]), x.shape[-1])
+        return rotate(x.view(1, 1, -1, x.shape[-1]), cos, sin).view_as(x)
+
+    batch, _, kv_heads, _ = tokens.key.shape
+    grouped = tokens.query.unflatten(2, (kv_heads, -1))
+    out, counts = torch.empty_like(grouped), torch.empty(batch, kv_heads, dtype=torch.long)
+    for b in range(batch):
+        for h in range(kv_heads):
+            head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
+            out[b, :, h], slots = naive.decode(*head, rotate_at, window_size)
+            counts[b, h] = len(slots)
+    return out.flatten(2, 3), counts
+
+
+@functools.cache
+def tokens_and_oracle(shape: tuple[int, ...], window_size: int | None) -> tuple[Tokens, Tensor, Tensor]:
+    tokens = make_tokens(*shape, merge=0.6 if window_size is None else 0.85)  # slots longer than the window
+    return tokens, *oracle(tokens, window_size)
+
+
+SHAPES = [(1, 37, 2, 2, 8), (2, 63, 4, 2, 8), (2, 70, 6, 1, 16)]
+IDS = [f"B{b}-T{t}-H{h}-KV{kv}-D{d}" for b, t, h, kv, d in SHAPES]
+CUTS = {
+    "prefill": lambda seq: [seq],
+    "steps": lambda seq: [1] * seq,
+    "chunks": lambda seq: [3, 17, 1, 1, 8, seq - 30],
+    "prefill-then-steps": lambda seq: [seq - 5, 1, 1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("window_size", [None, 12], ids=["exact", "w12"])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_equals_oracle(shape, window_size, cuts):
+    tokens, expected, counts = tokens_and_oracle(shape, window_size)
+    cache = LayerCache(window_size)
+    out = through_cache(tokens, cuts(shape[1]), cache)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    assert torch.equal(cache.slots, counts)
+
+
+@pytest.mark.parametrize("alpha", [False, True], ids=["append-all", "merge-all"])
+def test_corners(alpha):
+    tokens = make_tokens(2, 40, 4, 2, 8)
+    tokens = tokens._replace(alpha=torch.full_like(tokens.alpha, alpha))
+    expected, counts = oracle(tokens)
+    for cuts in ([40], [20, 20], [1] * 40):
+        cache = LayerCache()
+        torch.testing.assert_close(through_cache(tokens, cuts, cache), expected, rtol=0, atol=1e-10)
+        assert torch.equal(cache.slots, counts)
+
+
+def test_training_form_is_the_cache():
+    """Pooling and attention as in training, with binary alpha, in float32."""
+    tokens = make_tokens(2, 65, 4, 2, 16, dtype=torch.float32)
+    cos, sin = rotation(torch.arange(65)[None], 16, torch.float32)
+    alpha = tokens.alpha.float()
+    key, value = pool(tokens.key, tokens.value, alpha, tokens.omega)
+    expected = dmc_attention(rotate(tokens.query, cos, sin), rotate(key, cos, sin), value, hard_logits(alpha))
+    for cuts in ([65], [20, 40, 5], [1] * 65):
+        torch.testing.assert_close(through_cache(tokens, cuts, LayerCache()), expected, rtol=0, atol=1e-5)
+
+
+def test_bias_channel_never_counts():
+    tokens = make_tokens(1, 40, 4, 2, 8)
+    for x in (tokens.query, tokens.key):
+        x[..., -1] = 0
+    whole = through_cache(tokens, [40], LayerCache(), bias_channel=-1)
+    for cuts in ([15, 25], [1] * 40):
+        out = through_cache(tokens, cuts, LayerCache(), bias_channel=-1)
+        torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
+    assert not torch.allclose(whole, through_cache(tokens, [40], LayerCache()), atol=1e-3)
+
+
+@pytest.mark.parametrize("window_size", [None, 12], ids=["exact", "w12"])
+def test_ragged_chunks_leave_no_trace(window_size):
+    """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
+    batch, seq = 3, 24
+    tokens = make_tokens(batch, 2 * seq + 6, 4, 2, 8, merge=0.85)
+    lengths = torch.tensor([[24, 5, 0], [7, 24, 3]])  # of the two chunks
+    cache = LayerCache(window_size)
+    taken = torch.zeros(batch, dtype=torch.long)
+    rows = torch.arange(batch)[:, None]
+    outputs: list[list[Tensor]] = [[] for _ in range(batch)]
+    for length in [*lengths, *[None] * 6]:
+        size = 1 if length is None else seq
+        positions = taken[:, None] + torch.arange(size)
+        part = Tokens(*(x[rows, positions] for x in tokens))
+        if length is not None:  # what stands behind a row's tokens is not its own
+            garbage = torch.arange(size) >= length[:, None]
+            part.key[garbage], part.value[garbage], part.alpha[garbage] = 1e4, -1e4, False
+        out = cache.attend(*part, *rotation(positions, 8), lengths=length)
+        length = torch.ones_like(taken) if length is None else length
+        taken = taken + length
+        for b in range(batch):
+            outputs[b].append(out[b, : length[b]])
+    assert torch.equal(cache.tokens, taken)
+    for b in range(batch):
+        expected, counts = oracle(Tokens(*(x[b : b + 1, : taken[b]] for x in tokens)), window_size)
+        torch.testing.assert_close(torch.cat(outputs[b])[None], expected, rtol=0, atol=1e-10)
+        assert torch.equal(cache.slots[b : b + 1], counts)
+
+
+@pytest.mark.parametrize("window_size", [None, 12], ids=["exact", "w12"])
+def test_select_reorders_repeats_and_drops(window_size):
+    tokens = make_tokens(3, 50, 4, 2, 8)
+    cache = LayerCache(window_size)
+    through_cache(tokens.cut(0, 30), [20, 10], cache)
+    for sequences in ([2, 0, 0, 1], [3, 1], [1]):
+        cache.select(torch.tensor(sequences))
+        tokens = Tokens(*(x[sequences] for x in tokens))
+    out = through_cache(tokens.cut(30, 50), [1] * 5 + [10] + [1] * 5, cache)
+    expected, counts = oracle(tokens, window_size)
+    torch.testing.assert_close(out, expected[:, 30:], rtol=0, atol=1e-10)
+    assert torch.equal(cache.slots, counts)
+
+
+def plain_bytes(cache: LayerCache, head_dim: int, element: int) -> int:
+    return int(cache.tokens.sum()) * cache.kv_heads * 2 * head_dim * element
+
+
+@pytest.mark.parametrize("cuts", [[2048], [2000] + [1] * 48, [512] * 4], ids=["prefill", "prefill+steps", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bytes_follow_the_sum_of_lengths(dtype, cuts):
+    tokens = make_tokens(1, 2048, 2, 2, 64, merge=0.75, dtype=dtype)
+    cache = LayerCache()
+    through_cache(tokens, cuts, cache)
+    ratio = 2048 * 2 / int(cache.slots.sum())
+    assert 3 < ratio < 5
+    assert cache.slots.max() > 1.3 * cache.slots.min()  # a dense tensor would pay for the longest head
+    assert cache.nbytes <= 1.15 / ratio * plain_bytes(cache, 64, dtype.itemsize)
+
+
+def test_dropped_sequences_and_reset_free_their_bytes():
+    tokens = make_tokens(4, 400, 2, 2, 16)
+    cache = LayerCache()
+    through_cache(tokens, [300] + [1] * 100, cache)
+    before = cache.nbytes
+    cache.select(torch.tensor([2]))
+    assert cache.nbytes < 0.3 * before
+    cache.reset()
+    assert cache.nbytes == 0
+    torch.testing.assert_close(through_cache(tokens, [400], cache), through_cache(tokens, [400], LayerCache()))
+
+
+def test_bf16_cuts_agree():
+    tokens = make_tokens(1, 100, 4, 2, 64, dtype=torch.bfloat16)
+    whole = through_cache(tokens, [100], LayerCache())
+    steps = through_cache(tokens, [60] + [1] * 40, LayerCache())
+    assert whole.dtype == steps.dtype == torch.bfloat16
+    torch.testing.assert_close(steps.float(), whole.float(), rtol=0, atol=3e-2)
+
+
+def test_clear_errors():
+    tokens = make_tokens(2, 4, 2, 2, 8)
+    cache = LayerCache()
+    through_cache(tokens, [4], cache)
+    with pytest.raises(ValueError, match="holds 2 sequences, got 1"):
+        cache.attend(*(x[:1] for x in tokens), *rotation(torch.arange(4)[None], 8))
+    with pytest.raises(ValueError, match="no gradients"):
+        cache.attend(tokens.query.requires_grad_(), *tokens[1:], *rotation(torch.arange(4)[None], 8))

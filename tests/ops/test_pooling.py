@@ -1,0 +1,307 @@
+"""Pooling against its token-by-token oracle: outputs, all gradients, running state, and defining properties."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_dmc.ops.pooling import PoolState, pool
+
+NAMES = ("key", "value", "alpha", "omega")
+
+
+def tokens(
+    seq: int,
+    *,
+    batch: int = 2,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    alpha: str = "mixed",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """key, value, alpha, omega; alpha is soft, hard (0 and 1), mixed (half of each), zeros or ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    key, value = draw(batch, seq, kv_heads, head_dim), draw(batch, seq, kv_heads, head_dim)
+    soft = torch.sigmoid(4 * draw(batch, seq, kv_heads))
+    hard = (draw(batch, seq, kv_heads) > -1).double()  # 84 % merge: slots longer than a chunk occur
+    chosen = {
+        "soft": soft,
+        "hard": hard,
+        "mixed": torch.where(draw(batch, seq, kv_heads) > 0, soft, hard),
+        "zeros": torch.zeros_like(soft),
+        "ones": torch.ones_like(soft),
+    }[alpha]
+    omega = torch.sigmoid(2 * draw(batch, seq, kv_heads)) + 2**-7
+    return tuple(x.to(dtype) for x in (key, value, chosen, omega))  # type: ignore[return-value]
+
+
+def outputs_and_gradients(inputs: Sequence[Tensor], **options: object) -> tuple[list[Tensor], list[Tensor]]:
+    """Pooled key and value, and the gradients of a random projection of them in the four inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = pool(*leaves, **options)  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+    torch.autograd.backward(outputs, directions)
+    # With a window of 1 alpha is not used: no gradient.
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    assert [g.dtype for g in gradients] == [x.dtype for x in inputs]
+    return [x.detach() for x in outputs], gradients
+
+
+def assert_equal_to_oracle(inputs: Sequence[Tensor], tolerance: float, **options: object) -> None:
+    """The fast form in the inputs' own dtype, the oracle on the same numbers in float64."""
+    fast = outputs_and_gradients(inputs, **options)
+    oracle = outputs_and_gradients([x.double() for x in inputs], backend="naive", **options)
+    for name, got, expected in zip(
+        ("pooled key", "pooled value", *NAMES), fast[0] + fast[1], oracle[0] + oracle[1], strict=True
+    ):
+        assert got.isfinite().all(), name
+        # A gradient that is zero (of omega, where every token stands alone) leaves rounding only.
+        error = (got.double() - expected).norm() / expected.norm().clamp(min=1)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 5, 12], ids=lambda w: f"W{w}")
+@pytest.mark.parametrize("seq", [1, 2, 31, 32, 33, 63, 65, 97], ids=lambda s: f"B2-T{s}-H2-D8")
+def test_equals_the_oracle(seq: int, window_size: int | None) -> None:
+    assert_equal_to_oracle(tokens(seq), 1e-12, window_size=window_size)
+
+
+@pytest.mark.parametrize("alpha", ["soft", "hard", "mixed", "zeros", "ones"])
+@pytest.mark.parametrize("seq", [64, 1025], ids=lambda s: f"B1-T{s}-H1-D4")
+def test_equals_the_oracle_for_every_kind_of_alpha(seq: int, alpha: str) -> None:
+    """1025 = 32 * 32 + 1: the scan over chunks is itself chunked, and a tail is left over."""
+    inputs = tokens(seq, batch=1, kv_heads=1, head_dim=4, alpha=alpha)
+    if seq == 64:
+        assert_equal_to_oracle(inputs, 1e-12)
+        return
+    # The oracle with its double loop is quadratic: here the plain recurrence, under autograd.
+    fast, fast_gradients = outputs_and_gradients(inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = recurrence(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in expected]
+    torch.autograd.backward(expected, directions)
+    for got, want in zip(fast + fast_gradients, [*expected, *(x.grad for x in leaves)], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def recurrence(key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    entries = torch.cat([key, value, torch.ones_like(key[..., :1])], dim=-1) * omega[..., None]
+    sums = [entries[:, 0]]
+    for t in range(1, key.shape[1]):
+        sums.append(alpha[:, t, :, None] * sums[-1] + entries[:, t])
+    stacked = torch.stack(sums, dim=1)
+    pooled_key, pooled_value = (stacked[..., :-1] / stacked[..., -1:]).chunk(2, dim=-1)
+    return pooled_key, pooled_value
+
+
+@pytest.mark.parametrize("window_size", [None, 12], ids=lambda w: f"W{w}")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("seq", [33, 65], ids=lambda s: f"B2-T{s}-H2-D8")
+def test_lower_precision_stays_near_the_oracle(
+    seq: int, dtype: torch.dtype, tolerance: float, window_size: int | None
+) -> None:
+    assert_equal_to_oracle(tokens(seq, dtype=dtype), tolerance, window_size=window_size)
+
+
+def test_bfloat16_keeps_float32_sums() -> None:
+    """4095 equal tokens merged in bf16 sums would stop growing at a weight of 256; the mean must stay the mean."""
+    ones = torch.ones(1, 4096, 1, dtype=torch.float32)
+    key = torch.linspace(-1, 1, 4096).reshape(1, -1, 1, 1).expand(-1, -1, -1, 2).bfloat16()
+    pooled, _ = pool(key, key, ones, ones)
+    assert abs(pooled[0, -1, 0, 0].float()) < 1e-3
+    assert pooled.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("window_size", [None, 5], ids=lambda w: f"W{w}")
+def test_document_starts_open_a_slot(window_size: int | None) -> None:
+    inputs = tokens(65, alpha="ones")
+    starts = torch.zeros(2, 65, dtype=torch.bool)
+    starts[0, [1, 31, 32, 33]] = True
+    starts[1, 64] = True
+    assert_equal_to_oracle(inputs, 1e-12, window_size=window_size, document_starts=starts)
+    whole, _ = pool(*inputs, window_size=window_size, document_starts=starts)
+    alone, _ = pool(*(x[:1, 33:] for x in inputs), window_size=window_size)
+    torch.testing.assert_close(whole[:1, 33:], alone, rtol=1e-13, atol=1e-13)
+
+
+def test_the_first_alpha_counts_as_zero() -> None:
+    key, value, alpha, omega = tokens(7)
+    alpha = alpha.clone().requires_grad_()
+    with_alpha, _ = pool(key, value, alpha, omega)
+    with_alpha.sum().backward()
+    changed = alpha.detach().clone()
+    changed[:, 0] = 1 - changed[:, 0]
+    assert torch.equal(with_alpha, pool(key, value, changed, omega)[0])
+    assert torch.equal(alpha.grad[:, 0], torch.zeros_like(alpha.grad[:, 0]))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seq", [5, 97, 1025])
+def test_alpha_zero_returns_the_tokens_to_the_last_bit(seq: int, dtype: torch.dtype) -> None:
+    key, value, alpha, omega = tokens(seq, alpha="zeros", dtype=dtype)
+    pooled_key, pooled_value = pool(key, value, alpha, omega)
+    assert torch.equal(pooled_key, key) and torch.equal(pooled_value, value)
+    # Where a slot starts the token stands alone, whatever was merged before it.
+    mixed = tokens(seq, alpha="hard", dtype=dtype)
+    pooled_key, _ = pool(*mixed)
+    alone = mixed[2] == 0
+    assert torch.equal(pooled_key[alone], mixed[0][alone])
+
+
+@pytest.mark.parametrize("splits", [[1], [32], [40, 41], [31, 33, 90]], ids=str)
+@pytest.mark.parametrize("alpha", ["mixed", "ones"])
+def test_state_carried_over_a_split_equals_the_whole(splits: list[int], alpha: str) -> None:
+    inputs = tokens(97, alpha=alpha)
+    whole, whole_gradients = outputs_and_gradients(inputs)
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    parts: list[tuple[Tensor, Tensor]] = []
+    state: PoolState | None = None
+    for begin, end in zip([0, *splits], [*splits, 97], strict=True):
+        chunk = (x[:, begin:end] for x in leaves)
+        pooled_key, pooled_value, state = pool(*chunk, initial_state=state, return_final_state=True)
+        parts.append((pooled_key, pooled_value))
+    outputs = [torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs]
+    torch.autograd.backward(outputs, directions)
+    for got, expected in zip(outputs + [x.grad for x in leaves], whole + whole_gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_state_is_what_the_definition_says() -> None:
+    key, value, alpha, omega = tokens(5, alpha="soft")
+    _, _, state = pool(key, value, alpha, omega, return_final_state=True)
+    decay = torch.ones_like(alpha)
+    for t in range(3, -1, -1):
+        decay[:, t] = decay[:, t + 1] * alpha[:, t + 1]
+    for got, x in zip(state, (key, value, torch.ones_like(omega)[..., None]), strict=True):
+        expected = (decay[..., None] * omega[..., None] * x).sum(1)
+        torch.testing.assert_close(got, expected.squeeze(-1) if got.dim() == 2 else expected, rtol=1e-13, atol=1e-13)
+    assert state.key_sum.shape == state.value_sum.shape == (2, 2, 8) and state.weight.shape == (2, 2)
+    half = pool(*tokens(5, dtype=torch.bfloat16), return_final_state=True)[2]
+    assert {x.dtype for x in half} == {torch.float32}
+
+
+def test_an_empty_state_and_a_first_merge_is_a_start() -> None:
+    """A fresh cache slot holds zeros: merging into it must give the token, not 0 / 0."""
+    inputs = tokens(3, alpha="ones")
+    empty = PoolState(torch.zeros(2, 2, 8).double(), torch.zeros(2, 2, 8).double(), torch.zeros(2, 2).double())
+    pooled, _ = pool(*inputs, initial_state=empty)
+    torch.testing.assert_close(pooled, pool(*inputs)[0], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("window_size", [None, 3], ids=["exact", "W3"])
+def test_gradcheck(window_size: int | None) -> None:
+    key, value, _, omega = tokens(9, batch=1, head_dim=2)
+    alpha = torch.linspace(0.05, 0.95, 18, dtype=torch.float64).reshape(1, 9, 2)
+    leaves = [x.clone().requires_grad_() for x in (key, value, alpha, omega)]
+    assert torch.autograd.gradcheck(lambda *x: pool(*x, window_size=window_size), leaves)
+
+
+def test_gradcheck_through_the_state() -> None:
+    key, value, _, omega = tokens(34, batch=1, kv_heads=1, head_dim=2)
+    alpha = torch.linspace(0.05, 0.95, 34, dtype=torch.float64).reshape(1, 34, 1)
+    state = [torch.randn(1, 1, 2).double(), torch.randn(1, 1, 2).double(), torch.full((1, 1), 0.7).double()]
+    leaves = [x.clone().requires_grad_() for x in (key, value, alpha, omega, *state)]
+
+    def run(*x: Tensor) -> tuple[Tensor, ...]:
+        pooled_key, pooled_value, last = pool(*x[:4], initial_state=PoolState(*x[4:]), return_final_state=True)
+        return pooled_key, pooled_value, *last
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_strides_do_not_matter() -> None:
+    inputs = tokens(40)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    assert torch.equal(pool(*inputs)[0], pool(*strided)[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seq=st.integers(1, 80), seed=st.integers(0, 10**6))
+def test_merging_everything_gives_the_weighted_mean(seq: int, seed: int) -> None:
+    key, value, alpha, omega = tokens(seq, alpha="ones", seed=seed)
+    pooled_key, pooled_value = pool(key, value, alpha, omega)
+    for pooled, x in ((pooled_key, key), (pooled_value, value)):
+        mean = (omega[..., None] * x).cumsum(1) / omega.cumsum(1)[..., None]
+        torch.testing.assert_close(pooled, mean, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seq=st.integers(1, 80), seed=st.integers(0, 10**6), window_size=st.sampled_from([None, 1, 3, 12]))
+def test_a_slot_is_a_convex_combination_of_its_tokens(seq: int, seed: int, window_size: int | None) -> None:
+    key, value, alpha, omega = tokens(seq, alpha="hard", seed=seed)
+    pooled, _ = pool(key, value, alpha, omega, window_size=window_size)
+    for t in range(seq):
+        for b in range(2):
+            for head in range(2):
+                first = t
+                while first > 0 and alpha[b, first, head] == 1 and (window_size is None or t - first + 1 < window_size):
+                    first -= 1
+                slot = key[b, first : t + 1, head]
+                assert (pooled[b, t, head] <= slot.max(0).values + 1e-12).all()
+                assert (pooled[b, t, head] >= slot.min(0).values - 1e-12).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seq=st.integers(2, 100), cut=st.floats(0, 1), seed=st.integers(0, 10**6), alpha=st.sampled_from(["soft", "hard"])
+)
+def test_any_split_with_carried_state_equals_the_whole(seq: int, cut: float, seed: int, alpha: str) -> None:
+    inputs = tokens(seq, alpha=alpha, seed=seed)
+    at = 1 + int(cut * (seq - 2))
+    whole = pool(*inputs, return_final_state=True)
+    head = pool(*(x[:, :at] for x in inputs), return_final_state=True)
+    tail = pool(*(x[:, at:] for x in inputs), initial_state=head[2], return_final_state=True)
+    for i in range(2):
+        joined = torch.cat([head[i], tail[i]], dim=1)  # type: ignore[list-item]
+        torch.testing.assert_close(joined, whole[i], rtol=1e-12, atol=1e-12)
+    for got, expected in zip(tail[2], whole[2], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+STATE = PoolState(torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"value": lambda x: x[..., :4]}, {}, "value"),
+        ({"alpha": lambda x: x[:, :-1]}, {}, "alpha"),
+        ({"omega": lambda x: x[..., None]}, {}, "omega"),
+        ({}, {"window_size": 0}, "window_size must be >= 1.*got 0"),
+        ({}, {"window_size": 3, "initial_state": STATE}, "window_size"),
+        ({}, {"window_size": 3, "return_final_state": True}, "window_size"),
+        ({}, {"backend": "cuda"}, "backend must be auto, torch or naive, got 'cuda'"),
+        ({}, {"backend": "naive", "return_final_state": True}, "naive"),
+    ],
+    ids=[
+        "value-shape",
+        "alpha-shape",
+        "omega-shape",
+        "window-0",
+        "window-state",
+        "window-final",
+        "backend",
+        "naive-state",
+    ],
+)
+def test_bad_arguments_are_named(change: dict, options: dict, message: str) -> None:
+    inputs = dict(zip(NAMES, tokens(6), strict=True))
+    for name, edit in change.items():
+        inputs[name] = edit(inputs[name])
+    with pytest.raises(ValueError, match=message):
+        pool(**inputs, **options)  # type: ignore[call-overload]

@@ -1,0 +1,34 @@
+"""A Hugging Face Llama folder to a checkpoint of this project: ``python tools/hf_to_megatron.py --help``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.from_hf import import_hf
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Convert a Hugging Face Llama (config.json, safetensors, tokenizer) to a Megatron checkpoint."
+    )
+    parser.add_argument("hf_folder", metavar="HF_FOLDER")
+    parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
+    options = parse_arguments(arguments)
+    try:
+        import_hf(options.hf_folder, options.output_folder)
+    except (ConfigError, OSError) as error:
+        print(f"hf_to_megatron: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output_folder}: converted from {options.hf_folder}")
+    return 0
+
+
+# megatron-core's writer starts processes that import this file again
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""A checkpoint of this project to a Hugging Face folder: ``python tools/megatron_to_hf.py --help``."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.to_hf import DEFAULT_SHARD_SIZE, export_hf
+from megatron_dmc.training.checkpoint import CheckpointError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def size(text: str) -> int:
+    """Bytes of ``5GB``, ``300MB``, ``20KB`` or ``123``."""
+    match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"a size reads 5GB, 300MB or a number of bytes, got {text!r}")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Convert a Megatron checkpoint, base or DMC, to a folder that transformers loads."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one checkpoint, such as DIRECTORY/final")
+    parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=size,
+        default=DEFAULT_SHARD_SIZE,
+        metavar="SIZE",
+        help="of one safetensors file, such as 5GB or 300MB (default: 5GB)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
+    options = parse_arguments(arguments)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    try:
+        export_hf(options.checkpoint, options.output_folder, dtype=dtype, max_shard_size=options.max_shard_size)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"megatron_to_hf: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output_folder}: converted from {options.checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Text to a megatron-core indexed dataset: ``python tools/preprocess_data.py --help``."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.training.data import build_indexed_dataset, iter_documents, split_documents
+from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokenize text into PREFIX.bin, PREFIX.idx and PREFIX.json.")
+    parser.add_argument(
+        "--input",
+        required=True,
+        action="append",
+        metavar="PATH",
+        help="a folder (.md, .py, .rst, .txt and .jsonl files in it), a text file (one document), or a .jsonl file "
+        'with "text" in every line; may be repeated',
+    )
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", metavar="FOLDER", help="a folder that holds tokenizer.json")
+    tokenizer.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB",
+        help="train a byte-level BPE of this size on the training documents, into PREFIX_tokenizer/",
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the dataset without its suffixes")
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this part of the text, by document, in PREFIX_valid; the rest goes to PREFIX_train (default: 0, "
+        "all goes to PREFIX)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the split (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args(arguments)
+
+
+def preprocess(options: argparse.Namespace) -> None:
+    """Writes the dataset or datasets that the options ask for; raises ConfigError for bad input."""
+    prefixes = [options.output]
+    if options.valid_fraction != 0.0:
+        prefixes = [f"{options.output}_train", f"{options.output}_valid"]
+    tokenizer_folder = Path(options.tokenizer or f"{options.output}_tokenizer")
+    outputs = [Path(prefix + suffix) for prefix in prefixes for suffix in (".bin", ".idx", ".json")]
+    if options.train_tokenizer is not None:
+        outputs += [tokenizer_folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    existing = next((path for path in outputs if path.exists()), None)
+    if existing is not None and not options.overwrite:
+        raise ConfigError(f"{existing} exists; choose another --output or add --overwrite")
+    # before the text is read: a bad tokenizer should not take an hour to show
+    tokenizer = load_tokenizer(tokenizer_folder) if options.train_tokenizer is None else None
+    documents = chain.from_iterable(iter_documents(path) for path in options.input)
+    parts: Sequence[Iterable[str]]
+    if tokenizer is not None and options.valid_fraction == 0.0:
+        parts = [documents]
+    else:
+        train, valid = split_documents(documents, options.valid_fraction, options.seed)
+        parts = [train, valid][: len(prefixes)]
+    if tokenizer is None:
+        tokenizer = train_tokenizer(parts[0], options.train_tokenizer, tokenizer_folder)
+        print(f"{tokenizer_folder}: {tokenizer.vocab_size} tokens")
+    for prefix, part in zip(prefixes, parts, strict=True):
+        counts = build_indexed_dataset(part, tokenizer, prefix)
+        print(
+            f"{prefix}: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes "
+            f"({counts.bytes_per_token:.3f} bytes per token)"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
+    try:
+        preprocess(parse_arguments(arguments))
+    except ConfigError as error:
+        print(f"preprocess_data: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
