@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.from_hf import import_hf
+from megatron_dmc.training.checkpoint import CheckpointError
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -22,13 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         import_hf(options.hf_folder, options.output_folder)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"hf_to_megatron: {error}", file=sys.stderr)
         return 1
     print(f"{options.output_folder}: converted from {options.hf_folder}")
     return 0
 
 
-# megatron-core's writer starts processes that import this file again
 if __name__ == "__main__":
     sys.exit(main())

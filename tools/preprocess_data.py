@@ -2,13 +2,12 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.data import build_indexed_dataset, iter_documents, split_documents
-from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -45,6 +44,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def preprocess(options: argparse.Namespace) -> None:
     """Writes the dataset or datasets that the options ask for; raises ConfigError for bad input."""
+    # Here, so that --help needs no torch, and so that megatron-core's remarks on missing GPU packages can be left out.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+        from megatron_dmc.training.data import build_indexed_dataset, iter_documents, split_documents
+        from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
     prefixes = [options.output]
     if options.valid_fraction != 0.0:
         prefixes = [f"{options.output}_train", f"{options.output}_valid"]

@@ -34,7 +34,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    temporary = target.with_name(f".{target.name}.converting-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         yield temporary

@@ -31,6 +31,7 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
 
     Raises:
         ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
+        CheckpointError: the checkpoint cannot be written.
     """
     folder, output = Path(folder), Path(output)
     check_output(output)
@@ -54,11 +55,10 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
             recipe=recipe.to_dict(),
             step=0,
             consumed_samples=0,
-            phase=recipe.phases[0].kind,
+            phase=0,
             compression_ratio=None,
         )
-        tokenizer = folder if (folder / "tokenizer.json").is_file() else None
-        save_checkpoint(temporary, "checkpoint", model_state([network]), info, tokenizer)
+        save_checkpoint(temporary, "checkpoint", model_state([network]), info)
         for path in (temporary / "checkpoint").iterdir():
             path.rename(temporary / path.name)
         (temporary / "checkpoint").rmdir()

@@ -7,15 +7,23 @@ from typing import Any
 import torch
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.folders import GENERATION_CONFIG, SPECIAL_TOKENS, copy_tokenizer, new_folder, special_tokens
+from megatron_dmc.convert.folders import (
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS,
+    check_output,
+    copy_tokenizer,
+    new_folder,
+    special_tokens,
+)
 from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_hugging_face
 from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import write_weights
 from megatron_dmc.hf.export import write_modeling_code
 from megatron_dmc.training.arguments import recipe_from_dict
-from megatron_dmc.training.checkpoint import check_checkpoint
-from megatron_dmc.training.run_state import is_dmc_checkpoint, load_weights
+from megatron_dmc.training.checkpoint import CheckpointError, check_checkpoint, load_checkpoint
+from megatron_dmc.training.checkpoint_metadata import read_metadata
+from megatron_dmc.training.run_state import is_dmc_checkpoint, model_state, set_model_state
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
@@ -45,13 +53,14 @@ def export_hf(
     checkpoint, output = Path(checkpoint), Path(output)
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size must be >= 1 byte, got {max_shard_size}")
-    with new_folder(output) as temporary, single_process():
-        info = check_checkpoint(checkpoint)
-        recipe = recipe_from_dict(info.recipe)
-        model, dmc = recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None
-        stored = stored_dtype(checkpoint)
+    check_output(output)
+    info = check_checkpoint(checkpoint)
+    recipe = recipe_from_dict(info.recipe)
+    model, dmc = recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None
+    stored = _stored_dtype(checkpoint)
+    with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, stored)
-        load_weights(checkpoint, [network], recipe)
+        set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
         parameters = dict(network.named_parameters())
         write_weights(
             temporary,
@@ -65,9 +74,19 @@ def export_hf(
         config = write_config(model, dmc, dtype=dtype or stored, special_tokens=tokens)
         _write_json(temporary / "config.json", config)
         if not (temporary / GENERATION_CONFIG).is_file():
-            _write_json(temporary / GENERATION_CONFIG, {name: tokens[name] for name in SPECIAL_TOKENS if name in tokens})
+            _write_json(
+                temporary / GENERATION_CONFIG, {name: tokens[name] for name in SPECIAL_TOKENS if name in tokens}
+            )
         if dmc is not None:
             write_modeling_code(temporary)
+
+
+def _stored_dtype(checkpoint: Path) -> torch.dtype:
+    entry = read_metadata(checkpoint / ".metadata").state_dict_metadata.get("embedding.word_embeddings.weight")
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"checkpoint {checkpoint} holds no weights of a language model")
+    return dtype
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ class DMCLlamaConfig(LlamaConfig):
 
     Args:
         dmc: the settings of the retrofit, as DMCConfig.to_dict() gives them; missing ones have DMCConfig's defaults.
-        prefill_chunk_size: a prompt longer than this goes through the layers in pieces of this many tokens.
+        prefill_chunk_tokens: a prompt longer than this goes through the layers in pieces of so many tokens. (Not
+            prefill_chunk_size: generate() would take that for its own.)
         kwargs: LlamaConfig's.
 
     Raises:
@@ -22,11 +23,15 @@ class DMCLlamaConfig(LlamaConfig):
     model_type = "dmc_llama"
     base_model_tp_plan = {}  # noqa: RUF012 (Llama's plan knows no decision weight: never sharded)
 
-    def __init__(self, dmc: dict[str, Any] | None = None, prefill_chunk_size: int = 4096, **kwargs: Any):
+    def __init__(self, dmc: dict[str, Any] | None = None, prefill_chunk_tokens: int = 4096, **kwargs: Any):
         self.dmc = DMCConfig.from_dict(dmc or {}).to_dict()
-        if isinstance(prefill_chunk_size, bool) or not isinstance(prefill_chunk_size, int) or prefill_chunk_size < 1:
-            raise ValueError(f"prefill_chunk_size must be an integer >= 1, got {prefill_chunk_size!r}")
-        self.prefill_chunk_size = prefill_chunk_size
+        if (
+            isinstance(prefill_chunk_tokens, bool)
+            or not isinstance(prefill_chunk_tokens, int)
+            or prefill_chunk_tokens < 1
+        ):
+            raise ValueError(f"prefill_chunk_tokens must be an integer >= 1, got {prefill_chunk_tokens!r}")
+        self.prefill_chunk_tokens = prefill_chunk_tokens
         super().__init__(**kwargs)
         self._refuse_what_is_not_llama()
 

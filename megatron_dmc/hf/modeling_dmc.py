@@ -182,7 +182,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
     ) -> list[Tensor]:
         """The states behind the last layer, in front of them (keep) those before each layer; with a cache in chunks."""
         seq = hidden.shape[1]
-        size = seq if cache is None else self.config.prefill_chunk_size
+        size = seq if cache is None else self.config.prefill_chunk_tokens
         chunks = []
         for start in range(0, seq, size):
             stop = min(start + size, seq)
@@ -267,8 +267,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and cache.get_seq_length() == 0 and not isinstance(cache, DMCCache):
             cache = None  # another kind, still empty
         if cache is None and generation_config.use_cache is not False:
-            cache = DMCCache(self.config)
-        model_kwargs["past_key_values"] = cache
+            model_kwargs["past_key_values"] = DMCCache(self.config)
 
 
 def _packing(attention_mask: Tensor | None, seq: int) -> Packing | None:

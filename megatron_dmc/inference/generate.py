@@ -16,7 +16,7 @@ def forward(loaded: LoadedModel, tokens: Tensor, context: DMCInferenceContext) -
     """Logits [batch, seq, vocabulary] of the next tokens [batch, seq], which enter the cache."""
     tokens = tokens.to(loaded.device)
     # Positions are the cache's: each sequence goes on where it stands.
-    logits = loaded.model(tokens, torch.zeros_like(tokens), None, inference_context=context)
+    logits = loaded.model(tokens, torch.zeros_like(tokens), None, inference_context=context, runtime_gather_output=True)
     context.sequence_len_offset += tokens.shape[1]
     return logits.float()
 

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-# What a pickled Metadata is made of: plain data, and calls (NEWOBJ, REDUCE, BUILD) on the globals below. Not in it: INST
-# and OBJ (older calls), EXT (registered globals), PERSID (callbacks), and buffers from outside the file.
+# What a pickled Metadata is made of: plain data, and calls (NEWOBJ, REDUCE, BUILD) on the globals below. Not in it:
+# INST and OBJ (older calls), EXT (registered globals), PERSID (callbacks), and buffers from outside the file.
 _ALLOWED_OPCODES = frozenset(
     (
         *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
@@ -56,7 +56,7 @@ class _AllowListUnpickler(pickle.Unpickler):
         # compared whole, so that no dotted path leads from an allowed class to something else.
         if (module, name) not in _ALLOWED_GLOBALS:
             raise UnsafeMetadataError(
-                f"asks to load {module}.{name}, which a checkpoint's metadata never needs; it was not loaded"
+                f"asks to load {module}.{name}, which no checkpoint's metadata needs; it was not loaded"
             )
         return super().find_class(module, name)
 
@@ -75,7 +75,7 @@ def read_metadata(path: Path) -> Metadata:
         for opcode, _, _ in pickletools.genops(data):
             if opcode.name not in _ALLOWED_OPCODES:
                 raise UnsafeMetadataError(
-                    f"holds the pickle opcode {opcode.name}, which a checkpoint's metadata never needs; it was not loaded"
+                    f"holds the pickle opcode {opcode.name}, which no checkpoint's metadata needs; it was not loaded"
                 )
         metadata = _AllowListUnpickler(io.BytesIO(data)).load()
     except UnsafeMetadataError:

@@ -131,10 +131,10 @@ class RunStore:
                 "checkpoint.load_base"
             )
 
-    def save_weights(self, name: str, step: int, phase: str, ratio: float | None) -> None:
+    def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:
         self._save(name, model_state(self.model), self._info("weights", step, phase, ratio))
 
-    def save_full(self, step: int, phase: str, ratio: float | None, merge_fraction: float) -> None:
+    def save_full(self, step: int, phase: int, ratio: float | None, merge_fraction: float) -> None:
         """Saves everything a resume needs, then moves ``latest`` to it."""
         name = f"step_{step:08d}"
         state = model_state(self.model, self.metadata)
@@ -147,7 +147,7 @@ class RunStore:
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         save_checkpoint(self.root, name, state, info, self.recipe.data.tokenizer)
 
-    def _info(self, kind: str, step: int, phase: str, ratio: float | None) -> CheckpointInfo:
+    def _info(self, kind: str, step: int, phase: int, ratio: float | None) -> CheckpointInfo:
         return CheckpointInfo(
             kind=kind,
             recipe=self.recipe.to_dict(),

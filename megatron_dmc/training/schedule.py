@@ -33,12 +33,11 @@ class StepPlan:
 
 def plan_step(phases: Sequence[PhaseConfig], dmc: DMCConfig, step: int) -> StepPlan:
     """The plan of the step after ``step`` steps of the run; raises IndexError when the run is over."""
-    for index, phase in enumerate(phases):
-        if step < phase.steps:
-            break
-        step -= phase.steps
-    else:
-        raise IndexError("the run is over")
+    index = 0
+    while step >= phases[index].steps:
+        step -= phases[index].steps
+        index += 1
+    phase = phases[index]
     merging = phase.kind in ("compress", "solidify")
     scale = max(0.0, 1 - step / (FADE_FRACTION * phase.steps)) if phase.kind == "zero_out" else 1.0
     return StepPlan(index, phase, step, merging, _target(phase, dmc, step) if merging else None, scale)

@@ -201,11 +201,11 @@ class Trainer:
                         _report(evaluation, self.step, progress, monitor)
                 for ratio, step in due.items():
                     if step == self.step:
-                        self.store.save_weights(f"cr_{ratio}", self.step, plan.phase.kind, result.ratio(noisy=False))
+                        self.store.save_weights(f"cr_{ratio}", self.step, plan.phase_index, result.ratio(noisy=False))
                 if last:
-                    self.store.save_weights("final", self.step, plan.phase.kind, result.ratio(noisy=False))
+                    self.store.save_weights("final", self.step, plan.phase_index, result.ratio(noisy=False))
                 if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step):
-                    self.store.save_full(self.step, plan.phase.kind, result.ratio(noisy=False), self.merge_fraction)
+                    self.store.save_full(self.step, plan.phase_index, result.ratio(noisy=False), self.merge_fraction)
         return evaluation
 
     def _train_step(self, plan: StepPlan) -> StepResult:

@@ -140,12 +140,12 @@ def test_bad_dmc_settings_are_refused_in_one_line(dmc: dict[str, Any], message: 
 @pytest.mark.parametrize("content", ["", "[1]", "{", b"\xff\xfe", "[" * 100_000])
 def test_a_damaged_file_is_refused(tmp_path: Path, content: str | bytes) -> None:
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(tmp_path)
 
 
 def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="config.json does not exist"):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
         read_config(tmp_path / "nowhere")

@@ -1,0 +1,114 @@
+"""What the benchmarks share: interleaved timing, peak memory in a process of its own, and a results file."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the numbers were measured on."""
+    described = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    if device == "cuda":
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def interleaved_seconds(
+    functions: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every call; each round calls all functions once, so that a busy moment meets all of them.
+
+    One round before the first is not counted.
+    """
+    wait = synchronize or (lambda: None)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for counted in [False] + [True] * rounds:
+        for name, function in functions.items():
+            wait()
+            begin = time.perf_counter()
+            function()
+            wait()
+            if counted:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratio_to(base: str, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median over the rounds of every function's time over the base's in the same round."""
+    return {
+        name: statistics.median(t / b for t, b in zip(times, seconds[base], strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def peak_growth(function: Callable[[], object]) -> int:
+    """Bytes by which the call's peak of resident memory exceeds what was resident before it. Linux.
+
+    Not ru_maxrss: a child process inherits its parent's.
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def in_own_process(script: str, arguments: Sequence[str]) -> str:
+    """The last line that ``script`` prints when it is run with ``arguments``."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(script).name} {' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout.splitlines()[-1]
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows with the same keys as aligned columns; None as a dash."""
+    header = list(rows[0])
+    lines = [header] + [["-" if row[name] is None else _shown(row[name]) for name in header] for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_results(name: str, rows: Sequence[dict[str, Any]], device: str = "cpu", **settings: Any) -> Path:
+    """benchmarks/results/<name>.json with the machine, the settings and the rows."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"machine": machine(device), "settings": settings, "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,193 @@
+"""One run's folder of checkpoints: what each one says it is, which is the newest, and changes that a crash cannot harm.
+
+Nothing here needs torch or more than one process. Below the folder: ``step_*`` (full), ``cr_*`` and ``final`` (weights),
+and ``latest``, a text file with the name of the newest full checkpoint. Names with a leading dot are never checkpoints.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or must not be read. One line: what, where, and why."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """``dmc.json``: what a checkpoint holds.
+
+    Attributes:
+        kind: ``full`` can be resumed; ``weights`` holds the model only.
+        recipe: the run's settings, ``Recipe.to_dict()``.
+        step: optimizer steps taken, over all phases.
+        consumed_samples: samples taken from the training data, over all phases.
+        phase: index into the recipe's phases.
+        compression_ratio: noise-free ratio of the last global batch, None where nothing is compressed yet.
+    """
+
+    kind: Literal["full", "weights"]
+    recipe: dict[str, Any]
+    step: int
+    consumed_samples: int
+    phase: int
+    compression_ratio: float | None = None
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """``dmc.json`` of a checkpoint; raises CheckpointError for anything but a description this version understands."""
+    path = folder / "dmc.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing")
+    values = read_json(path)
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, this version of megatron_dmc reads {FORMAT_VERSION}"
+        )
+    try:
+        info = CheckpointInfo(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a checkpoint's description: {error}") from None
+    if not isinstance(info.recipe, dict) or not isinstance(info.recipe.get("model"), dict):
+        raise CheckpointError(f"{path} holds no recipe of the run that wrote it")
+    if info.kind not in ("full", "weights"):
+        raise CheckpointError(f"{path} has kind {info.kind!r}, it must be full or weights")
+    for field in ("step", "consumed_samples", "phase"):
+        value = getattr(info, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"{path} has {field} {value!r}, it must be an integer >= 0")
+    return info
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; raises CheckpointError for any other."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged: it must hold a JSON object")
+    return values
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Renames a whole checkpoint to its final name. One that already has the name goes only after that."""
+    old = _aside(folder)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        _restore_if_half_replaced(folder)
+        raise
+    flush_to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint that is being replaced waits, between two renames."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _restore_if_half_replaced(folder: Path) -> None:
+    """Undoes a replacement that was killed between its two renames. Several ranks may try at once."""
+    if not folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            _aside(folder).rename(folder)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what a run that was killed left behind; only while no other run writes into ``root``."""
+    for path in root.glob(".*.old"):
+        _restore_if_half_replaced(root / path.name[1 : -len(".old")])
+        shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(".*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def update_latest(root: str | Path, name: str) -> None:
+    """Makes ``root/latest`` name the checkpoint ``name``, in one step; one rank calls this, after the save.
+
+    Raises:
+        CheckpointError: ``root/name`` is not a checkpoint, or the disk is full (``latest`` is then as it was).
+    """
+    root = Path(root)
+    if not (root / name / "dmc.json").is_file():
+        raise CheckpointError(f"{root / 'latest'} cannot name {name!r}: {root / name} is not a whole checkpoint")
+    temporary = root / ".latest.tmp"
+    try:
+        temporary.write_text(name + "\n", encoding="utf-8")
+        flush_to_disk(temporary)
+        temporary.replace(root / "latest")
+        flush_to_disk(root)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {root / 'latest'}: {error.strerror or error}") from error
+
+
+def read_latest(root: str | Path) -> str | None:
+    """The name of the newest full checkpoint below ``root``, None before the first.
+
+    Raises:
+        CheckpointError: ``root/latest`` does not hold the name of a folder.
+    """
+    path = Path(root) / "latest"
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not name or Path(name).name != name or name.startswith("."):
+        raise CheckpointError(f"{path} must hold the name of a checkpoint folder beside it, got {name[:80]!r}")
+    _restore_if_half_replaced(path.parent / name)
+    return name
+
+
+def prune(root: str | Path, keep_last: int) -> list[str]:
+    """Deletes all but the newest ``keep_last`` full checkpoints ``step_*``, and never the one that ``latest`` names.
+
+    Folders that are not whole full checkpoints are left alone. One rank calls this.
+
+    Returns:
+        The names that were deleted.
+    """
+    root = Path(root)
+    latest = read_latest(root)
+    full = sorted(
+        (int(match[1]), path.name)
+        for path in root.glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and _is_whole_and_full(path)
+    )
+    deleted = [name for _, name in full[: max(0, len(full) - keep_last)] if name != latest]
+    for name in deleted:
+        # Renamed first: a half deleted folder must not look like a checkpoint.
+        gone = root / f".{name}.tmp-deleted"
+        shutil.rmtree(gone, ignore_errors=True)
+        (root / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return deleted
+
+
+def _is_whole_and_full(folder: Path) -> bool:
+    try:
+        return read_info(folder).kind == "full"
+    except CheckpointError:
+        return False
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,318 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama3_rotary import LLAMA3
+from megatron.core.models.gpt import GPTModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_hf import export_hf
+from megatron_dmc.convert.weights import Weights
+from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.model.model_config import ModelConfig
+from megatron_dmc.training.arguments import recipe_from_dict
+from megatron_dmc.training.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    check_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_dmc.training.run_state import is_dmc_checkpoint, model_state, set_model_state
+
+TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "GQA": {},
+    "MHA": {"num_key_value_heads": 4},
+    "MQA": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "llama3": {"rope_parameters": LLAMA3},
+    "wide-heads": {"head_dim": 16},
+}
+
+
+@pytest.fixture(params=LLAMAS, ids=list(LLAMAS))
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return LLAMAS[request.param]
+
+
+def load_megatron(checkpoint: Path, dtype: torch.dtype = torch.float32) -> GPTModel:
+    info = check_checkpoint(checkpoint)
+    recipe = recipe_from_dict(info.recipe)
+    network = empty_model(recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None, dtype)
+    set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
+    return network.eval()
+
+
+@torch.no_grad()
+def megatron_logits(network: GPTModel) -> Tensor:
+    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+    return network(TOKENS, positions, None)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    weights = Weights(folder)
+    return {name: weights[name] for name in weights.shapes}
+
+
+def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_both_models_compute_the_same(
+    save_llama: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_llama(**settings)
+    import_hf(folder, tmp_path / "megatron")
+    expected = LlamaForCausalLM.from_pretrained(folder)(TOKENS).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(megatron_logits(load_megatron(tmp_path / "megatron")), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_there_and_back_keeps_every_bit(
+    save_llama: Callable[..., Path], settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = save_llama(**settings, dtype=dtype)
+    import_hf(folder, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_size=20_000)
+    import_hf(tmp_path / "hf", tmp_path / "again")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    assert_identical(tensors(tmp_path / "hf"), tensors(folder))
+    first, second = (dict(load_megatron(tmp_path / name, dtype).named_parameters()) for name in ("megatron", "again"))
+    assert_identical(first, second)
+    assert next(iter(first.values())).dtype == dtype
+    assert check_checkpoint(tmp_path / "megatron") == check_checkpoint(tmp_path / "again")
+
+
+def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    import_hf(folder, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert not list((tmp_path / "hf").glob("*.py"))
+    before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
+    assert torch.equal(before(TOKENS).logits, after(TOKENS).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("one text").input_ids
+    # from the base's generation_config.json, not the tokenizer's <|endoftext|>, which is 0
+    assert before.generation_config.eos_token_id == 2
+    assert after.generation_config.eos_token_id == before.generation_config.eos_token_id
+
+
+def test_end_tokens_come_from_the_tokenizer(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    (folder / "generation_config.json").unlink()
+    import_hf(folder, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "hf" / name).read_text())
+        assert (content["eos_token_id"], content["bos_token_id"]) == (0, 0)
+
+
+def test_a_model_without_a_tokenizer(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    import_hf(folder, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+    LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_export_in_another_dtype(save_llama: Callable[..., Path], dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_llama(dtype=torch.float16)
+    import_hf(folder, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf", dtype=dtype)
+    assert_identical(tensors(tmp_path / "hf"), {name: tensor.to(dtype) for name, tensor in tensors(folder).items()})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
+
+
+def test_what_older_transformers_saved_beside_the_weights(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama(tie_word_embeddings=True)
+    saved = load_file(folder / "model.safetensors")
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": saved["model.embed_tokens.weight"].clone(),
+    }
+    save_file(saved | extra, folder / "model.safetensors")
+    import_hf(folder, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert_identical(tensors(tmp_path / "hf"), saved)
+
+
+def logit_margin(network: GPTModel) -> tuple[float, float]:
+    """Smallest distance of a merge logit from 0, and the share of tokens that merge, over all layers."""
+    logits: list[Tensor] = []
+    layers = dmc_layers(network)
+    for layer in layers:
+        original = layer._decision_logits
+
+        def record(*args: Any, original: Any = original) -> tuple[Tensor, Tensor]:
+            a, b = original(*args)
+            logits.append(a)
+            return a, b
+
+        layer._decision_logits = record  # type: ignore[method-assign]
+    megatron_logits(network)
+    for layer in layers:
+        del layer._decision_logits
+    a = torch.stack(logits)
+    return a.abs().min().item(), (a > 0).float().mean().item()
+
+
+@pytest.fixture
+def dmc_checkpoint(
+    request: pytest.FixtureRequest, save_llama: Callable[..., Path], tokenizer_folder: Path, tmp_path: Path
+) -> Iterator[Path]:
+    """A random model that merges about half of its tokens, saved as a run's last weights."""
+    dmc: DMCConfig = request.param
+    folder = save_llama(seed=3)
+    import_hf(folder, tmp_path / "base")
+    base = load_megatron(tmp_path / "base")
+    model, _ = read_config(folder)
+    network = empty_model(model, dmc, torch.float32).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".decision." in name:
+                parameter.normal_(std=1.0)
+            else:
+                parameter.copy_(base.get_parameter(name))
+    recipe = placeholder_recipe(model, dmc)
+    info = CheckpointInfo("weights", recipe.to_dict(), 7, 7, 0, 2.0)
+    save_checkpoint(tmp_path / "run", "final", model_state([network]), info, tokenizer_folder)
+    yield tmp_path / "run" / "final"
+
+
+DMC = {
+    "projection": DMCConfig(decision_source="projection", decision_bias=0.5),
+    "projection-scaled": DMCConfig(decision_source="projection", decision_bias=0.5, decision_scale=3.0),
+    "projection-window": DMCConfig(decision_source="projection", decision_bias=0.5, window_size=3),
+    "projection-per-layer": DMCConfig(decision_source="projection", decision_bias=0.5, per_layer=True),
+    "neuron": DMCConfig(decision_source="neuron", decision_bias=0.3),
+}
+
+
+@pytest.mark.parametrize("dmc_checkpoint", DMC.values(), ids=DMC, indirect=True)
+def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path: Path) -> None:
+    network = load_megatron(dmc_checkpoint)
+    margin, merged = logit_margin(network)
+    # enough for rounding, and both decisions occur
+    assert margin > 1e-4 and 0.1 < merged < 0.9
+    export_hf(dmc_checkpoint, tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    assert type(exported).__name__ == "DMCLlamaForCausalLM"
+    assert type(exported).__module__.startswith("transformers_modules.")
+    logits = exported(TOKENS).logits
+    torch.testing.assert_close(logits, megatron_logits(network), rtol=0, atol=1e-5)
+    for layer in dmc_layers(network):
+        layer.step = type(layer.step)(merging=False)
+    assert (logits - megatron_logits(network)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "dmc_checkpoint", [DMC["projection"], DMC["neuron"]], ids=["projection", "neuron"], indirect=True
+)
+def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> None:
+    export_hf(dmc_checkpoint, tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "again")
+    first, second = (load_megatron(path) for path in (dmc_checkpoint, tmp_path / "again"))
+    assert_identical(dict(first.named_parameters()), dict(second.named_parameters()))
+    before, after = (recipe_from_dict(check_checkpoint(path).recipe) for path in (dmc_checkpoint, tmp_path / "again"))
+    assert (after.model, after.dmc, after.merges) == (before.model, before.dmc, True)
+    names = set(tensors(tmp_path / "hf"))
+    has_decisions = before.dmc.decision_source == "projection"
+    assert ("model.layers.0.self_attn.decision.weight" in names) == has_decisions
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+def test_an_imported_llama_is_a_base(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    import_hf(save_llama(), tmp_path / "megatron")
+    info = check_checkpoint(tmp_path / "megatron")
+    assert (info.kind, info.step, info.compression_ratio) == ("weights", 0, None)
+    assert not is_dmc_checkpoint(info)
+    assert (tmp_path / "megatron" / "tokenizer" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link"])
+def test_what_exists_is_not_overwritten(save_llama: Callable[..., Path], tmp_path: Path, there: str) -> None:
+    folder, output = save_llama(), tmp_path / "output"
+    if there == "file":
+        output.write_text("mine")
+    elif there == "link":
+        output.symlink_to(tmp_path / "elsewhere")
+    else:
+        output.mkdir()
+        (output / "mine").touch()
+    for convert in (import_hf, export_hf):
+        with pytest.raises(ConfigError, match="output exists"):
+            convert(folder, output)
+    assert output.is_symlink() or (output.read_text() == "mine" if output.is_file() else (output / "mine").exists())
+
+
+def test_an_empty_folder_is_filled(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir()
+    import_hf(save_llama(), tmp_path / "megatron")
+    check_checkpoint(tmp_path / "megatron")
+
+
+def test_a_failed_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="cannot be read as safetensors"):
+        import_hf(folder, tmp_path / "megatron")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_exceeds_the_vocabulary(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size is 100"):
+        import_hf(save_llama(vocab_size=100), tmp_path / "megatron")
+
+
+def test_weights_of_another_size(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"num_hidden_layers": 10**9}, "missing from the weights: model.layers.2"),
+        ({"num_hidden_layers": 1}, "in the weights, but not in the model: model.layers.1"),
+        ({"intermediate_size": 64}, r"gate_proj.weight has shape \[48, 32\], config.json asks for \[64, 32\]"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ConfigError, match=message):
+            import_hf(folder, tmp_path / "megatron")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "megatron"
+    import_hf(save_llama(), checkpoint)
+    data = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut short"):
+        export_hf(checkpoint, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export_hf(tmp_path / "nowhere", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_the_placeholder_recipe_passes_the_checks() -> None:
+    model = ModelConfig(2, 32, 48, 4, 2, 300, 128)
+    for dmc in (None, DMCConfig(decision_source="neuron")):
+        recipe = placeholder_recipe(model, dmc)
+        assert recipe_from_dict(recipe.to_dict()) == recipe
+        assert recipe.merges == (dmc is not None)

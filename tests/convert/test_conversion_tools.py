@@ -1,0 +1,79 @@
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_both_tools(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    done = run("hf_to_megatron.py", folder, tmp_path / "megatron")
+    assert done.returncode == 0, done.stderr
+    done = run(
+        *("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "hf"),
+        *("--dtype", "bfloat16", "--max-shard-size", "20KB"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
+    assert after.dtype == torch.bfloat16
+    for name, parameter in before.named_parameters():
+        assert torch.equal(after.get_parameter(name), parameter.bfloat16()), name
+
+
+def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    done = run("hf_to_megatron.py", tmp_path, tmp_path / "output")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("hf_to_megatron: ") and "mixture-of-experts" in last and "Traceback" not in done.stderr
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("hf_to_megatron.py", [], "hf_to_megatron: nowhere is not a folder"),
+        ("megatron_to_hf.py", [], "megatron_to_hf: checkpoint nowhere does not exist"),
+        ("megatron_to_hf.py", ["--max-shard-size", "5 apples"], "5GB, 300MB"),
+        ("megatron_to_hf.py", ["--max-shard-size", "0"], "5GB, 300MB"),
+        ("megatron_to_hf.py", ["--dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tool: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = runpy.run_path(str(ROOT / "tools" / tool))["main"](["nowhere", "output", *arguments])
+    except SystemExit as error:
+        status = error.code
+    assert status != 0 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20 kb", 20_000), ("300MB", 3 * 10**8), ("7", 7)])
+def test_sizes(text: str, size: int) -> None:
+    assert runpy.run_path(str(ROOT / "tools" / "megatron_to_hf.py"))["size"](text) == size

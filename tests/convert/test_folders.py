@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.folders import copy_tokenizer, new_folder, special_tokens
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with new_folder(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("content")
+        assert folder.parent == target.parent and not target.exists()
+    assert (target / "inner" / "file").read_text() == "content"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["full", "interrupted"]
+)
+def test_nothing_is_left_of_a_failure(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), new_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("half")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(OSError), new_folder(target) as folder:
+        (folder / "file").write_text("new")
+        target.mkdir()
+        (target / "file").write_text("old")
+    assert (target / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_tokens_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
+    assert special_tokens(tmp_path) == {}
+    copy_tokenizer(tokenizer_folder, tmp_path)
+    assert special_tokens(tmp_path) == {"bos_token_id": 0, "eos_token_id": 0}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "bos_token_id": 4, "temperature": 0.6}')
+    assert special_tokens(tmp_path) == {"bos_token_id": 4, "eos_token_id": [5, 6], "pad_token_id": None}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        special_tokens(tmp_path)

@@ -1,0 +1,119 @@
+"""The property that carries the project: training form with binary alpha = prefill = chunked prefill = step-by-step decode
+= the exported Hugging Face model, for every kind of decision."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import SIZES, positions, random_model, tokens
+from torch import Tensor
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.convert.hf_config import write_config
+from megatron_dmc.convert.mapping import to_hugging_face
+from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
+from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.inference.context import DMCInferenceContext
+from megatron_dmc.model.gpt import dmc_layers
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+VARIANTS = {
+    f"{source}-{'exact' if window is None else f'window{window}'}{'-per_layer' if per_layer else ''}": DMCConfig(
+        decision_source=source, window_size=window, per_layer=per_layer, decision_bias=0.5
+    )
+    for source in ("projection", "neuron")
+    for window in (None, 12)
+    for per_layer in (False, True)
+}
+LENGTH = 61
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
+def case(request: pytest.FixtureRequest, one_process: None) -> dict[str, Any]:
+    """A model, a text, and the training form's logits with binary decisions."""
+    dmc = request.param
+    model, ids = random_model(dmc), tokens(2, LENGTH)
+    for layer in dmc_layers(model):
+        layer.statistics.reset()
+    with torch.no_grad():
+        expected = model(ids, positions(ids), None)
+    merged, _, seen = torch.stack([layer.statistics.counts for layer in dmc_layers(model)]).unbind(1)
+    share = (merged / seen).flatten()
+    assert share.min() > 0 and share.max() < 1 and 0.2 < share.mean() < 0.8, "decisions are not mixed"
+    return {"dmc": dmc, "model": model, "ids": ids, "expected": expected}
+
+
+def through_cache(case: dict[str, Any], sizes: list[int]) -> tuple[Tensor, DMCInferenceContext]:
+    """Logits of the text cut into calls of these sizes."""
+    context = DMCInferenceContext(case["dmc"], LENGTH)
+    with torch.no_grad():
+        logits = [
+            case["model"](part, torch.zeros_like(part), None, inference_context=context, runtime_gather_output=True)
+            for part in case["ids"].split(sizes, dim=1)
+        ]
+    return torch.cat(logits, dim=1), context
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[LENGTH], [1] * LENGTH, [17, 1, 30, 1, 1, 11], [40, *[1] * 21]], ids=["prefill", "decode", "chunks", "both"]
+)
+def test_cache_equals_training_form(case: dict[str, Any], sizes: list[int]) -> None:
+    logits, context = through_cache(case, sizes)
+    assert_same(logits, case["expected"])
+    merged = sum(int(layer.statistics.counts[1].sum()) for layer in dmc_layers(case["model"]))
+    assert int(context.slots.sum()) == 2 * LENGTH * SIZES.num_layers * SIZES.num_query_groups - merged
+
+
+def hugging_face(case: dict[str, Any]) -> DMCLlamaForCausalLM:
+    parameters = case["model"].state_dict()
+    weights = dict(to_hugging_face(parameters.__getitem__, SIZES, case["dmc"]))
+    config = write_config(SIZES, case["dmc"], dtype=torch.float32, special_tokens={"pad_token_id": 0})
+    config = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
+    model = DMCLlamaForCausalLM(DMCLlamaConfig(**config)).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def test_hugging_face_forward_equals_training_form(case: dict[str, Any]) -> None:
+    model = hugging_face(case)
+    with torch.no_grad():
+        assert_same(model(case["ids"], use_cache=False).logits, case["expected"])
+        assert_same(model(case["ids"], use_cache=True).logits, case["expected"])
+
+
+def test_hugging_face_padded_equals_unpadded(case: dict[str, Any]) -> None:
+    model, ids = hugging_face(case), case["ids"]
+    padded = torch.cat([torch.zeros(2, 7, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 7, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    for use_cache in (False, True):
+        with torch.no_grad():
+            assert_same(model(padded, attention_mask=mask, use_cache=use_cache).logits[:, 7:], case["expected"])
+
+
+def test_hugging_face_generate_equals_training_form(case: dict[str, Any]) -> None:
+    model = hugging_face(case)
+    made = model.generate(
+        case["ids"][:, :40], max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    ids = made.sequences
+    with torch.no_grad():
+        expected = case["model"](ids, positions(ids), None)[:, 39:-1]
+    assert_same(torch.stack(made.logits, dim=1), expected)
+
+
+def test_fresh_projection_is_its_base_to_the_last_bit() -> None:
+    base = random_model(None)
+    patched = random_model(DMCConfig())
+    with torch.no_grad():
+        for layer in dmc_layers(patched):
+            layer.decision.weight.zero_()
+    missing = patched.load_state_dict(base.state_dict(), strict=False)
+    assert all(".decision." in name for name in missing.missing_keys)
+    ids = tokens(2, 200)
+    with torch.no_grad():
+        assert torch.equal(patched(ids, positions(ids), None), base(ids, positions(ids), None))

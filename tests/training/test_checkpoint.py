@@ -1,0 +1,442 @@
+"""Checkpoints: whole or absent, whatever happens while saving; nothing from a file is run while loading."""
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+from megatron_dmc.training import cpu
+from megatron_dmc.training.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    check_checkpoint,
+    load_checkpoint,
+    prepare_optimizer_for_load,
+    prune,
+    read_latest,
+    restore_adam_steps,
+    save_checkpoint,
+    update_latest,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "kv_channels": None}
+INFO = CheckpointInfo(kind="full", recipe={"model": MODEL}, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
+
+
+def state(value: float = 0.0, rows: int = 4) -> dict[str, Any]:
+    """One tensor of every dtype that training keeps, an object of plain values, and two plain values."""
+    tensors = {
+        "weight": torch.full((rows, 3), value),
+        "half": torch.full((5,), value, dtype=torch.bfloat16),
+        "count": torch.full((2,), int(value), dtype=torch.int64),
+    }
+    model: dict[str, Any] = {
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=0) for name, tensor in tensors.items()
+    }
+    model["object"] = ShardedObject("object", {"gate": value, "ids": [1, 2]}, (1,), (0,), replica_id=0)
+    return {"model": model, "step": int(value), "nested": {"lr": value}}
+
+
+def hidden(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.name.startswith("."))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    cpu.install()
+    join_group(tmp_path_factory.mktemp("group"), 0, 1)
+    yield
+    dist.destroy_process_group()
+
+
+def join_group(folder: Path, rank: int, world_size: int) -> None:
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of one whole checkpoint."""
+    return save_checkpoint(tmp_path, "step_00000003", state(3.0), INFO)
+
+
+def test_roundtrip(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "model.safetensors").write_text("large")
+    folder = save_checkpoint(tmp_path / "run", "step_00000003", state(3.0), INFO, tokenizer)
+    assert check_checkpoint(folder) == INFO
+    assert [path.name for path in (folder / "tokenizer").iterdir()] == ["tokenizer.json"]
+    assert hidden(tmp_path / "run") == []
+    assert str(tmp_path).encode() not in (folder / ".metadata").read_bytes()
+
+    loaded = load_checkpoint(folder, state(), expected_model=MODEL)
+    expected = state(3.0)
+    assert loaded["step"] == 3 and loaded["nested"] == {"lr": 3.0}
+    assert loaded["model"]["object"] == {"gate": 3.0, "ids": [1, 2]}
+    for name in ("weight", "half", "count"):
+        assert torch.equal(loaded["model"][name], expected["model"][name].data)
+        assert loaded["model"][name].dtype == expected["model"][name].dtype
+
+
+def test_overwriting_a_name_replaces_it(saved: Path) -> None:
+    save_checkpoint(saved.parent, saved.name, state(5.0), INFO)
+    assert load_checkpoint(saved, state())["step"] == 5
+    assert hidden(saved.parent) == []
+
+
+def test_a_failed_overwrite_leaves_the_old_one(saved: Path) -> None:
+    broken = state(5.0)
+    broken["nested"]["function"] = time.sleep  # the weights-only loader would refuse it at the next resume
+    with pytest.raises(CheckpointError, match=r"cannot save .*time\.sleep.*plain values and tensors") as raised:
+        save_checkpoint(saved.parent, saved.name, broken, INFO)
+    assert "\n" not in str(raised.value)
+    assert load_checkpoint(saved, state())["step"] == 3
+    assert hidden(saved.parent) == []
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(saved: Path) -> None:
+    update_latest(saved.parent, saved.name)
+    saved.rename(saved.with_name(f".{saved.name}.old"))
+    assert read_latest(saved.parent) == saved.name
+    assert load_checkpoint(saved, state())["step"] == 3
+
+
+def test_latest(saved: Path) -> None:
+    root = saved.parent
+    assert read_latest(root) is None
+    update_latest(root, saved.name)
+    assert read_latest(root) == saved.name
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        update_latest(root, "step_00000009")
+    assert read_latest(root) == saved.name
+    (root / "latest").write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="must hold the name"):
+        read_latest(root)
+
+
+def test_prune_keeps_latest_and_whatever_is_not_a_full_checkpoint(tmp_path: Path) -> None:
+    weights = CheckpointInfo(kind="weights", recipe={"model": MODEL}, step=0, consumed_samples=0, phase=0)
+    for step in (1, 2, 3, 10):
+        save_checkpoint(tmp_path, f"step_{step}", state(), INFO)
+    save_checkpoint(tmp_path, "cr_2", state(), weights)
+    (tmp_path / "step_0").mkdir()
+    update_latest(tmp_path, "step_1")
+    assert prune(tmp_path, keep_last=2) == ["step_2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cr_2",
+        "latest",
+        "step_0",
+        "step_1",
+        "step_10",
+        "step_3",
+    ]
+
+
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"not whole.*{name} is missing"):
+        check_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=rf"not whole.*{name} is missing"):
+        load_checkpoint(saved, state())
+
+
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_named_in_one_line(saved: Path, name: str, kept: float) -> None:
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(CheckpointError, match=name) as raised:
+        check_checkpoint(saved)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"step_7 does not exist"):
+        check_checkpoint(tmp_path / "step_7")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2"),
+        ({"recipe": None}, "no recipe"),
+        ({"kind": "half"}, "kind 'half'"),
+        ({"step": "many"}, "step 'many'"),
+        ({"color": "red"}, "color"),
+    ],
+)
+def test_a_description_of_another_kind_is_refused(saved: Path, change: dict[str, Any], message: str) -> None:
+    values = json.loads((saved / "dmc.json").read_text())
+    (saved / "dmc.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(saved)
+
+
+class Attack:
+    """Runs ``touch FILE`` when it is unpickled freely."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+def attacks_on_metadata(witness: Path) -> dict[str, bytes]:
+    command = f"touch {witness}".encode()
+    dotted = b"torch.distributed.checkpoint.metadata"
+    return {
+        "protocol 0": pickle.dumps(Attack(witness), protocol=0),
+        "protocol 2": pickle.dumps(Attack(witness), protocol=2),
+        "protocol 5": pickle.dumps(Attack(witness), protocol=5),
+        "the INST opcode": b"(S'" + command + b"'\nios\nsystem\n.",
+        "a dotted path from an allowed module": (
+            b"\x80\x04\x8c" + bytes([len(dotted)]) + dotted + b"\x8c\x09os.system\x93\x8c"
+            + bytes([len(command)]) + command + b"\x85R."
+        ),
+        "names fetched from the memo": (
+            b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x940h\x00h\x01\x93\x8c" + bytes([len(command)]) + command + b"\x85R."
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", attacks_on_metadata(Path("unused")))
+def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path, attack: str) -> None:
+    witness = tmp_path / "witness"
+    data = attacks_on_metadata(witness)[attack]
+    with contextlib.suppress(Exception):  # the attack itself works, or the test would say nothing
+        pickle.loads(data)
+    assert witness.exists() or "dotted" in attack
+    witness.unlink(missing_ok=True)
+
+    (saved / ".metadata").write_bytes(data)
+    for refused in (lambda: check_checkpoint(saved), lambda: load_checkpoint(saved, state())):
+        with pytest.raises(CheckpointError, match=r"\.metadata (asks to load|holds the pickle opcode|is damaged)"):
+            refused()
+    assert not witness.exists()
+
+
+def test_metadata_may_not_name_files_elsewhere(saved: Path) -> None:
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = f"../{saved.name}/{place.relative_path}"
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="does not describe"):
+        check_checkpoint(saved)
+
+
+def test_plain_values_that_would_run_code_are_refused(saved: Path, tmp_path: Path) -> None:
+    torch.save({"step": Attack(tmp_path / "witness")}, saved / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt.*posix\.system"):
+        load_checkpoint(saved, state())
+    assert not (tmp_path / "witness").exists()
+
+
+def test_objects_that_would_run_code_are_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # even where the user has weakened torch
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn.startswith("object"))
+    data = bytearray((saved / place.relative_path).read_bytes())
+    torch.save([Attack(tmp_path / "witness")], tmp_path / "object")
+    attack = (tmp_path / "object").read_bytes()
+    place.offset, place.length = len(data), len(attack)
+    (saved / place.relative_path).write_bytes(bytes(data) + attack)
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    check_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=r"cannot load .*posix\.system") as raised:
+        load_checkpoint(saved, state())
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "witness").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_damaged_data_is_one_line(saved: Path) -> None:
+    data = (saved / "__0_0.distcp").read_bytes()
+    (saved / "__0_0.distcp").write_bytes(bytes(len(data)))
+    with pytest.raises(CheckpointError, match="cannot load") as raised:
+        load_checkpoint(saved, state())
+    assert "\n" not in str(raised.value)
+
+
+def test_another_model_is_told_by_its_settings(saved: Path) -> None:
+    expected = {**MODEL, "num_layers": 6, "num_query_groups": 2, "max_position_embeddings": 9}
+    with pytest.raises(CheckpointError, match=r"num_layers is 2 there, 6 here; model\.num_query_groups is 1 there"):
+        load_checkpoint(saved, state(), expected_model=expected)
+    load_checkpoint(saved, state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
+
+
+def test_another_model_is_told_by_its_tensors(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"another model's: weight has shape \[4, 3\] there, \[5, 3\] here"):
+        load_checkpoint(saved, state(rows=5))
+    wanted = state()
+    wanted["model"]["bias"] = ShardedTensor.from_rank_offsets("bias", torch.zeros(2), replica_id=0)
+    with pytest.raises(CheckpointError, match="bias is missing in the checkpoint"):
+        load_checkpoint(saved, wanted)
+
+
+def test_what_may_be_missing_is_left_out(saved: Path) -> None:
+    wanted = state()
+    wanted["model"]["decision"] = ShardedTensor.from_rank_offsets("decision", torch.ones(2), replica_id=0)
+    loaded = load_checkpoint(saved, wanted, may_be_missing=lambda key: key == "decision")
+    assert "decision" not in loaded["model"]
+    assert torch.equal(loaded["model"]["weight"], torch.full((4, 3), 3.0))
+
+
+def test_less_than_everything_can_be_asked_for(saved: Path) -> None:
+    wanted = state()
+    del wanted["model"]["count"], wanted["model"]["object"]
+    assert set(load_checkpoint(saved, wanted)["model"]) == {"weight", "half"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("size", [100_000, 1_040_000, 2_000_000], ids=["fits", "nearly fits", "too large"])
+def test_full_disk(tmp_path: Path, size: int) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        save_checkpoint(disk, "step_1", state(1.0), INFO)
+        update_latest(disk, "step_1")
+        large = state(2.0)
+        large["model"]["large"] = ShardedTensor.from_rank_offsets("large", torch.zeros(size // 4), replica_id=0)
+        if size == 100_000:
+            save_checkpoint(disk, "step_2", large, INFO)
+            return
+        with pytest.raises(
+            CheckpointError, match=r"cannot save .*step_2: .*(needs|needed).*free.* untouched"
+        ) as raised:
+            save_checkpoint(disk, "step_2", large, INFO)
+        assert "\n" not in str(raised.value)
+        assert hidden(disk) == [] and not (disk / "step_2").exists()
+        assert load_checkpoint(disk / str(read_latest(disk)), state())["step"] == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+class Adam:
+    """The part of megatron-core's distributed optimizer that the two helpers touch, over a real torch optimizer."""
+
+    def __init__(self, step_of_group: int) -> None:
+        self.parameter = torch.nn.Parameter(torch.zeros(2))
+        self.optimizer = torch.optim.AdamW([self.parameter])
+        self.optimizer.param_groups[0]["step"] = step_of_group
+
+    def _init_optimizer_states_with_dummy_values(self) -> None:
+        self.parameter.grad = torch.zeros(2)
+        self.optimizer.step()
+
+
+def test_adam_steps_come_from_the_group() -> None:
+    part = Adam(step_of_group=40)
+    prepare_optimizer_for_load(part)
+    assert part.optimizer.state[part.parameter]["step"] == 1
+    restore_adam_steps(part)
+    assert part.optimizer.state[part.parameter]["step"] == 40
+
+
+def start(scenario: str, root: Path, rank: int = 0) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, __file__, scenario, str(root), str(rank)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_kill_while_saving_harms_nothing_and_is_cleaned_up(tmp_path: Path) -> None:
+    process = start("kill", tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, output
+    assert [name for name in hidden(tmp_path) if name.startswith(".step_2.tmp-")], "nothing was being written"
+    assert not (tmp_path / "step_2").exists()
+    assert load_checkpoint(tmp_path / str(read_latest(tmp_path)), state())["step"] == 1
+    save_checkpoint(tmp_path, "step_2", state(2.0), INFO)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.distributed
+def test_two_ranks_save_and_fail_together(tmp_path: Path) -> None:
+    processes = [start("two", tmp_path, rank) for rank in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    lines = [next(line for line in output.splitlines() if line.startswith("ERROR ")) for output in outputs]
+    assert lines[0] == lines[1]
+    assert "File too large" in lines[0] and "step_2" in lines[0]
+    assert hidden(tmp_path) == [] and not (tmp_path / "step_2").exists()
+    # Written by two ranks, read by one.
+    wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(4, 3), replica_id=0)}
+    loaded = load_checkpoint(tmp_path / "step_1", wanted)
+    assert torch.equal(loaded["weight"], torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
+    assert loaded["step"] == 1
+
+
+def kill_while_saving(root: Path) -> None:
+    """Saves step_1, then dies of SIGKILL with step_2 half written."""
+    save_checkpoint(root, "step_1", state(1.0), INFO)
+    update_latest(root, "step_1")
+
+    def kill_when_data_is_there() -> None:
+        while not any(root.glob(".step_2.tmp-*/*.distcp")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    large = state(2.0)
+    large["model"]["large"] = ShardedTensor.from_rank_offsets("large", torch.zeros(16_000_000), replica_id=0)
+    threading.Thread(target=kill_when_data_is_there, daemon=True).start()
+    save_checkpoint(root, "step_2", large, INFO)
+
+
+def save_on_two_ranks(root: Path, rank: int) -> None:
+    """Saves step_1 from both ranks; then rank 1 alone cannot write, and both ranks must say so."""
+
+    def sharded(columns: int, value: float) -> dict[str, Any]:
+        shard = torch.full((2, columns), value)
+        return {"weight": ShardedTensor.from_rank_offsets("weight", shard, (0, rank, 2), replica_id=0), "step": 1}
+
+    folder = save_checkpoint(root, "step_1", sharded(3, 1.0 + rank), INFO)
+    loaded = load_checkpoint(folder, sharded(3, 0.0))
+    assert torch.equal(loaded["weight"], torch.full((2, 3), 1.0 + rank))
+    # Every write of torch's own that is cut short must be told as what it is, not as what it led to.
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_checkpoint(root, "step_2", sharded(50_000, 0.0), INFO)
+    except CheckpointError as error:
+        print("ERROR", error)
+
+
+if __name__ == "__main__":
+    cpu.install()
+    torch.set_num_threads(1)
+    scenario, root, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    group = root.with_name(root.name + "-group")
+    group.mkdir(exist_ok=True)
+    join_group(group, rank, 2 if scenario == "two" else 1)
+    if scenario == "two":
+        save_on_two_ranks(root, rank)
+    else:
+        kill_while_saving(root)
+    dist.destroy_process_group()
