@@ -30,8 +30,8 @@ def inputs(seq: int, heads: int, head_dim: int) -> list[Tensor]:
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
 
 def dense_mask(merge_logits: Tensor) -> Tensor:
@@ -65,10 +65,11 @@ def measure(seq: int, options: argparse.Namespace) -> dict:
     forms = [form for form in FORMS if form != "dense mask" or seq <= options.dense_up_to]
     tensors = inputs(seq, options.heads, options.head_dim)
     steps: dict[str, Callable[[], None]] = {form: functools.partial(step, form, *tensors) for form in forms}
-    seconds = common.interleaved_seconds(steps, options.rounds)
+    seconds = common.interleaved_seconds(steps, options.rounds, options.clock)
     times = common.ratio_to("plain", seconds)
     sizes = {
-        form: int(common.in_own_process(__file__, ["--peak", form, "--seq", str(seq), *_shape(options)])) for form in forms
+        form: int(common.in_own_process(__file__, ["--peak", form, "--seq", str(seq), *_shape(options)]))
+        for form in forms
     }
     row: dict = {"seq": seq, "plain ms": 1000 * sorted(seconds["plain"])[options.rounds // 2]}
     for form in FORMS[1:]:
@@ -78,8 +79,7 @@ def measure(seq: int, options: argparse.Namespace) -> dict:
 
 
 def _shape(options: argparse.Namespace) -> list[str]:
-    shape = ["--heads", str(options.heads), "--head-dim", str(options.head_dim), "--threads", str(options.threads)]
-    return shape
+    return ["--heads", str(options.heads), "--head-dim", str(options.head_dim), "--threads", str(options.threads)]
 
 
 def main() -> None:
@@ -87,8 +87,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    common.add_timing_options(parser)
     parser.add_argument("--dense-up-to", type=int, default=4096, help="longest sequence for the dense form")
     parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -99,7 +98,10 @@ def main() -> None:
     rows = [measure(seq, options) for seq in options.seq]
     print("forward + backward over plain causal attention, float32")
     common.print_table(rows)
-    print("written:", common.write_results("attention", rows, heads=options.heads, head_dim=options.head_dim))
+    print(
+        "written:",
+        common.write_results("attention", rows, clock=options.clock, heads=options.heads, head_dim=options.head_dim),
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, peak memory in a process of its own, and a results file."""
 
+import argparse
 import datetime
 import json
 import os
@@ -8,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,37 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def add_timing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for one thread on a busy machine"
+    )
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def interleaved_seconds(
-    functions: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] | None = None
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: str = "wall",
+    synchronize: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call; each round calls all functions once, so that a busy moment meets all of them.
 
     One round before the first is not counted.
     """
-    wait = synchronize or (lambda: None)
+    now, wait = CLOCKS[clock], synchronize or (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for counted in [False] + [True] * rounds:
         for name, function in functions.items():
             wait()
-            begin = time.perf_counter()
+            begin = now()
             function()
             wait()
             if counted:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(now() - begin)
     return seconds
 
 
@@ -86,7 +101,9 @@ def _resident(name: str) -> int:
 
 def in_own_process(script: str, arguments: Sequence[str]) -> str:
     """The last line that ``script`` prints when it is run with ``arguments``."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    # glibc keeps large freed blocks once it has seen one; with a fixed threshold a freed tensor is gone at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{Path(script).name} {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout.splitlines()[-1]

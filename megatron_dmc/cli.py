@@ -69,25 +69,26 @@ def _retrofit(parsed: argparse.Namespace) -> None:
 
     recipe = load_recipe(parsed.recipe, parsed.overrides)
 
-    from megatron_dmc.training import distributed
+    from megatron_dmc.training.distributed import world
     from megatron_dmc.training.trainer import Trainer
 
-    distributed.initialize(recipe.parallel, recipe.training.seed)
-    try:
+    with world(recipe.parallel):
         Trainer(recipe).run()
-    finally:
-        distributed.finalize()
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
     from megatron_dmc.evaluation.inspect import run
+    from megatron_dmc.training.distributed import world
 
-    run(parsed.checkpoint, parsed.text, parsed.tokens, as_json=parsed.json)
+    with world():
+        run(parsed.checkpoint, parsed.text, parsed.tokens, as_json=parsed.json)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt with the compressed cache and prints the text."""
     from megatron_dmc.inference.generate import run
+    from megatron_dmc.training.distributed import world
 
-    run(parsed.checkpoint, parsed.prompt, parsed.max_new_tokens, parsed.temperature, parsed.seed)
+    with world():
+        run(parsed.checkpoint, parsed.prompt, parsed.max_new_tokens, parsed.temperature, parsed.seed)

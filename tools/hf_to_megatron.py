@@ -2,11 +2,8 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
-
-from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.from_hf import import_hf
-from megatron_dmc.training.checkpoint import CheckpointError
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -21,6 +18,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
     options = parse_arguments(arguments)
+    # megatron-core warns of every optional package that is not there, when it is imported.
+    warnings.simplefilter("ignore")
+    from megatron_dmc.config import ConfigError
+    from megatron_dmc.convert.from_hf import import_hf
+    from megatron_dmc.training.checkpoint import CheckpointError
+
     try:
         import_hf(options.hf_folder, options.output_folder)
     except (ConfigError, CheckpointError, OSError) as error:

@@ -3,13 +3,8 @@
 import argparse
 import re
 import sys
+import warnings
 from collections.abc import Sequence
-
-import torch
-
-from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.to_hf import DEFAULT_SHARD_SIZE, export_hf
-from megatron_dmc.training.checkpoint import CheckpointError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -32,9 +27,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-size",
         type=size,
-        default=DEFAULT_SHARD_SIZE,
+        default="5GB",
         metavar="SIZE",
-        help="of one safetensors file, such as 5GB or 300MB (default: 5GB)",
+        help="of one safetensors file, such as 5GB or 300MB (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
@@ -42,6 +37,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
     options = parse_arguments(arguments)
+    # megatron-core warns of every optional package that is not there, when it is imported.
+    warnings.simplefilter("ignore")
+    import torch
+
+    from megatron_dmc.config import ConfigError
+    from megatron_dmc.convert.to_hf import export_hf
+    from megatron_dmc.training.checkpoint import CheckpointError
+
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
         export_hf(options.checkpoint, options.output_folder, dtype=dtype, max_shard_size=options.max_shard_size)

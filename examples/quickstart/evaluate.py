@@ -121,7 +121,10 @@ def main() -> None:
         show(json.loads(SUMMARY.read_text()), Console(width=120))
         return
     partial = SUMMARY.with_suffix(".partial")
-    partial.write_text(json.dumps(measure(parsed.smoke), indent=1))
+    from megatron_dmc.training.distributed import world
+
+    with world():
+        partial.write_text(json.dumps(measure(parsed.smoke), indent=1))
     partial.replace(SUMMARY)
 
 

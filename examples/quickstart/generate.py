@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the text and the measurements as JSON")
     parsed = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(parsed.folder)
+    tokenizer = AutoTokenizer.from_pretrained(parsed.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(parsed.folder, trust_remote_code=True).eval()
     prompt = tokenizer(parsed.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():

@@ -25,15 +25,13 @@ from megatron_dmc.training.checkpoint import CheckpointError, check_checkpoint, 
 from megatron_dmc.training.checkpoint_metadata import read_metadata
 from megatron_dmc.training.run_state import is_dmc_checkpoint, model_state, set_model_state
 
-DEFAULT_SHARD_SIZE = 5_000_000_000
-
 
 def export_hf(
     checkpoint: str | Path,
     output: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Writes config.json, safetensors, the tokenizer's files and, for a model that merges, its modeling code.
 

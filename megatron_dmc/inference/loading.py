@@ -8,9 +8,9 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.model.gpt import build_model, transformer_config
-from megatron_dmc.training import distributed
-from megatron_dmc.training.arguments import ParallelConfig, Recipe, recipe_from_dict
+from megatron_dmc.training.arguments import Recipe, recipe_from_dict
 from megatron_dmc.training.checkpoint import CheckpointInfo, check_checkpoint
+from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.run_state import is_dmc_checkpoint, load_weights
 from megatron_dmc.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,14 +31,14 @@ class LoadedModel:
 
 
 def load_model(folder: str | Path) -> LoadedModel:
-    """Loads a checkpoint of any layout into this process: bfloat16 on a GPU, float32 on a CPU.
+    """Loads a checkpoint of any layout into this process, bfloat16 on a GPU, float32 on a CPU; inside ``world()``.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint is damaged or of another version.
     """
     info = check_checkpoint(folder)
     recipe = recipe_from_dict(info.recipe)
-    distributed.initialize(ParallelConfig(), recipe.training.seed)
+    seed_weights(recipe.training.seed)
     merges = is_dmc_checkpoint(info)
     on_gpu = torch.cuda.is_available()
     config = transformer_config(recipe.model, bf16=on_gpu)

@@ -456,7 +456,7 @@ def _one_line(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, pickle.UnpicklingError):
         # torch's message is a page of advice on how to load it all the same.
-        named = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) +([\w.]+)", text)
+        named = re.search(r"GLOBAL ([\w.]+)", text)
         return f"it holds {named[1] if named else 'something'}, which is neither a tensor nor a plain value"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

@@ -23,6 +23,7 @@ from megatron_dmc.model.compression_loss import compression_ratio, merge_fractio
 from megatron_dmc.model.gpt import build_model, dmc_layers, transformer_config
 from megatron_dmc.training.arguments import Recipe
 from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
+from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
 from megatron_dmc.training.optimizer import build_optimizer, phase_scheduler, restart_optimizer
 from megatron_dmc.training.progress import TrainingProgress
@@ -74,6 +75,7 @@ class Trainer:
             recipe.total_steps * training.global_batch_size,
             recipe.monitor.eval_samples if recipe.data.valid else 0,
         )
+        seed_weights(training.seed)
         self.model = self._build_model()
         self.optimizer = build_optimizer(recipe, self.model)
         self.config.grad_scale_func = self.optimizer.scale_loss

@@ -25,12 +25,12 @@ def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_both_tools(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama()
     done = run("hf_to_megatron.py", folder, tmp_path / "megatron")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     done = run(
         *("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "hf"),
         *("--dtype", "bfloat16", "--max-shard-size", "20KB"),
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
     before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
     assert after.dtype == torch.bfloat16
@@ -42,8 +42,8 @@ def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
     done = run("hf_to_megatron.py", tmp_path, tmp_path / "output")
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("hf_to_megatron: ") and "mixture-of-experts" in last and "Traceback" not in done.stderr
+    assert done.stderr.startswith("hf_to_megatron: ") and "mixture-of-experts" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
 
 

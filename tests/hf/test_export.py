@@ -45,7 +45,9 @@ print("fine")
 """
 
 
-def test_a_stranger_loads_and_generates(model, left_padded, tmp_path):
+@pytest.mark.parametrize("dmc", [{}, {"decision_source": "neuron", "window_size": 3}], ids=["projection", "neuron"])
+def test_a_stranger_loads_and_generates(make_model, dmc, left_padded, tmp_path):
+    model = make_model(dmc)
     folder, (ids, mask) = tmp_path / "export", left_padded
     model.save_pretrained(folder)
     export.write_modeling_code(folder)
@@ -61,7 +63,7 @@ def test_a_stranger_loads_and_generates(model, left_padded, tmp_path):
             ids, attention_mask=mask, max_new_tokens=12, do_sample=False, num_beams=beams
         )
     torch.save(given, tmp_path / "given.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(folder), str(tmp_path / "given.pt")],

@@ -67,13 +67,16 @@ def test_pieces_are_the_whole(model, prompt):
 @torch.no_grad()
 def test_long_prompts_go_in_chunks(model, left_padded):
     padded, mask = left_padded
-    expected = model(padded, attention_mask=mask).logits
+    step = {"input_ids": padded[:, -1:], "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
+    whole = model(padded, attention_mask=mask)
     model.config.prefill_chunk_tokens = 16
     try:
         chunked = model(padded, attention_mask=mask)
     finally:
         model.config.prefill_chunk_tokens = 4096
-    torch.testing.assert_close(chunked.logits[mask.bool()], expected[mask.bool()], **CLOSE)
+    torch.testing.assert_close(chunked.logits[mask.bool()], whole.logits[mask.bool()], **CLOSE)
+    nexts = [model(**step, past_key_values=out.past_key_values).logits for out in (chunked, whole)]
+    torch.testing.assert_close(*nexts, **CLOSE)
 
 
 @torch.no_grad()

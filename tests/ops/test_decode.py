@@ -156,8 +156,11 @@ def test_bias_channel_never_counts():
 def test_ragged_chunks_leave_no_trace(window_size):
     """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
     batch, seq = 3, 24
-    tokens = make_tokens(batch, 2 * seq + 6, 4, 2, 8, merge=0.85)
-    lengths = torch.tensor([[24, 5, 0], [7, 24, 3]])  # of the two chunks
+    tokens = make_tokens(batch, 3 * seq, 4, 2, 8, merge=0.85)
+    lengths = torch.tensor([[23, 5, 0], [7, 22, 3], [1, 0, 1]])  # of the chunks
+    for row, counts in enumerate(lengths.T):  # chunks begin and end with slots that close
+        for start in counts.cumsum(0).tolist():
+            tokens.alpha[row, start, 0] = False
     cache = LayerCache(window_size)
     taken = torch.zeros(batch, dtype=torch.long)
     rows = torch.arange(batch)[:, None]
@@ -186,7 +189,7 @@ def test_select_reorders_repeats_and_drops(window_size):
     tokens = make_tokens(3, 50, 4, 2, 8)
     cache = LayerCache(window_size)
     through_cache(tokens.cut(0, 30), [20, 10], cache)
-    for sequences in ([2, 0, 0, 1], [3, 1], [1]):
+    for sequences in ([2, 0, 0, 1], [3, 2, 0]):
         cache.select(torch.tensor(sequences))
         tokens = Tokens(*(x[sequences] for x in tokens))
     out = through_cache(tokens.cut(30, 50), [1] * 5 + [10] + [1] * 5, cache)

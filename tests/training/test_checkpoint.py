@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from megatron_dmc.training.checkpoint import (
     update_latest,
 )
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 REPOSITORY = Path(__file__).parents[2]
 MODEL = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "kv_channels": None}
 INFO = CheckpointInfo(kind="full", recipe={"model": MODEL}, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
@@ -54,14 +55,6 @@ def state(value: float = 0.0, rows: int = 4) -> dict[str, Any]:
 
 def hidden(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.name.startswith("."))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    cpu.install()
-    join_group(tmp_path_factory.mktemp("group"), 0, 1)
-    yield
-    dist.destroy_process_group()
 
 
 def join_group(folder: Path, rank: int, world_size: int) -> None:
@@ -214,7 +207,7 @@ def attacks_on_metadata(witness: Path) -> dict[str, bytes]:
             + bytes([len(command)]) + command + b"\x85R."
         ),
         "names fetched from the memo": (
-            b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x940h\x00h\x01\x93\x8c" + bytes([len(command)]) + command + b"\x85R."
+            b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94h\x00h\x01\x93\x8c" + bytes([len(command)]) + command + b"\x85R."
         ),
     }  # fmt: skip
 
@@ -419,7 +412,6 @@ def save_on_two_ranks(root: Path, rank: int) -> None:
     folder = save_checkpoint(root, "step_1", sharded(3, 1.0 + rank), INFO)
     loaded = load_checkpoint(folder, sharded(3, 0.0))
     assert torch.equal(loaded["weight"], torch.full((2, 3), 1.0 + rank))
-    # Every write of torch's own that is cut short must be told as what it is, not as what it led to.
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:

@@ -1,0 +1,58 @@
+"""The GPU check's own logic, on a CPU: it passes what is right and flags what is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_check
+
+    return gpu_check
+
+
+def test_a_wrong_result_is_flagged(gpu_check: ModuleType) -> None:
+    x = torch.linspace(1, 2, 64, dtype=torch.float32)
+
+    def compare(fast_factor: float) -> list[bool]:
+        rows = gpu_check.compare("product", lambda y: fast_factor * y, lambda y: 3 * y, [x], ["y"])
+        return [row["ok"] for row in rows]
+
+    assert compare(3.0) == [True, True]
+    assert compare(3.1) == [False, False]
+    assert compare(float("nan")) == [False, False]
+
+
+def test_a_gradient_that_never_comes_counts_as_zero(gpu_check: ModuleType) -> None:
+    def half(x: Tensor, y: Tensor) -> Tensor:
+        return x + y.detach()
+
+    inputs = [torch.ones(3), torch.ones(3)]
+    rows = gpu_check.compare("sum", half, lambda x, y: x + y, inputs, ["x", "y"])
+    assert [row["ok"] for row in rows] == [True, True, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_without_cuda_it_says_so_in_one_line(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 0
+    assert capsys.readouterr().out == "gpu-check: no CUDA device here, nothing was checked\n"
+
+
+def test_all_checks_pass_at_toy_size_on_a_cpu() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("attention, free channel, soft", "pooling", "step, projection"):
+        assert name in done.stdout

@@ -1,0 +1,66 @@
+"""The injected gradient of the compression loss against autograd through the loss as it is written."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import SIZES, positions, random_model, tokens
+from torch import Tensor
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.model import attention
+from megatron_dmc.model.attention import StepContext
+from megatron_dmc.model.compression_loss import CompressionLoss, count_decisions, merge_fraction_target
+from megatron_dmc.model.gpt import dmc_layers
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+COEFFICIENT, TARGET = 3.0, 4.0
+BATCH, SEQ = 3, 33
+
+
+def gradients(dmc: DMCConfig, alpha_gradient: float, alphas: list[Tensor] | None = None) -> dict[str, Tensor]:
+    """Parameter gradients of the LM loss, plus the injected ones or those of the hinge over ``alphas``."""
+    model, ids = random_model(dmc).train(), tokens(BATCH, SEQ + 1)
+    for layer in dmc_layers(model):
+        layer.step = StepContext(alpha_gradient=alpha_gradient)
+    loss = model(ids[:, :-1], positions(ids[:, :-1]), torch.arange(BATCH) + 7, labels=ids[:, 1:]).mean()
+    if alphas is not None:
+        hard = [(alpha > 0.5).to(alpha.dtype) + alpha - alpha.detach() for alpha in alphas]
+        count = SIZES.num_layers * SIZES.num_query_groups * BATCH * SEQ
+        mean = sum(alpha.sum() for alpha in hard) / count
+        loss = loss + COEFFICIENT * torch.clamp(merge_fraction_target(TARGET) - mean, min=0)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["per_head", "per_layer"])
+@pytest.mark.parametrize("source", ["projection", "neuron"])
+def test_injected_gradient_is_the_hinges(source: Any, per_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dmc = DMCConfig(decision_source=source, per_layer=per_layer, decision_bias=2.0)
+    count = SIZES.num_layers * SIZES.num_query_groups * BATCH * SEQ
+    injected = gradients(dmc, -COEFFICIENT / count)
+
+    alphas: list[Tensor] = []
+
+    class Collect(CompressionLoss):
+        @staticmethod
+        def apply(value: Tensor, alpha: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+            alphas.append(alpha)
+            return value
+
+    monkeypatch.setattr(attention, "CompressionLoss", Collect)
+    written = gradients(dmc, 0.0, alphas)
+    assert len(alphas) == SIZES.num_layers
+    without = gradients(dmc, 0.0)
+    assert injected.keys() == written.keys()
+    for name, gradient in injected.items():
+        torch.testing.assert_close(gradient, written[name], rtol=2e-5, atol=2e-6 * float(written[name].abs().max()))
+    moved = [name for name in injected if not torch.allclose(injected[name], without[name])]
+    assert any(".decision." in name if source == "projection" else "linear_qkv" in name for name in moved)
+
+
+def test_counts_leave_the_first_token_out() -> None:
+    merge = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [2.0, -2.0]]])
+    noise_free = torch.tensor([[[1.0, 1.0], [-1.0, 1.0], [-2.0, -2.0]]])
+    assert count_decisions(merge, noise_free).tolist() == [[2, 0], [0, 1], [3, 3]]

@@ -1,0 +1,241 @@
+"""Whole runs of the trainer at toy size: phases, resume, recomputation, checkpoints, what the commands print."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+
+from megatron_dmc.cli import main
+from megatron_dmc.inference.loading import load_model
+from megatron_dmc.model.attention import DMCSelfAttention
+from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.training.schedule import plan_step
+from megatron_dmc.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+LR = 5e-3
+RETROFIT = [
+    {"kind": "compress", "steps": 6, "lr": LR},
+    {"kind": "solidify", "steps": 3, "lr": LR, "min_lr": LR / 10, "lr_decay_style": "cosine"},
+]
+WITH_ZERO_OUT = [{"kind": "zero_out", "steps": 4, "lr": LR}, *RETROFIT]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_text(folder)
+    return folder
+
+
+def train(recipe: Path, *overrides: str) -> Trainer:
+    trainer = Trainer(load_recipe(recipe, overrides))
+    trainer.run()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model[0].named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("source", "phases", "stops"),
+    [("projection", RETROFIT, [2, 4]), ("neuron", WITH_ZERO_OUT, [3, 1, 4])],
+    ids=["projection", "neuron"],
+)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_resumed_equals_not_stopped(
+    data: Path, tmp_path: Path, source: str, phases: list[dict[str, Any]], stops: list[int], bf16: bool
+) -> None:
+    runs = []
+    for name, exits in (("whole", []), ("stopped", stops)):
+        values = recipe_values(data, tmp_path / name, phases, decision_source=source)
+        values["training"]["bf16"] = bf16
+        recipe = write_recipe(tmp_path / name, values)
+        for steps in exits:
+            train(recipe, f"training.exit_after_steps={steps}")
+        runs.append(weights(train(recipe)))
+    assert_same_tensors(runs[1], runs[0])
+    for tag in ("loss/lm", "compression_ratio/noisy", "train/gradient_norm"):
+        assert scalars(tmp_path / "stopped", tag) == scalars(tmp_path / "whole", tag)
+    assert len(scalars(tmp_path / "whole", "loss/lm")) == sum(phase["steps"] for phase in phases)
+
+
+def test_end_of_zero_out_survives_the_next_step_in_bf16(data: Path, tmp_path: Path) -> None:
+    phases = [{"kind": "zero_out", "steps": 3, "lr": LR}, {"kind": "compress", "steps": 1, "lr": LR}]
+    values = recipe_values(data, tmp_path, phases, decision_source="neuron", decision_bias=5.0)
+    values["training"]["bf16"] = True
+    values["model"]["init_method_std"] = 0.2
+    trainer = train(write_recipe(tmp_path, values), "training.exit_after_steps=3")
+    assert decision_rows(trainer).abs().max() == 0
+    trainer = train(write_recipe(tmp_path, values))
+    # Adam's first step moves a weight by its learning rate; the rows were about 0.2 before they were cleared.
+    assert 0 < decision_rows(trainer).abs().max() < 1.1 * LR
+
+
+def decision_rows(trainer: Trainer) -> torch.Tensor:
+    rows = []
+    for layer in dmc_layers(trainer.model[0]):
+        weight = layer.linear_qkv.weight.view(2, -1, layer.hidden_size_per_attention_head, 32)
+        rows.append(weight[:, :-1, -1].detach().float())
+    return torch.stack(rows)
+
+
+def test_recomputation_changes_nothing(data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for kind in ("none", "selective", "full"):
+        values = recipe_values(data, tmp_path / kind, RETROFIT[:1])
+        values["training"]["recompute"] = kind
+        runs[kind] = weights(train(write_recipe(tmp_path / kind, values)))
+    for kind in ("selective", "full"):
+        assert_same_tensors(runs[kind], runs["none"])
+        # Counted once, although the forward pass ran twice.
+        for tag in ("compression_ratio/noisy", "compression_ratio/noise_free"):
+            assert scalars(tmp_path / kind, tag) == scalars(tmp_path / "none", tag)
+
+
+def test_micro_batches_change_nothing_but_rounding(data: Path, tmp_path: Path) -> None:
+    losses = []
+    for size in (1, 4):
+        values = recipe_values(data, tmp_path / str(size), RETROFIT[:1])
+        values["training"]["micro_batch_size"] = size
+        train(write_recipe(tmp_path / str(size), values))
+        losses.append(scalars(tmp_path / str(size), "loss/lm"))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+
+
+def test_loss_pulls_the_ratio_up_to_its_target(data: Path, tmp_path: Path) -> None:
+    values = recipe_values(data, tmp_path, [{"kind": "compress", "steps": 40, "lr": LR}], target_compression_ratio=2.0)
+    train(write_recipe(tmp_path, values))
+    reached = scalars(tmp_path, "compression_ratio/noise_free")
+    assert reached[1] < 1.2
+    assert reached[40] > 1.9
+    assert scalars(tmp_path, "compression_ratio/target")[40] == 2.0
+
+
+def test_gradient_of_the_loss_and_its_gate(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_recipe(write_recipe(tmp_path, recipe_values(data, tmp_path, RETROFIT))))
+    plan = plan_step(trainer.recipe.phases, trainer.recipe.dmc, 2)
+    micro_batches = trainer._micro_batches(trainer.train_data, 0)
+    # lambda 10 over 2 layers x 2 heads x 33 positions x 4 samples, times the 132 tokens that megatron-core divides by.
+    assert trainer._alpha_gradient(plan, micro_batches) == pytest.approx(-10 / (2 * 2 * 33 * 4) * 132)
+    assert plan.target_compression_ratio is not None
+    trainer.merge_fraction = 1 - 1 / plan.target_compression_ratio
+    assert trainer._alpha_gradient(plan, micro_batches) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a finished retrofit to CR 3, from a pretrained base."""
+    folder = tmp_path_factory.mktemp("finished")
+    base = recipe_values(data, folder / "base", [{"kind": "pretrain", "steps": 3, "lr": LR}])
+    train(write_recipe(folder / "base", base))
+    values = recipe_values(data, folder / "dmc", RETROFIT, target_compression_ratio=3.0)
+    values["checkpoint"]["load_base"] = str(folder / "base" / "checkpoints" / "final")
+    train(write_recipe(folder / "dmc", values))
+    return folder / "dmc" / "checkpoints"
+
+
+def test_checkpoints_of_a_retrofit(finished: Path) -> None:
+    kinds = {path.parent.name: json.loads(path.read_text())["kind"] for path in finished.glob("*/dmc.json")}
+    assert kinds == {"cr_2": "weights", "cr_3": "weights", "final": "weights", "step_00000009": "full"}
+    assert (finished / "latest").read_text().strip() == "step_00000009"
+
+
+def test_base_starts_the_retrofit(finished: Path) -> None:
+    base = load_model(finished.parents[1] / "base" / "checkpoints" / "final")
+    assert not base.merges
+    assert not any(".decision." in name for name, _ in base.model.named_parameters())
+    assert load_model(finished / "final").merges
+
+
+def test_finished_run_does_nothing_again(data: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert main(["retrofit", str(finished.parent / "recipe.yaml")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_inspect_shows_every_layer_and_head(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(finished / "final"), "--tokens", "200", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tokens"] == 200
+    ratios = torch.tensor(report["layer_head_compression_ratio"])
+    assert ratios.shape == (2, 2)
+    assert report["compression_ratio"] == pytest.approx(float(4 / (1 / ratios).sum()))
+    assert main(["inspect", str(finished / "final"), "--tokens", "200"]) == 0
+    assert "head 1" in capsys.readouterr().out
+
+
+def test_generate_continues_the_prompt(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(finished / "final"), "--prompt", "The cat", "--max-new-tokens", "8"]
+    assert main(arguments) == 0
+    greedy = capsys.readouterr().out
+    assert greedy.startswith("The cat")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == greedy
+    assert main([*arguments, "--temperature", "1", "--seed", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dmc.target_compression=4"], "dmc.target_compression"),
+        (["dmc.temperature=warm"], "dmc.temperature"),
+        (["dmc.target_compression_ratio=0.5"], "target_compression_ratio must be >= 1"),
+        (["model.num_query_groups=3"], "must be divisible by model.num_query_groups"),
+        (["model.vocab_size=200"], "vocab"),
+        (["model.num_experts=8"], "model.num_experts"),
+        (["data.sequence_length=512"], "max_position_embeddings"),
+        (["data.train=[/nowhere/text]"], "/nowhere/text"),
+        (["data.tokenizer=/nowhere"], "/nowhere"),
+        (["phases=[]"], "phases is empty"),
+        (["phases.0.kind=zero_out"], "only for dmc.decision_source neuron"),
+        (["training.global_batch_size=3"], "global_batch_size"),
+        (["parallel.tensor_model_parallel_size=4"], "tensor_model_parallel_size"),
+        (["checkpoint.load_base=/nowhere"], "/nowhere"),
+        (["nonsense"], "section.field=value"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_settings_end_in_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_values(data, tmp_path, RETROFIT))
+    assert main(["retrofit", str(recipe), *overrides]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-dmc:")]
+    assert message in line
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("dmc.temperature=0.2", "dmc.temperature"), ("training.global_batch_size=8", "training.global_batch_size")],
+)
+def test_resume_with_other_settings_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert main(["retrofit", str(finished.parent / "recipe.yaml"), override]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_base_of_another_size_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
+    values = recipe_values(data, tmp_path, RETROFIT)
+    values["model"]["num_layers"] = 3
+    values["checkpoint"]["load_base"] = str(finished / "final")
+    assert main(["retrofit", str(write_recipe(tmp_path, values))]) == 1
+
+
+def test_attention_without_sample_numbers_is_refused() -> None:
+    from models import positions, random_model, tokens
+
+    from megatron_dmc.config import DMCConfig
+
+    model, ids = random_model(DMCConfig()).train(), tokens(1, 8)
+    assert any(isinstance(module, DMCSelfAttention) for module in model.modules())
+    with pytest.raises(ValueError, match="global sample indices"):
+        model(ids, positions(ids), None)
