@@ -7,9 +7,10 @@ Needs torch and megatron-core. Without a CUDA device it says so and exits 0; it 
 """
 
 import argparse
+import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import common
@@ -29,7 +30,7 @@ STEP_LOSS_BOUND = 5e-3
 STEP_GRADIENT_FACTOR = 2.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """What is checked at (float64 references are quadratic) and what is timed."""
 
@@ -41,9 +42,11 @@ class Sizes:
     kv_heads: int = 8
     head_dim: int = 128
     step_seq: int = 2048
+    step_layers: int = 4
+    step_hidden: int = 512
 
 
-TOY = Sizes(97, 65, 1, (128,), 4, 2, 16, 64)
+TOY = Sizes(97, 65, 1, (128,), 4, 2, 16, 64, 2, 128)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -121,8 +124,8 @@ def check_attention(sizes: Sizes, device: str) -> list[dict[str, Any]]:
             inputs = attention_inputs(1, sizes.check_seq, sizes, device, hard, free)
             rows += compare(
                 f"attention, {'free channel' if free else 'no free channel'}, {'hard' if hard else 'soft'}",
-                lambda *x, channel=channel: dmc_attention(*x, bias_channel=channel),
-                lambda *x: dmc_attention(*x, backend="naive"),
+                functools.partial(dmc_attention, bias_channel=channel),
+                functools.partial(dmc_attention, backend="naive"),
                 inputs,
                 ("query", "key", "value", "merge_logits"),
                 channel,
@@ -158,22 +161,15 @@ def time_operations(sizes: Sizes, device: str, rounds: int) -> list[dict[str, An
         leaves = [x.requires_grad_() for x in inputs]
         pooled = [x.requires_grad_() for x in pooling_inputs(sizes.timed_batch, seq, sizes, device)]
         grad = torch.randn_like(inputs[0])
-        pooled_grad = [torch.randn_like(pooled[0]) for _ in range(2)]
+        pooled_grads = [torch.randn_like(pooled[0]) for _ in range(2)]
 
-        def plain(leaves: list = leaves, grad: Tensor = grad) -> None:
-            torch.autograd.grad(plain_attention(*leaves[:3]), leaves[:3], grad)
-
-        def attention(channel: int | None, leaves: list = leaves, grad: Tensor = grad) -> None:
-            torch.autograd.grad(dmc_attention(*leaves, bias_channel=channel), leaves, grad)
-
-        def pooling(pooled: list = pooled, grads: list = pooled_grad) -> None:
-            torch.autograd.grad(pool(*pooled), pooled, grads)
-
-        functions: dict[str, Callable[[], None]] = {
-            "plain flash attention": plain,
-            "attention, free channel": lambda run=attention: run(-1),
-            "attention, no free channel": lambda run=attention: run(None),
-            "pooling": pooling,
+        functions: dict[str, Callable[[], object]] = {
+            "plain flash attention": functools.partial(backpropagate, plain_attention, leaves[:3], [grad]),
+            "attention, free channel": functools.partial(
+                backpropagate, functools.partial(dmc_attention, bias_channel=-1), leaves, [grad]
+            ),
+            "attention, no free channel": functools.partial(backpropagate, dmc_attention, leaves, [grad]),
+            "pooling": functools.partial(backpropagate, pool, pooled, pooled_grads),
         }
         seconds = common.interleaved_seconds(functions, rounds, synchronize=synchronize(device))
         for name, ratio in common.ratio_to("plain flash attention", seconds).items():
@@ -181,6 +177,10 @@ def time_operations(sizes: Sizes, device: str, rounds: int) -> list[dict[str, An
                 {"timed": name, "seq": seq, "ms": 1000 * sorted(seconds[name])[rounds // 2], "over plain": ratio}
             )
     return rows
+
+
+def backpropagate(function: Callable[..., Any], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    torch.autograd.grad(function(*leaves), leaves, grads)
 
 
 def synchronize(device: str) -> Callable[[], None] | None:
@@ -203,15 +203,16 @@ def check_step(sizes: Sizes, device: str, rounds: int) -> tuple[list[dict[str, A
     from megatron_dmc.model.gpt import dmc_layers
 
     models.initialize()
-    inputs = models.arguments(models.SIZES, 1, sizes.step_seq, device)
+    model_sizes = dataclasses.replace(models.SIZES, num_layers=sizes.step_layers, hidden_size=sizes.step_hidden)
+    inputs = models.arguments(model_sizes, 1, sizes.step_seq, device)
     rows: list[dict[str, Any]] = []
     fast = {}
     bound: float | None = None
     for name, dmc in {"base": None, **models.DMC_SOURCES}.items():
-        model = models.make_model(models.SIZES, dmc, DTYPE).train()
+        model = models.make_model(model_sizes, dmc, DTYPE).train()
         loss, gradient = step_result(model, inputs, models.training_step)
         # The same bf16 weights, in float64.
-        reference = models.make_model(models.SIZES, dmc, DTYPE).double().train()
+        reference = models.make_model(model_sizes, dmc, DTYPE).double().train()
         for layer in dmc_layers(reference):
             layer.core_attention = ReferenceAttention()
         expected_loss, expected_gradient = step_result(reference, inputs, models.training_step)
@@ -222,7 +223,7 @@ def check_step(sizes: Sizes, device: str, rounds: int) -> tuple[list[dict[str, A
         if dmc is None:
             bound = STEP_GRADIENT_FACTOR * error
         fast[name] = model
-    functions = {name: lambda model=model: models.training_step(model, inputs) for name, model in fast.items()}
+    functions = {name: functools.partial(models.training_step, model, inputs) for name, model in fast.items()}
     seconds = common.interleaved_seconds(functions, rounds, synchronize=synchronize(device))
     times = [
         {

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError
@@ -10,6 +11,8 @@ from megatron_dmc.config import ConfigError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; bad input ends in one line on stderr and exit status 1."""
     parsed = _parser().parse_args(arguments)
+    # megatron-core warns of every optional package that is not there, when it is imported.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     try:
         parsed.run(parsed)
     except KeyboardInterrupt:

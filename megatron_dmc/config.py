@@ -50,6 +50,10 @@ class DMCConfig:
             _at_least(name, getattr(self, name), 0.0)
             if getattr(self, name) == 0.0:
                 raise ConfigError(f"{name} must be > 0, got 0")
+        for name, kind in (("window_size", int), ("seed", int), ("per_layer", bool)):
+            value = getattr(self, name)
+            if type(value) is not kind and not (name == "window_size" and value is None):
+                raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
         if self.window_size is not None and self.window_size < 1:
             raise ConfigError(
                 f"window_size must be null (the exact scan) or >= 1, got {self.window_size}; "

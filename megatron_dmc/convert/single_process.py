@@ -5,13 +5,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.training import cpu
+from megatron_dmc.training.distributed import world
 
 
 @contextlib.contextmanager
@@ -21,23 +20,10 @@ def single_process() -> Iterator[None]:
     Raises:
         ConfigError: the process is one of several.
     """
-    cpu.install()
-    started = not dist.is_initialized()
-    laid_out = not parallel_state.model_parallel_is_initialized()
-    if started:
-        # A store in memory: no port is opened, and the environment does not matter.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with world():
         if dist.get_world_size() != 1:
             raise ConfigError(f"a conversion runs in one process, not in one of {dist.get_world_size()}")
-        if laid_out:
-            parallel_state.initialize_model_parallel()
         yield
-    finally:
-        if laid_out and parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        if started:
-            dist.destroy_process_group()
 
 
 def empty_model(model: ModelConfig, dmc: DMCConfig | None, dtype: torch.dtype) -> GPTModel:

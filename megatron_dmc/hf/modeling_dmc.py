@@ -138,7 +138,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
             input_ids, inputs_embeds: one of them, [batch, seq] or [batch, seq, hidden].
             attention_mask: [batch, seq] or longer (past tokens in front); zero at padding, which may stand anywhere.
             position_ids: may only say what the mask says: a row's real tokens count from 0.
-            past_key_values: a DMCCache (or an empty cache of another kind, which is replaced by one).
+            past_key_values: a DMCCache, or None.
             use_cache: None follows the configuration, except where gradients are recorded: the cache has none.
             output_hidden_states: also return the states in front of every layer and behind the last norm.
 
@@ -151,6 +151,8 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
             raise ValueError("output_attentions=True is not supported: no attention weights are ever stored")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         seq = hidden.shape[1]
+        if seq == 0:
+            raise ValueError("there are no new tokens: the cache already holds everything that was given")
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         cache = self._cache(past_key_values, use_cache)

@@ -73,7 +73,10 @@ __all__ = [
 # metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use.
 _BACKENDS = CheckpointingConfig("torch_dist", 1)
 # A tokenizer is often given as a whole model folder: the weights beside it are not copied.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 # Settings of recipe.model that may differ between the checkpoint and the run: they do not change what the weights mean.
 _FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
 

@@ -1,10 +1,11 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -31,10 +32,18 @@ def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any
     return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
 
-def set_model_state(model_chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
+def set_model_state(
+    model_chunks: Sequence[torch.nn.Module], state: dict[str, Any], may_be_missing: Callable[[str], bool] | None = None
+) -> None:
+    """Puts a loaded state dict into the model; raises RuntimeError if a weight is missing that may not be."""
     chunks = [_without_wrapper(chunk) for chunk in model_chunks]
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
+        part = state["model" if len(chunks) == 1 else f"model{i}"]
+        missing = chunk.load_state_dict(part, strict=may_be_missing is None)
+        if may_be_missing is not None:
+            lost = [name for name in missing.missing_keys if not may_be_missing(name)]
+            if lost or missing.unexpected_keys:
+                raise RuntimeError(f"weights do not fit: missing {lost}, unexpected {missing.unexpected_keys}")
 
 
 def is_dmc_checkpoint(info: CheckpointInfo) -> bool:
@@ -48,17 +57,16 @@ def load_weights(folder: str | Path, model_chunks: Sequence[torch.nn.Module], re
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
-    state = model_state(model_chunks)
-    info = check_checkpoint(folder)
-    initial = {}
-    if not is_dmc_checkpoint(info):
-        for chunk in state.values():
-            initial |= {name: chunk.pop(name) for name in list(chunk) if ".decision." in name}
-    state = load_checkpoint(folder, state, expected_model=recipe.to_dict()["model"])
-    for chunk, part in zip(model_chunks, state.values(), strict=True):
-        missing = _without_wrapper(chunk).load_state_dict(part, strict=not initial)
-        if missing is not None and any(".decision." not in name for name in missing.missing_keys):
-            raise ConfigError(f"checkpoint {folder} lacks {', '.join(missing.missing_keys)}")
+    is_base = not is_dmc_checkpoint(check_checkpoint(folder))
+    may_be_missing = _is_decision if is_base else None
+    state = load_checkpoint(
+        folder, model_state(model_chunks), expected_model=recipe.to_dict()["model"], may_be_missing=may_be_missing
+    )
+    set_model_state(model_chunks, state, may_be_missing)
+
+
+def _is_decision(name: str) -> bool:
+    return ".decision." in name
 
 
 def _without_wrapper(chunk: torch.nn.Module) -> Any:
@@ -141,8 +149,9 @@ class RunStore:
         state["optimizer"] = self.optimizer.sharded_state_dict(state, metadata=self.metadata)
         state["merge_fraction"] = merge_fraction
         self._save(name, state, self._info("full", step, phase, ratio))
-        update_latest(self.root, name)
-        prune(self.root, self.recipe.checkpoint.keep_last)
+        if dist.get_rank() == 0:
+            update_latest(self.root, name)
+            prune(self.root, self.recipe.checkpoint.keep_last)
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         save_checkpoint(self.root, name, state, info, self.recipe.data.tokenizer)

@@ -158,6 +158,8 @@ def test_refusals(projection_model, prompt):
         for message, arguments in refused.items():
             with pytest.raises(ValueError, match=message):
                 projection_model(prompt, **arguments)
+        with pytest.raises(ValueError, match="no new tokens"):
+            projection_model(prompt[:, :0])
         cache = projection_model(prompt).past_key_values
         with pytest.raises(ValueError, match="holds 3 sequences, got 2"):
             projection_model(prompt[:2], past_key_values=cache)
