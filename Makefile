@@ -26,7 +26,7 @@ DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
 	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
-	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...)"
+	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
@@ -53,10 +53,11 @@ test: setup transformers-floor
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
-	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	@set -e; for name in attention pooling retrofit_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py

@@ -1,14 +1,15 @@
 """The compressed cache of a whole megatron-core model, handed through it as its inference context."""
 
+from types import SimpleNamespace
+
 import torch
-from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.decode import LayerCache
 
 
-class DMCInferenceContext(BaseInferenceContext):
+class DMCInferenceContext:
     """Give it to ``GPTModel.forward(..., inference_context=...)``: prefill, later chunks and single steps are the same call.
 
     Args:
@@ -17,17 +18,22 @@ class DMCInferenceContext(BaseInferenceContext):
     """
 
     def __init__(self, dmc: DMCConfig, max_sequence_length: int) -> None:
-        super().__init__(materialize_only_last_token_logits=False)
         self.dmc = dmc
         self.max_sequence_length = max_sequence_length
         self.layers: dict[int, LayerCache] = {}
         # How many of the next call's tokens are real in each sequence, [batch]; None: all.
         self.lengths: Tensor | None = None
+        # What megatron-core asks of a context; its base class changed between 0.16 and 0.17, these names did not.
         self.sequence_len_offset = 0
+        self.materialize_only_last_token_logits = False
+        self.config = SimpleNamespace(materialize_only_last_token_logits=False)
 
     def is_static_batching(self) -> bool:
         """megatron-core's other kind has a paged cache of its own."""
         return True
+
+    def is_dynamic_batching(self) -> bool:
+        return False
 
     def is_decode_only(self) -> bool:
         """Chunks and steps take the same path."""

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -46,16 +45,7 @@ class DMCCoreAttention(MegatronModule):
     """Causal attention on rotated [batch, seq, heads, head_dim]: plain, or over slot states when there are merge logits."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-        dmc: DMCConfig | None = None,
+        self, config: TransformerConfig, *, softmax_scale: float | None = None, dmc: DMCConfig | None = None, **_: Any
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
@@ -66,9 +56,13 @@ class DMCCoreAttention(MegatronModule):
             return dmc_attention(
                 query, key, value, merge_logits, softmax_scale=self.softmax_scale, bias_channel=self.bias_channel
             )
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[2] != key.shape[2]
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
         )
         return out.transpose(1, 2)
 
@@ -88,20 +82,12 @@ class DMCSelfAttention(SelfAttention):
         self,
         config: TransformerConfig,
         submodules: SelfAttentionSubmodules,
-        layer_number: int,
-        attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        *,
         dmc: DMCConfig | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            config=config,
-            submodules=submodules,
-            layer_number=layer_number,
-            attn_mask_type=attn_mask_type,
-            cp_comm_type=cp_comm_type,
-            pg_collection=pg_collection,
-        )
+        # The other settings are megatron-core's business; their number grows from version to version.
+        super().__init__(config, submodules, **settings)
         self.dmc = dmc
         self.step = StepContext()
         self.statistics = DecisionStatistics()
@@ -122,7 +108,7 @@ class DMCSelfAttention(SelfAttention):
                 tp_group=self.pg_collection.tp,
             )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,

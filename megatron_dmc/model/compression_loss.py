@@ -21,6 +21,12 @@ class DecisionStatistics:
     def add(self, counts: Tensor) -> None:
         self.counts = counts.clone() if self.counts is None else self.counts + counts
 
+    def total(self) -> Tensor:
+        """The counts; raises RuntimeError if nothing was counted."""
+        if self.counts is None:
+            raise RuntimeError("no decisions were counted since the last reset")
+        return self.counts
+
     def reset(self) -> None:
         self.counts = None
 

@@ -1,10 +1,12 @@
 """Sizes of the Llama-like decoder, whole-model numbers under megatron-core's names."""
 
 from dataclasses import dataclass
-
-from omegaconf import MISSING
+from typing import Any
 
 from megatron_dmc.config import ConfigError
+
+# OmegaConf's marker of a value that must be given; this module is also used where OmegaConf is not installed.
+MISSING: Any = "???"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -156,7 +156,7 @@ class RunStore:
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         save_checkpoint(self.root, name, state, info, self.recipe.data.tokenizer)
 
-    def _info(self, kind: str, step: int, phase: int, ratio: float | None) -> CheckpointInfo:
+    def _info(self, kind: Literal["full", "weights"], step: int, phase: int, ratio: float | None) -> CheckpointInfo:
         return CheckpointInfo(
             kind=kind,
             recipe=self.recipe.to_dict(),

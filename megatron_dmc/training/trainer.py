@@ -98,11 +98,11 @@ class Trainer:
 
     def _build_model(self) -> list[torch.nn.Module]:
         recipe, training, parallel = self.recipe, self.recipe.training, self.recipe.parallel
-        recomputation: dict[str, Any] = {
+        kinds: dict[str, dict[str, Any]] = {
             "none": {},
             "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
             "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        }[training.recompute]
+        }
         stages = parallel.virtual_pipeline_model_parallel_size
         self.config = transformer_config(
             recipe.model,
@@ -115,7 +115,7 @@ class Trainer:
             # The default peer-to-peer flags give wrong losses on gloo with interleaved stages.
             overlap_p2p_comm=stages is not None,
             batch_p2p_comm=stages is None,
-            **recomputation,
+            **kinds[training.recompute],
         )
         use_engine = {"auto": None, "local": False, "transformer_engine": True}[training.transformer_impl]
         chunks: list[torch.nn.Module] = []

@@ -60,7 +60,9 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [[LENGTH], [1] * LENGTH, [17, 1, 30, 1, 1, 11], [40, *[1] * 21]], ids=["prefill", "decode", "chunks", "both"]
+    "sizes",
+    [[LENGTH], [1] * LENGTH, [17, 1, 30, 1, 1, 11], [40, *[1] * 21]],
+    ids=["prefill", "decode", "chunks", "both"],
 )
 def test_cache_equals_training_form(case: dict[str, Any], sizes: list[int]) -> None:
     logits, context = through_cache(case, sizes)

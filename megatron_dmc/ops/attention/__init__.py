@@ -3,7 +3,6 @@
 import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention import naive
@@ -95,19 +94,18 @@ def dmc_attention(
     if backend == "naive":
         out, lse = naive.dmc_attention(query, key, value, merge_logits, scale, document_starts)
     elif backend in ("auto", "torch"):
-        tensors = (query, key, value, merge_logits)
 
         def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             return DiagonalAttention.apply(*tensors, scale, bias_channel)
 
-        if document_starts is None or not _crosses(document_starts):
-            out, lse = attend(*tensors)
+        if document_starts is None or not bool(document_starts[:, 1:].any()):
+            out, lse = attend(query, key, value, merge_logits)
         else:
-            out, lse = attend_documents(attend, document_starts, tensors)
+            starts = document_starts.clone()
+            starts[:, 0] = True
+            # The ignored first logits must not leak out of the padding behind a document, where its first token stands in.
+            merge_logits = merge_logits.masked_fill(starts[..., None], float("-inf"))
+            out, lse = attend_documents(attend, starts, (query, key, value, merge_logits))
     else:
         raise ValueError(f"backend must be auto, torch or naive, got {backend!r}")
     return (out, lse) if return_lse else out
-
-
-def _crosses(document_starts: Tensor) -> bool:
-    return bool(torch.any(document_starts[:, 1:]))

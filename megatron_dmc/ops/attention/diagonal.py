@@ -84,7 +84,9 @@ class DiagonalAttention(torch.autograd.Function):
         own += F.logsigmoid(following)[..., None]
         probability = torch.exp(own - _per_group(joined, kv_heads))
         # p_i (dout_i . v_i - dout_i . out_i)
-        d_score = (grouped_grad * (value[..., None, :] - _per_group(out, kv_heads))).sum(-1, dtype=joined.dtype)
+        difference = value[..., None, :] - _per_group(out, kv_heads)
+        d_score = difference.mul_(grouped_grad).sum(-1, dtype=joined.dtype)
+        del difference
         d_score *= probability
         scaled = (softmax_scale * d_score).to(query.dtype)[..., None]
         probability = probability.to(query.dtype)[..., None]
@@ -97,7 +99,7 @@ class DiagonalAttention(torch.autograd.Function):
             d_key += torch.einsum("bskgo,bskgd->bskd", scaled, grouped_query)
         _per_group(d_query, kv_heads).addcmul_(scaled, key[..., None, :])
 
-        alpha = torch.sigmoid(following)
-        d_following = d_score.sum(-1) * (1 - alpha) - d_bias * alpha
+        # 1 - alpha as a sigmoid of its own: the difference has no digits left where alpha is near 1.
+        d_following = d_score.sum(-1) * torch.sigmoid(-following) - d_bias * torch.sigmoid(following)
         d_logits = F.pad(d_following[:, :-1], (0, 0, 1, 0)).to(merge_logits.dtype)
         return d_query, d_key, d_value, d_logits, None, None

@@ -16,16 +16,14 @@ def attend_documents(
 
     Args:
         attend: maps tensors [documents, length, ...] to (out, lse) of the same leading sizes.
-        document_starts: bool [batch, seq].
+        document_starts: bool [batch, seq], true at every row's first token.
         tensors: each [batch, seq, ...].
 
     Returns:
         out, lse: [batch, seq, ...].
     """
     batch, seq = document_starts.shape
-    starts = document_starts.clone()
-    starts[:, 0] = True
-    begin = starts.flatten().nonzero()[:, 0]
+    begin = document_starts.flatten().nonzero()[:, 0]
     length = torch.diff(begin, append=begin.new_tensor([batch * seq]))
     bucket = torch.ceil(torch.log2(length.double())).long()
     flat = [x.flatten(0, 1) for x in tensors]

@@ -6,6 +6,7 @@ is added for the occasion.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ def flash_backward(
         attn_mask=_mask(query, key_bias),
         scale=softmax_scale,
     )
-    return _split_bias(*(g.transpose(1, 2) for g in grads), channel, head_dim, 1.0)
+    return _split_bias([g.transpose(1, 2) for g in grads], channel, head_dim, 1.0)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -105,7 +106,8 @@ def _mask(query: Tensor, key_bias: Tensor | None) -> Tensor | None:
     if key_bias is None:
         return None
     group = query.shape[2] // key_bias.shape[2]
-    return key_bias.to(query.dtype).repeat_interleave(group, dim=2).transpose(1, 2)[:, :, None].contiguous()
+    key_bias = key_bias.to(torch.promote_types(query.dtype, torch.float32))
+    return key_bias.repeat_interleave(group, dim=2).transpose(1, 2)[:, :, None].contiguous()
 
 
 def _with_channel(x: Tensor, channel: int, content: float | Tensor) -> Tensor:
@@ -114,10 +116,9 @@ def _with_channel(x: Tensor, channel: int, content: float | Tensor) -> Tensor:
     return x
 
 
-def _split_bias(
-    query: Tensor, key: Tensor, value: Tensor, channel: int | None, head_dim: int, factor: float
-) -> Gradients:
+def _split_bias(grads: Sequence[Tensor], channel: int | None, head_dim: int, factor: float) -> Gradients:
     """Takes the bias' gradient out of its channel. ``factor`` is scale times what the query holds there, inverted."""
+    query, key, value = grads
     if channel is None:
         return Gradients(query, key, value, None)
     grad_bias = key[..., channel].float() * factor if key.dtype != torch.float64 else key[..., channel] * factor
@@ -210,4 +211,4 @@ def _cuda_backward(
         no_dropout,
         scale=softmax_scale,
     )
-    return _split_bias(*grads, channel, head_dim, 1 / (softmax_scale * carrier))
+    return _split_bias(grads, channel, head_dim, 1 / (softmax_scale * carrier))

@@ -34,5 +34,7 @@ def logistic_noise(
     Returns:
         float32 [batch, seq, kv_heads] on sample_index's device, within ±16.7.
     """
-    form = {"auto": philox, "torch": philox, "naive": naive}[backend]
+    if backend not in ("auto", "torch", "naive"):
+        raise ValueError(f"backend must be auto, torch or naive, got {backend!r}")
+    form = naive if backend == "naive" else philox
     return form.logistic_noise(seed, sample_index, layer, kv_heads, positions)

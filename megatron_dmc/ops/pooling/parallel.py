@@ -49,7 +49,7 @@ class Pool(torch.autograd.Function):
         )
         keep = alpha_rows * previous_weight / weight
         inputs = torch.cat([_rows(key) * share[..., None], _rows(value) * share[..., None]], dim=-1)
-        mean = None if initial is None else torch.where(before > 0, initial / before, 0)
+        mean = None if initial is None or before is None else torch.where(before > 0, initial / before, 0)
         pooled = linear_scan(keep, inputs, mean)
         last = pooled[:, -1] * weight[:, -1:]
         pooled = _unrows(pooled.to(key.dtype), key.shape[2])
@@ -96,13 +96,15 @@ def pool_window(key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window
     tokens = torch.cat([key, value], dim=-1).to(wide)
     alpha, omega = alpha.to(wide), omega.to(wide)
     decay = torch.ones_like(alpha)
-    numerator, slot_weight = omega[..., None] * tokens, omega
+    weights = [omega]
     for offset in range(1, min(window_size, key.shape[1])):
         decay = decay * _delayed(alpha, offset - 1)
-        weight = decay * _delayed(omega, offset)
-        numerator = numerator + weight[..., None] * _delayed(tokens, offset)
-        slot_weight = slot_weight + weight
-    pooled_key, pooled_value = (numerator / slot_weight[..., None]).to(key.dtype).split(key.shape[-1], dim=-1)
+        weights.append(decay * _delayed(omega, offset))
+    slot_weight = torch.stack(weights).sum(0)
+    pooled = torch.zeros_like(tokens)
+    for offset, weight in enumerate(weights):
+        pooled = pooled + (weight / slot_weight)[..., None] * _delayed(tokens, offset)
+    pooled_key, pooled_value = pooled.to(key.dtype).split(key.shape[-1], dim=-1)
     return pooled_key, pooled_value
 
 

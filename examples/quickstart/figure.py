@@ -1,0 +1,68 @@
+"""Draws the quickstart's summary.json: what compression costs, and what it saves, head by head."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+
+def draw(summary: dict[str, Any]) -> Figure:
+    """Loss over the control against the ratio, bytes held at 2048 tokens, and the main model's ratio per head."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, held, heads = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    control = summary["control"]["loss_per_byte"]
+    sources = sorted({row["decision_source"] for row in summary["dmc"]}, reverse=True)
+    for source in sources:
+        rows = [row for row in summary["dmc"] if row["decision_source"] == source]
+        ratios = [1.0] + [row["compression_ratio"] for row in rows]
+        over = [0.0] + [row["loss_per_byte"] - control for row in rows]
+        loss.plot(ratios, over, "o-", label=source)
+        loss_ratios = [row["compression_ratio_of_cache"] for row in rows]
+        held.plot(loss_ratios, [row["cache_bytes"] / 1024 for row in rows], "o", label=source)
+    loss.set_xlabel("compression ratio (tokens per slot)")
+    loss.set_ylabel("nats per byte over the control")
+    loss.set_title("what it costs, held-out text")
+    loss.legend()
+    loss.grid(alpha=0.3)
+
+    plain = summary["dmc"][0]["plain_cache_bytes"] / 1024
+    ratio = np.linspace(1, max(row["compression_ratio_of_cache"] for row in summary["dmc"]), 50)
+    held.plot(ratio, plain / ratio, color="gray", linewidth=1, label="plain / ratio")
+    held.axhline(plain, color="gray", linestyle="--", label="plain cache")
+    held.set_xlabel("compression ratio of the text")
+    held.set_ylabel("KiB held after 2048 tokens")
+    held.set_ylim(0)
+    held.set_title("what it saves")
+    held.legend()
+    held.grid(alpha=0.3)
+
+    main = next(row for row in reversed(summary["dmc"]) if row["decision_source"] == sources[0])
+    table = np.asarray(main["layer_head_compression_ratio"])
+    image = heads.imshow(table, norm=LogNorm(1, max(table.max(), 2)), aspect="auto", cmap="viridis")
+    for (layer, head), value in np.ndenumerate(table):
+        heads.text(head, layer, f"{value:.1f}", ha="center", va="center", color="white")
+    heads.set_xticks(range(table.shape[1]))
+    heads.set_yticks(range(table.shape[0]))
+    heads.set_xlabel("KV head")
+    heads.set_ylabel("layer")
+    heads.set_title(f"ratio of every head ({sources[0]})")
+    figure.colorbar(image, ax=heads)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("summary", type=Path)
+    parser.add_argument("image", type=Path)
+    parsed = parser.parse_args()
+    draw(json.loads(parsed.summary.read_text())).savefig(parsed.image, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

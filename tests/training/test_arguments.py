@@ -1,0 +1,83 @@
+"""Recipes: the examples are valid, overrides are typed, targets and checkpoints follow the phases."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.training.arguments import PhaseConfig, load_recipe, recipe_from_dict
+from megatron_dmc.training.schedule import integer_ratios, plan_step
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PHASES = [
+    PhaseConfig(kind="zero_out", steps=10),
+    PhaseConfig(kind="compress", steps=30),
+    PhaseConfig(kind="solidify", steps=5),
+]
+NEURON = DMCConfig(decision_source="neuron", target_compression_ratio=4.0)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_examples_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+
+
+def test_overrides_reach_lists_and_keep_their_types() -> None:
+    path = EXAMPLES / "quickstart" / "recipe.yaml"
+    recipe = load_recipe(path, ["phases.1.steps=7", "dmc.window_size=12", "training.micro_batch_size=2"])
+    assert recipe.phases[1].steps == 7
+    assert recipe.dmc.window_size == 12
+    assert recipe.training.micro_batch_size == 2
+
+
+def test_damaged_recipes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for content in ("model: [", "just text", "- a list", "\x00"):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="recipe"):
+            load_recipe(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_recipe(tmp_path / "other.yaml")
+
+
+def test_plan_of_every_phase() -> None:
+    plans = [plan_step(PHASES, NEURON, step) for step in range(45)]
+    assert [plan.phase_index for plan in plans] == [0] * 10 + [1] * 30 + [2] * 5
+    scales = [plan.channel_scale for plan in plans[:10]]
+    assert scales[0] == 1 and scales[4] == pytest.approx(0.5) and scales[8:] == [0, 0]
+    targets = [plan.target_compression_ratio for plan in plans]
+    assert targets[:10] == [None] * 10
+    assert targets[10] == pytest.approx(1.1) and targets[24] == pytest.approx(2.5)
+    assert targets[39:] == [4.0] * 6
+    assert [plan.merging for plan in plans] == [False] * 10 + [True] * 35
+    with pytest.raises(IndexError):
+        plan_step(PHASES, NEURON, 45)
+
+
+def test_integer_ratios_are_due_when_the_target_passes_them() -> None:
+    assert integer_ratios(PHASES, NEURON) == {2: 20, 3: 30, 4: 40}
+    later = [PhaseConfig(kind="compress", steps=10, start_compression_ratio=3.0)]
+    assert integer_ratios(later, NEURON) == {4: 10}
+    assert integer_ratios([PhaseConfig(kind="solidify", steps=10)], NEURON) == {}
+    flat = [PhaseConfig(kind="compress", steps=10, start_compression_ratio=4.0)]
+    assert integer_ratios(flat, NEURON) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"window_size": 0}, "window_size"),
+        ({"window_size": "12"}, "window_size must be of type int"),
+        ({"per_layer": "yes"}, "per_layer must be of type bool"),
+        ({"decision_source": "channel"}, "decision_source must be one of neuron, projection"),
+        ({"loss_coefficient": float("nan")}, "loss_coefficient must be a finite number"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_bad_dmc_settings_name_field_value_and_remedy(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DMCConfig.from_dict(settings)
+    with pytest.raises(ConfigError, match="unknown DMC setting compression"):
+        DMCConfig.from_dict({"compression": 4})
