@@ -25,13 +25,15 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(parsed.folder, trust_remote_code=True).eval()
     prompt = tokenizer(parsed.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        model.generate(prompt, max_new_tokens=2, do_sample=False)  # the first call pays for imports and allocations
+        model.generate(prompt, max_new_tokens=2)  # the first call pays for imports and allocations
+        torch.manual_seed(0)
         began = time.perf_counter()
         made = model.generate(
             prompt,
             min_new_tokens=parsed.new_tokens,
             max_new_tokens=parsed.new_tokens,
-            do_sample=False,
+            do_sample=True,
+            temperature=0.7,
             return_dict_in_generate=True,
         )
         seconds = time.perf_counter() - began

@@ -179,7 +179,7 @@ def _dmc(config: dict[str, Any]) -> DMCConfig:
         raise ConfigError(f"dmc must be an object with the DMC settings, got {values!r}")
     try:
         return DMCConfig.from_dict(values)
-    except TypeError as error:
+    except (ConfigError, TypeError) as error:
         raise ConfigError(f"dmc: {error}") from None
 
 

@@ -79,7 +79,7 @@ class CheckpointConfig:
 class MonitorConfig:
     tensorboard: str | None = None
     log_interval: int = 10
-    heatmap_interval: int = 100
+    heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step; 0: none
     eval_interval: int = 0  # 0: only at the end
     eval_samples: int = 32
     progress_bar: bool = True
@@ -180,6 +180,13 @@ def check_recipe(recipe: Recipe) -> None:
         for name, value in vars(config).items():
             if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
                 raise ConfigError(f"{section}.{name} must be >= 1, got {value}")
+    for name, smallest in (("log_interval", 1), ("heatmap_interval", 0), ("eval_interval", 0), ("eval_samples", 0)):
+        if getattr(recipe.monitor, name) < smallest:
+            raise ConfigError(f"monitor.{name} must be >= {smallest}, got {getattr(recipe.monitor, name)}")
+    if not recipe.data.train:
+        raise ConfigError("data.train is empty; name at least one dataset (the path without .bin and .idx)")
+    if not 0 <= recipe.data.seed < 2**32:
+        raise ConfigError(f"data.seed must be in [0, 2^32), got {recipe.data.seed}")
     if recipe.data.sequence_length < 2:
         raise ConfigError(f"data.sequence_length must be >= 2, got {recipe.data.sequence_length}")
     if recipe.data.sequence_length > model.max_position_embeddings:

@@ -72,7 +72,8 @@ class Monitor:
         kv_heads: of one layer, over all ranks.
         first_step: the first step this process will write. Points from there on, left by an earlier process that got
             further than its last checkpoint, are dropped; so a resume doubles nothing. 0 drops all earlier points.
-        heatmap_interval: steps between two layer x head images; 0 for none.
+        heatmap_interval: steps between two layer x head images; one that is due waits for the next logged step. 0 for
+            none.
 
     Raises:
         ConfigError: ``log_dir`` cannot be written.
@@ -84,6 +85,7 @@ class Monitor:
         self._layers = layers
         self._kv_heads = kv_heads
         self._heatmap_interval = heatmap_interval
+        self._last_step = max(first_step - 1, 0)
         self._phase: str | None = None
         self._failed = False
         try:
@@ -123,11 +125,13 @@ class Monitor:
         if record.phase != self._phase:
             self._phase = record.phase
             self._guard(lambda: self._writer.add_text("train/phase", record.phase, record.step))
-        if ratio is not None and self._heatmap_interval and record.step % self._heatmap_interval == 0:
+        interval = self._heatmap_interval
+        if ratio is not None and interval and record.step // interval > self._last_step // interval:
             image = render_heatmap(ratio, record.step, record.target_compression_ratio)
             self._guard(
                 lambda: self._writer.add_image("compression_ratio/layer_head", image, record.step, dataformats="HWC")
             )
+        self._last_step = record.step
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes held-out results as ``evaluation/<name>``; ``lm_loss`` (nats per token) joins the loss's chart."""

@@ -73,7 +73,7 @@ class Trainer:
             recipe.data,
             tokenizer,
             recipe.total_steps * training.global_batch_size,
-            recipe.monitor.eval_samples if recipe.data.valid else 0,
+            max(recipe.monitor.eval_samples, training.global_batch_size) if recipe.data.valid else 0,
         )
         seed_weights(training.seed)
         self.model = self._build_model()

@@ -81,3 +81,18 @@ def test_bad_dmc_settings_name_field_value_and_remedy(settings: dict[str, object
         DMCConfig.from_dict(settings)
     with pytest.raises(ConfigError, match="unknown DMC setting compression"):
         DMCConfig.from_dict({"compression": 4})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=[]", "data.train is empty"),
+        ("data.seed=4294967296", r"data.seed must be in \[0, 2\^32\), got 4294967296"),
+        ("monitor.log_interval=0", "monitor.log_interval must be >= 1, got 0"),
+        ("monitor.heatmap_interval=-1", "monitor.heatmap_interval must be >= 0, got -1"),
+        ("monitor.eval_samples=-1", "monitor.eval_samples must be >= 0, got -1"),
+    ],
+)
+def test_bad_settings_name_field_and_value(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(EXAMPLES / "quickstart" / "recipe.yaml", [override])

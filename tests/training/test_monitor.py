@@ -117,6 +117,13 @@ def test_heatmap_is_written_at_its_interval(tmp_path):
     assert picture.size == (images[0].width, images[0].height) and min(picture.size) > 200
 
 
+def test_heatmap_waits_for_a_logged_step(tmp_path):
+    with Monitor(tmp_path, LAYERS, KV_HEADS, heatmap_interval=25) as monitor:
+        for step in range(10, 110, 10):
+            monitor.log_step(record(step))
+    assert [image.step for image in read(tmp_path).Images("compression_ratio/layer_head")] == [30, 50, 80, 100]
+
+
 @pytest.mark.parametrize(("layers", "kv_heads"), [(1, 1), (4, 2), (32, 8), (80, 8), (40, 40)])
 def test_heatmap_draws_every_shape(layers, kv_heads):
     ratio = np.full((layers, kv_heads), 2.0)

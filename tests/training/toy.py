@@ -16,7 +16,7 @@ TEXT = [f"Document {i}. " + "The cat sat on the mat; the dog ran to the log. " *
 def write_text(folder: Path) -> None:
     tokenizer = train_tokenizer(TEXT, 300, folder / "tokenizer")
     for name, documents in (("train", TEXT[:50]), ("valid", TEXT[50:])):
-        build_indexed_dataset(documents, tokenizer, str(folder / name), progress=False)
+        build_indexed_dataset(documents, tokenizer, str(folder / name))
 
 
 def recipe_values(data: Path, run: Path, phases: list[dict[str, Any]], **dmc: Any) -> dict[str, Any]:

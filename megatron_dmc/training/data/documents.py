@@ -1,0 +1,140 @@
+"""Reading documents: from folders, text files and .jsonl files, or Python's own standard library."""
+
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_dmc.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What a folder scan takes for text. JSON, CSV and the like are data: name them as .jsonl with a "text" field.
+TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
+JSON_LINES_SUFFIX = ".jsonl"
+_SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
+_TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
+
+
+class NotTextError(ConfigError):
+    """A file that is not UTF-8 text. The message names the file and the line."""
+
+
+def iter_documents(path: str | Path) -> Iterator[str]:
+    """The documents of a folder, a text file (one document) or a ``.jsonl`` file (one object with "text" per line).
+
+    A folder is read recursively in sorted order: files ending in .md, .py, .rst, .txt and .jsonl. Hidden files and
+    folders, ``__pycache__``, ``site-packages`` and ``dist-packages`` are left out. Files there that are not UTF-8 text
+    are skipped with one warning that counts them; empty documents are skipped silently.
+
+    Raises:
+        ConfigError: (while iterating) a path that is missing, unreadable, of an unknown kind or without any text; a
+            file named directly that is not UTF-8; a ``.jsonl`` line that is not an object with "text". The message
+            names the file, and the line where there is one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        documents = _read_files(_text_files(path), skip_undecodable=True)
+    elif not path.exists():
+        raise ConfigError(f"data {path} does not exist; name a folder, a text file or a .jsonl file")
+    elif not path.is_file() or path.suffix.lower() not in (*TEXT_SUFFIXES, JSON_LINES_SUFFIX):
+        raise ConfigError(
+            f"data {path} is neither a folder nor a text file ({', '.join(TEXT_SUFFIXES)}) nor a .jsonl file; "
+            "rename or convert it"
+        )
+    else:
+        documents = _read_files([path], skip_undecodable=False)
+    first = next(documents, None)
+    if first is None:
+        raise ConfigError(f"data {path} holds no text; name a folder, a text file or a .jsonl file that does")
+    yield first
+    yield from documents
+
+
+def standard_library_documents() -> Iterator[str]:
+    """The sources of this Python's own standard library, without tests, in a fixed order: text on every machine.
+
+    Raises:
+        ConfigError: where the interpreter comes without them.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [
+        file
+        for file in (_text_files(folder, _SKIPPED_FOLDERS | _TEST_FOLDERS) if folder.is_dir() else [])
+        # what the build wrote down about its machine is no source
+        if file.suffix == ".py" and not file.name.startswith("_sysconfigdata")
+    ]
+    if not files:
+        raise ConfigError(f"no standard library sources below {folder}; name a folder, a text file or a .jsonl file")
+    yield from _read_files(files, skip_undecodable=True)
+
+
+def _text_files(folder: Path, skipped: frozenset[str] = _SKIPPED_FOLDERS) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise ConfigError(f"data folder {error.filename} cannot be read: {error.strerror}")
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
+        files += [
+            Path(parent, name)
+            for name in sorted(names)
+            if not name.startswith(".") and name.lower().endswith((*TEXT_SUFFIXES, JSON_LINES_SUFFIX))
+        ]
+    # a named pipe would never end
+    return [file for file in files if file.is_file()]
+
+
+def _read_files(files: Iterable[Path], *, skip_undecodable: bool) -> Iterator[str]:
+    skipped: list[Path] = []
+    for file in files:
+        try:
+            if file.suffix.lower() != JSON_LINES_SUFFIX:
+                documents: Iterable[str] = ["".join(line for _, line in _lines(file))]
+            else:
+                # A file is taken whole or not at all, so it is decoded once before its first document is used.
+                for _ in _lines(file) if skip_undecodable else ():
+                    pass
+                documents = _read_json_lines(file)
+        except NotTextError:
+            if not skip_undecodable:
+                raise
+            skipped.append(file)
+            continue
+        yield from (document for document in documents if document.strip())
+    if skipped:
+        logger.warning("skipped %d file(s) that are not UTF-8 text, the first is %s", len(skipped), skipped[0])
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered from 1, each with its line end; a byte order mark at the start of the file is left out."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if b"\x00" in line:
+                    raise NotTextError(f"{path}:{number} holds a NUL byte; it is no text file")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise NotTextError(f"{path}:{number} is not UTF-8 ({error.reason}); convert the file") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}:{number} is not JSON: {error}") from None
+        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError(f'{path}:{number} is not an object with a string "text"; every line must be')
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{path}:{number} holds half a surrogate pair, which is no character") from None
+        yield text

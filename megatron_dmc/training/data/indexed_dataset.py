@@ -1,0 +1,166 @@
+"""Reading and checking an indexed dataset: ``prefix.bin``, ``prefix.idx`` and ``prefix.json``. Unpickles nothing."""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.training.tokenizer import Tokenizer
+
+# The .idx file: magic, version, type code, number of sequences, number of document boundaries; then int32 lengths,
+# int64 byte offsets and int64 document boundaries (megatron-core's indexed_dataset.py).
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+
+
+@dataclass(frozen=True)
+class DatasetCounts:
+    """What ``prefix.json`` remembers about an indexed dataset.
+
+    Attributes:
+        documents: their number.
+        tokens: all of them, one end-of-document token per document included.
+        bytes: UTF-8 bytes of the text.
+        vocabulary: digest of the tokenizer's vocabulary.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    vocabulary: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Turns nats per token into nats per byte."""
+        return self.bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """A checked ``prefix.idx``: number of documents and tokens, the tokens' type, and a digest of the whole index."""
+
+    documents: int
+    tokens: int
+    dtype: type[numpy.integer]
+    sequence_lengths: numpy.ndarray
+    digest: str
+
+
+def read_index(prefix: str) -> DatasetIndex:
+    """Reads and checks ``prefix.idx`` against itself and against the size of ``prefix.bin``.
+
+    Raises:
+        ConfigError: one line: which file is missing, truncated, damaged, or not the other's.
+    """
+    index_path, data_path = Path(prefix + ".idx"), Path(prefix + ".bin")
+    for path in (index_path, data_path):
+        if not path.is_file():
+            raise ConfigError(
+                f"dataset {prefix} has no {path.name}; give the path without .bin and .idx, or build the dataset with "
+                "tools/preprocess_data.py"
+            )
+    try:
+        content = index_path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{index_path} cannot be read: {error.strerror or error}") from None
+
+    def damaged(why: str) -> ConfigError:
+        return ConfigError(f"{index_path} {why}; build the dataset again")
+
+    if len(content) < _INDEX_HEADER.size:
+        raise damaged(f"is truncated: {len(content)} bytes, the header alone has {_INDEX_HEADER.size}")
+    magic, version, code, sequences, boundaries = _INDEX_HEADER.unpack_from(content)
+    if magic != _INDEX_MAGIC or version != 1:
+        raise damaged("is not an index of megatron-core")
+    if code not in [dtype.value for dtype in DType] or not numpy.issubdtype(DType.dtype_from_code(code), numpy.integer):
+        raise damaged(f"names type code {code}, which is no integer type")
+    expected = _INDEX_HEADER.size + 12 * sequences + 8 * boundaries
+    if len(content) != expected:
+        raise damaged(f"has {len(content)} bytes where its header promises {expected}")
+    dtype = DType.dtype_from_code(code)
+    lengths = numpy.frombuffer(content, numpy.int32, sequences, _INDEX_HEADER.size)
+    pointers = numpy.frombuffer(content, numpy.int64, sequences, _INDEX_HEADER.size + 4 * sequences)
+    documents = numpy.frombuffer(content, numpy.int64, boundaries, _INDEX_HEADER.size + 12 * sequences)
+    ends = numpy.cumsum(lengths, dtype=numpy.int64)
+    item_size = DType.size(dtype)
+    if (
+        boundaries < 2
+        or not sequences
+        or lengths.min() < 0
+        or not numpy.array_equal(pointers, (ends - lengths) * item_size)
+        or documents[0] != 0
+        or documents[-1] != sequences
+        or (numpy.diff(documents) < 0).any()
+    ):
+        raise damaged("is damaged: its lengths, offsets and document boundaries contradict one another")
+    tokens = int(ends[-1])
+    if data_path.stat().st_size != tokens * item_size:
+        raise ConfigError(
+            f"{data_path} has {data_path.stat().st_size} bytes where {index_path.name} promises {tokens * item_size}; "
+            "build the dataset again"
+        )
+    return DatasetIndex(boundaries - 1, tokens, dtype, lengths, hashlib.sha256(content).hexdigest())
+
+
+def read_counts(prefix: str, index: DatasetIndex) -> DatasetCounts | None:
+    """``prefix.json``, or None where another tool built the dataset and wrote none.
+
+    Raises:
+        ConfigError: for a file that is damaged or counts another dataset.
+    """
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        counts = DatasetCounts(**{field.name: values[field.name] for field in fields(DatasetCounts)})
+        matches = counts.bytes > 0 and (counts.documents, counts.tokens) == (index.documents, index.tokens)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        matches = False
+    if not matches:
+        raise ConfigError(f"{path} does not describe {prefix}.idx; build the dataset again, or remove {path.name}")
+    return counts
+
+
+def token_stream(prefix: str, index: DatasetIndex) -> numpy.ndarray:
+    """All tokens of a dataset in order, [tokens], mapped from ``prefix.bin`` (read-only, of the index's type)."""
+    return numpy.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
+
+
+def check_dataset(prefix: str, tokenizer: Tokenizer, sequence_length: int) -> DatasetIndex:
+    """Checks a dataset's files, that it has one full sample, and that it was written by this tokenizer.
+
+    Where ``prefix.json`` is missing all tokens are scanned for ids that the tokenizer does not have.
+
+    Raises:
+        ConfigError: one line: which file, what is wrong, what to do.
+    """
+    index = read_index(prefix)
+    # a sample's labels are its tokens moved by one
+    if index.tokens < sequence_length + 1:
+        raise ConfigError(
+            f"dataset {prefix} has {index.tokens} tokens, too few for one sample of data.sequence_length "
+            f"{sequence_length} (+ 1); shorten it or add text"
+        )
+    counts = read_counts(prefix, index)
+    if counts is None:
+        _check_tokens(prefix, token_stream(prefix, index), tokenizer)
+    elif counts.vocabulary != tokenizer.vocabulary_digest:
+        raise ConfigError(
+            f"dataset {prefix} was built with another tokenizer than {tokenizer.folder}; build it again with this one"
+        )
+    return index
+
+
+def _check_tokens(prefix: str, stream: numpy.ndarray, tokenizer: Tokenizer) -> None:
+    for token in (int(stream.min()), int(stream.max())):
+        if not 0 <= token < tokenizer.vocab_size:
+            raise ConfigError(
+                f"dataset {prefix} holds token {token}, but the tokenizer {tokenizer.folder} has ids 0 to "
+                f"{tokenizer.vocab_size - 1}; build the dataset with this tokenizer"
+            )

@@ -1,0 +1,118 @@
+"""A run's samples.
+
+Sample ``i`` of a run is always ``dataset[i]``: a function of the files, the seed, the sequence length and the run's
+total number of samples. A run resumes from its number of consumed samples and nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_dmc.training.arguments import DataConfig
+from megatron_dmc.training.data.index_cache import index_cache, using_cache
+from megatron_dmc.training.data.indexed_dataset import DatasetIndex, check_dataset
+from megatron_dmc.training.tokenizer import Tokenizer
+
+
+class SampleDataset(Protocol):
+    """What :func:`global_batch` reads: GPTDataset, BlendedDataset and HeldoutWindows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, idx: int) -> dict[str, Any]: ...
+
+
+def build_datasets(
+    data: DataConfig, tokenizer: Tokenizer, train_samples: int, valid_samples: int
+) -> tuple[SampleDataset, SampleDataset | None]:
+    """The run's samples: a GPTDataset, or a BlendedDataset of several in proportion to their tokens.
+
+    torch.distributed must be initialized, and every rank must call: rank 0 writes the indices to ``data.cache``, which
+    all ranks must see, and the others read them. Documents are packed one after another; positions and attention run
+    on across their ends.
+
+    Args:
+        train_samples: of the whole run; text is repeated (and shuffled anew) as often as needed. The order of samples
+            depends on this number: resume with the same.
+        valid_samples: at least this many, if ``data.valid`` names a dataset; 0 for none.
+
+    Returns:
+        (training samples, validation samples or None), each with at least the asked number.
+
+    Raises:
+        ConfigError: for anything :func:`check_dataset` finds, before anything is built, and a cache folder that cannot
+            be written.
+    """
+    train = [(prefix, check_dataset(prefix, tokenizer, data.sequence_length)) for prefix in data.train]
+    valid = [(prefix, check_dataset(prefix, tokenizer, data.sequence_length)) for prefix in data.valid]
+    return (
+        _build_split(Split.train, train, train_samples, data, tokenizer),
+        _build_split(Split.valid, valid, valid_samples, data, tokenizer) if valid and valid_samples else None,
+    )
+
+
+def global_batch(dataset: SampleDataset, samples: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The samples with these GLOBAL indices, stacked; b of them, each s tokens long.
+
+    Returns:
+        int64 ``tokens``, ``labels``, ``position_ids`` [b, s], float32 ``loss_mask`` [b, s], int64 ``sample_index`` [b].
+
+    Raises:
+        IndexError: for an index outside the dataset.
+    """
+    for sample in samples:
+        if not 0 <= sample < len(dataset):
+            raise IndexError(f"sample {sample} is outside the dataset's {len(dataset)} samples")
+    rows = [dataset[sample] for sample in samples]
+    batch = {
+        name: torch.stack([row[name] for row in rows]) for name in ("tokens", "labels", "loss_mask", "position_ids")
+    }
+    return {**batch, "sample_index": torch.tensor(samples, dtype=torch.int64)}
+
+
+def _build_split(
+    split: Split, parts: list[tuple[str, DatasetIndex]], samples: int, data: DataConfig, tokenizer: Tokenizer
+) -> SampleDataset:
+    indices = [index for _, index in parts]
+    total = sum(index.tokens for index in indices)
+    weights = [index.tokens / total for index in indices]
+    # A blend may take a sample more of a part than its share: megatron-core's margin, a share alone, is too small.
+    sizes = [samples] if len(parts) == 1 else [int(samples * weight * 1.005) + 2 for weight in weights]
+    datasets = []
+    for (prefix, index), size in zip(parts, sizes, strict=True):
+        config = _dataset_config(data, tokenizer, index_cache(data.cache, [index]), split, prefix)
+        per_split = [size if one is split else 0 for one in Split]
+        with using_cache(data.cache):
+            builder = BlendedMegatronDatasetBuilder(GPTDataset, per_split, _on_every_rank, config)
+            datasets.append(builder.build()[split.value])
+    if len(datasets) == 1:
+        return datasets[0]
+    config = replace(config, path_to_cache=index_cache(data.cache, indices))
+    with using_cache(data.cache):
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(
+            BlendedDataset, _on_every_rank, True, datasets, weights, samples, config
+        )
+
+
+def _on_every_rank() -> bool:
+    return True
+
+
+def _dataset_config(data: DataConfig, tokenizer: Tokenizer, cache: str, split: Split, prefix: str) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=data.sequence_length,
+        blend_per_split=[([prefix], None) if one is split else None for one in Split],
+        path_to_cache=cache,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )

@@ -1,0 +1,94 @@
+"""tools/preprocess_data.py, mostly called in this process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from texts import TEXTS, full_disk
+
+from megatron_dmc.training.data.indexed_dataset import read_index
+from megatron_dmc.training.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "preprocess_data.py"
+
+
+def load_tool() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("preprocess_data", TOOL)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+preprocess_data = load_tool()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def test_trains_a_tokenizer_and_splits(tmp_path, text, capsys):
+    prefix = str(tmp_path / "out" / "data")
+    arguments = ["--input", text, "--input", text, "--train-tokenizer", "300", "--output", prefix]
+    assert preprocess_data.main([*arguments, "--valid-fraction", "0.2"]) == 0
+    tokenizer = load_tokenizer(f"{prefix}_tokenizer")
+    assert tokenizer.vocab_size == 300
+    train, valid = read_index(f"{prefix}_train"), read_index(f"{prefix}_valid")
+    assert train.documents + valid.documents == 2 * len(TEXTS) and valid.documents >= 2
+    assert f"data_train: {train.documents} documents, {train.tokens} tokens" in capsys.readouterr().out
+
+
+def test_refuses_to_overwrite(tmp_path, text, tokenizer, capsys):
+    prefix = str(tmp_path / "data")
+    arguments = ["--input", text, "--tokenizer", str(tokenizer.folder), "--output", prefix]
+    assert preprocess_data.main(arguments) == 0
+    first = Path(prefix + ".bin").read_bytes()
+    Path(text).write_text('{"text": "other"}')
+    assert preprocess_data.main(arguments) == 1
+    assert "data.bin exists; choose another --output or add --overwrite" in capsys.readouterr().err
+    assert Path(prefix + ".bin").read_bytes() == first
+    assert preprocess_data.main([*arguments, "--overwrite"]) == 0
+    assert read_index(prefix).documents == 1
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"--input": "missing.txt"}, "missing.txt does not exist"),
+        ({"--tokenizer": "missing"}, "missing is not a folder"),
+        ({"--valid-fraction": "1.5"}, "must be in [0, 1)"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, text, tokenizer, capsys, changed, message):
+    options = {"--input": text, "--tokenizer": str(tokenizer.folder), "--output": str(tmp_path / "data")} | changed
+    before = sorted(os.listdir(tmp_path))
+    assert preprocess_data.main([word for pair in options.items() for word in pair]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_full_disk(tmp_path, tokenizer, capsys):
+    large = tmp_path / "large.jsonl"
+    large.write_text('{"text": "many short documents"}\n' * 1000)
+    arguments = ["--input", str(large), "--tokenizer", str(tokenizer.folder), "--output", str(tmp_path / "data")]
+    with full_disk(4096):
+        assert preprocess_data.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("preprocess_data: cannot write the dataset") and error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["large.jsonl"]
+
+
+def test_help_needs_no_package():
+    command = [sys.executable, "-S", str(TOOL), "--help"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--valid-fraction" in done.stdout, done.stderr
