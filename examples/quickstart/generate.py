@@ -6,6 +6,7 @@ import sys
 import time
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = '''def read_lines(path):
@@ -21,6 +22,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the text and the measurements as JSON")
     parsed = parser.parse_args()
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(parsed.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(parsed.folder, trust_remote_code=True).eval()
     prompt = tokenizer(parsed.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--data", help="a folder, .txt or .jsonl; by default the sources of Python's standard library")
     parser.add_argument("--smoke", action="store_true", help="everything at toy size")
     parsed = parser.parse_args()
+    # megatron-core warns of every optional package that is not there, when it is imported.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_dmc.config import ConfigError
 
     folder = REPOSITORY / "runs" / ("quickstart-smoke" if parsed.smoke else "quickstart")
