@@ -1,5 +1,6 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +68,13 @@ def load_weights(folder: str | Path, model_chunks: Sequence[torch.nn.Module], re
 
 def _is_decision(name: str) -> bool:
     return ".decision." in name
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError if checkpoints could not be written; called before anything is built, and makes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"checkpoint.directory {folder} cannot be written ({existing} is no folder to write in)")
 
 
 def _without_wrapper(chunk: torch.nn.Module) -> Any:

@@ -27,7 +27,7 @@ from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
 from megatron_dmc.training.optimizer import build_optimizer, phase_scheduler, restart_optimizer
 from megatron_dmc.training.progress import TrainingProgress
-from megatron_dmc.training.run_state import RunStore
+from megatron_dmc.training.run_state import RunStore, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
 
@@ -65,6 +65,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        check_writable(Path(recipe.checkpoint.directory))
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         self._check_batch()

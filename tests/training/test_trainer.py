@@ -198,6 +198,7 @@ def test_generate_continues_the_prompt(finished: Path, capsys: pytest.CaptureFix
         (["training.global_batch_size=3"], "global_batch_size"),
         (["parallel.tensor_model_parallel_size=4"], "tensor_model_parallel_size"),
         (["checkpoint.load_base=/nowhere"], "/nowhere"),
+        (["checkpoint.directory=/proc/version/checkpoints"], "checkpoint.directory"),
         (["nonsense"], "section.field=value"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
