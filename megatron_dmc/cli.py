@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _retrofit(parsed: argparse.Namespace) -> None:
-    """Runs a recipe on the processes that torchrun or srun started, or on this one alone."""
+    """Runs a recipe on the processes that torchrun started, or on this one alone."""
     from megatron_dmc.training.arguments import load_recipe
 
     recipe = load_recipe(parsed.recipe, parsed.overrides)

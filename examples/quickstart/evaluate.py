@@ -90,7 +90,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in ("base", "control"):
         row = summary[name]
-        table.add_row(name, "", "1.00", *_losses(row, control), "")
+        plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB (computed)"
+        table.add_row(name, "", "1.00", *_losses(row, control), plain)
     for row in summary["dmc"]:
         table.add_row(
             f"DMC {row['decision_source']}",
@@ -123,10 +124,15 @@ def main() -> None:
         show(json.loads(SUMMARY.read_text()), Console(width=120))
         return
     partial = SUMMARY.with_suffix(".partial")
+    from megatron_dmc.config import ConfigError
+    from megatron_dmc.training.checkpoint import CheckpointError
     from megatron_dmc.training.distributed import world
 
-    with world():
-        partial.write_text(json.dumps(measure(parsed.smoke), indent=1))
+    try:
+        with world():
+            partial.write_text(json.dumps(measure(parsed.smoke), indent=1))
+    except (ConfigError, CheckpointError, OSError) as error:
+        sys.exit(f"quickstart: {error}")
     partial.replace(SUMMARY)
 
 

@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("summary", type=Path)
     parser.add_argument("image", type=Path)
     parsed = parser.parse_args()
-    draw(json.loads(parsed.summary.read_text())).savefig(parsed.image, dpi=110)
+    partial = parsed.image.with_suffix(".partial.png")
+    draw(json.loads(parsed.summary.read_text())).savefig(partial, dpi=110)
+    partial.replace(parsed.image)
 
 
 if __name__ == "__main__":

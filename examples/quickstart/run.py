@@ -19,6 +19,8 @@ REPOSITORY = HERE.parents[1]
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
+# The cache is measured on as many held-out tokens.
+CACHE_TOKENS = 2048
 
 # {recipe: toy steps of its phases}
 STAGES = {"base": (12,), "control": (12, 4), "recipe": (12, 4), "neuron": (4, 8, 4)}
@@ -60,15 +62,20 @@ class Quickstart:
     def _prepare_text(self) -> None:
         """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets."""
         wanted = {"data": self.data, "vocabulary": VOCABULARY, "smoke": self.smoke}
+        if self.data is not None and os.path.isfile(self.data):
+            wanted["bytes"] = os.path.getsize(self.data)
         done = self.folder / "data" / "done.json"
         if done.exists():
             if json.loads(done.read_text()) != wanted:
                 sys.exit(f"quickstart: {self.folder} holds a run on other text; remove it, or name the same DATA")
             return
         self._timed("text, tokenizer, datasets", self._write_text)
-        done.write_text(json.dumps(wanted))
+        partial = done.with_suffix(".partial")
+        partial.write_text(json.dumps(wanted))
+        partial.replace(done)
 
     def _write_text(self) -> None:
+        from megatron_dmc.config import ConfigError
         from megatron_dmc.training.data import (
             build_indexed_dataset,
             iter_documents,
@@ -85,7 +92,12 @@ class Quickstart:
         train, valid = split_documents(documents, HELDOUT_FRACTION)
         tokenizer = train_tokenizer(train, VOCABULARY, folder / "tokenizer")
         for name, part in (("train", train), ("valid", valid)):
-            build_indexed_dataset(part, tokenizer, str(folder / name))
+            counts = build_indexed_dataset(part, tokenizer, str(folder / name))
+        if counts.tokens <= CACHE_TOKENS:
+            raise ConfigError(
+                f"the text gives {counts.tokens} held-out tokens, the quickstart needs more than {CACHE_TOKENS}; name about "
+                f"{CACHE_TOKENS / max(counts.tokens, 1):.1f} times as much text"
+            )
 
     def _training(self, name: str, toy_steps: Sequence[int]) -> list[str]:
         command = [sys.executable, "-m", "megatron_dmc", "retrofit", str(HERE / f"{name}.yaml")]
@@ -109,7 +121,7 @@ class Quickstart:
 
     def _call(self, command: list[str]) -> None:
         """Runs one command in the run's folder; it explains its own errors."""
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         if subprocess.run(command, cwd=self.folder, env=environment).returncode:
             sys.exit(1)
 
@@ -126,8 +138,10 @@ def main() -> None:
     folder = REPOSITORY / "runs" / ("quickstart-smoke" if parsed.smoke else "quickstart")
     try:
         Quickstart(folder, parsed.data and str(Path(parsed.data).resolve()), parsed.smoke).run()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"quickstart: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from megatron_dmc.training.data import HeldoutWindows
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token; loss_per_byte: nats per byte of text; layer_head_ratio: noise-free [layers, kv_heads]."""
+    """loss: nats per token; loss_per_byte: nats per byte, at the
+    whole held-out text's bytes per token; layer_head_ratio: noise-free [layers, kv_heads]."""
 
     loss: float
     loss_per_byte: float

@@ -21,8 +21,6 @@ class DMCInferenceContext:
         self.dmc = dmc
         self.max_sequence_length = max_sequence_length
         self.layers: dict[int, LayerCache] = {}
-        # How many of the next call's tokens are real in each sequence, [batch]; None: all.
-        self.lengths: Tensor | None = None
         # What megatron-core asks of a context; its base class changed between 0.16 and 0.17, these names did not.
         self.sequence_len_offset = 0
         self.materialize_only_last_token_logits = False
@@ -54,9 +52,8 @@ class DMCInferenceContext:
         cache = self.layers.setdefault(layer_number, LayerCache(self.dmc.window_size))
         begun = cache.tokens if len(cache.tokens) else torch.zeros(len(key), dtype=torch.long, device=key.device)
         positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)
-        if int(positions.max()) >= self.max_sequence_length and self.lengths is None:
+        if int(positions.max()) >= self.max_sequence_length:
             raise ValueError(f"the text is longer than max_sequence_length ({self.max_sequence_length})")
-        positions = positions.clamp(max=self.max_sequence_length - 1)
         return cache.attend(
             query,
             key,
@@ -65,7 +62,6 @@ class DMCInferenceContext:
             omega,
             cos[0, positions],
             sin[0, positions],
-            lengths=self.lengths,
             bias_channel=-1 if self.dmc.decision_source == "neuron" else None,
         )
 

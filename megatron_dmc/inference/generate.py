@@ -50,13 +50,24 @@ def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, s
     """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ConfigError(f"--temperature must be >= 0, got {temperature:g}")
+    if temperature != 0 and not 1e-3 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature must be 0 (greedy) or a number >= 0.001, got {temperature:g}")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed must be in [0, 2^63), got {seed}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt is not UTF-8 text") from None
     loaded = load_model(checkpoint)
     require_merging(loaded, checkpoint)
     ids = loaded.tokenizer.tokenize(prompt)
     if not ids:
         raise ConfigError("--prompt is empty; give at least one character")
+    most = loaded.recipe.model.max_position_embeddings
+    if len(ids) + max_new_tokens > most:
+        raise ConfigError(
+            f"prompt ({len(ids)} tokens) and --max-new-tokens ({max_new_tokens}) exceed the model's {most} positions"
+        )
     print(prompt, end="", flush=True)
     shown, made = "", []
     steps = generate(

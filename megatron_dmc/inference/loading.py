@@ -50,6 +50,9 @@ def load_model(folder: str | Path) -> LoadedModel:
 
 
 def require_merging(loaded: LoadedModel, folder: str | Path) -> None:
-    """Raises ConfigError for a base model, which has no compressed cache."""
+    """Raises ConfigError for a model that never learned to merge."""
     if not loaded.merges:
         raise ConfigError(f"{folder} is a base model without decisions; name a checkpoint of a retrofit")
+    begun = loaded.recipe.phases[: loaded.info.phase + 1]
+    if not any(phase.kind in ("compress", "solidify") for phase in begun):
+        raise ConfigError(f"{folder} was saved before its run began to merge; name a later checkpoint")

@@ -1,5 +1,6 @@
 """A run's recipe: YAML over typed dataclasses, dotted overrides, and every check that needs no model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +155,9 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
 def _build(values: Any) -> Recipe:
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        # Only DMCConfig checks itself while it is built.
+        raise ConfigError(f"dmc.{error}") from None
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {_one_line(error)}" if key else _one_line(error)) from None
@@ -194,8 +196,32 @@ def check_recipe(recipe: Recipe) -> None:
             f"data.sequence_length ({recipe.data.sequence_length}) exceeds model.max_position_embeddings "
             f"({model.max_position_embeddings}); shorten one or lengthen the other"
         )
+    _check_numbers(recipe)
     _check_parallel(recipe)
     _check_phases(phases, recipe.dmc)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """Every number is finite and in its range."""
+    sections = [(name, getattr(recipe, name)) for name in ("model", "data", "training", "checkpoint", "monitor")]
+    sections += [(f"phases[{i}]", phase) for i, phase in enumerate(recipe.phases)]
+    for section, config in sections:
+        for name, value in vars(config).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{section}.{name} must be a finite number, got {value}")
+    training, checkpoint = recipe.training, recipe.checkpoint
+    for name, value, low, high in (
+        ("training.adam_beta1", training.adam_beta1, 0, 1),
+        ("training.adam_beta2", training.adam_beta2, 0, 1),
+        ("training.adam_eps", training.adam_eps, 1e-30, 1),
+        ("training.clip_grad", training.clip_grad, 0, math.inf),
+        ("training.weight_decay", training.weight_decay, 0, math.inf),
+        ("training.seed", training.seed, 0, 2**32),
+        ("checkpoint.save_interval", checkpoint.save_interval, 0, math.inf),
+        ("checkpoint.keep_last", checkpoint.keep_last, 1, math.inf),
+    ):
+        if not low <= value < high:
+            raise ConfigError(f"{name} must be in [{low:g}, {high:g}), got {value}")
 
 
 def _check_parallel(recipe: Recipe) -> None:

@@ -45,7 +45,10 @@ def read_info(folder: Path) -> CheckpointInfo:
     """``dmc.json`` of a checkpoint; raises CheckpointError for anything but a description this version understands."""
     path = folder / "dmc.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
+            "name one checkpoint, such as DIRECTORY/final"
+        )
     values = read_json(path)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:

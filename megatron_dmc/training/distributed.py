@@ -15,12 +15,12 @@ from megatron_dmc.training.arguments import ParallelConfig
 
 @contextlib.contextmanager
 def world(parallel: ParallelConfig | None = None) -> Iterator[None]:
-    """Joins the processes that torchrun or srun started (this one alone otherwise) and lays a model out over them.
+    """Joins the processes that torchrun started (this one alone otherwise) and lays a model out over them.
 
     What is there already is used and left as it is.
 
     Raises:
-        ConfigError: the layout does not fit the number of processes.
+        ConfigError: the layout does not fit the number of processes, or srun was used without their variables.
     """
     parallel = parallel or ParallelConfig()
     cpu.install()
@@ -58,6 +58,11 @@ def _start() -> None:
     backend = "nccl" if on_gpu else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise ConfigError(
+            "several SLURM tasks, but RANK is not set: start with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK and "
+            "MASTER_ADDR"
+        )
     else:
         # A store in memory: one process needs no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.training.arguments import Recipe, recipe_from_dict
 from megatron_dmc.training.checkpoint import (
     CheckpointInfo,
     check_checkpoint,
@@ -49,16 +49,38 @@ def set_model_state(
 
 def is_dmc_checkpoint(info: CheckpointInfo) -> bool:
     """Whether the checkpoint's model merges, or is the base of a retrofit."""
-    return any(phase["kind"] != "pretrain" for phase in info.recipe["phases"])
+    return recipe_from_dict(info.recipe).merges
+
+
+# What a merging model's weights mean depends on these.
+MEANING = ("decision_source", "decision_bias", "decision_scale", "window_size", "per_layer")
+
+
+def check_fits(folder: str | Path, recipe: Recipe) -> CheckpointInfo:
+    """Whether a checkpoint is whole and its weights mean in this recipe's model what they meant in their own.
+
+    Raises:
+        CheckpointError, ConfigError: damaged, or a retrofit with other decisions than the recipe's.
+    """
+    info = check_checkpoint(folder)
+    if is_dmc_checkpoint(info):
+        if not recipe.merges:
+            raise ConfigError(f"{folder} is a retrofitted model, but no phase merges: its decisions would be dropped")
+        saved = recipe_from_dict(info.recipe).dmc
+        for name in MEANING:
+            mine, theirs = getattr(recipe.dmc, name), getattr(saved, name)
+            if mine != theirs:
+                raise ConfigError(f"dmc.{name} is {mine!r}, but {folder} was trained with {theirs!r}; set it to that")
+    return info
 
 
 def load_weights(folder: str | Path, model_chunks: Sequence[torch.nn.Module], recipe: Recipe) -> None:
     """Loads a checkpoint's weights, in any layout. Decision weights that a base lacks keep their zeros.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
+        CheckpointError, ConfigError: the checkpoint is damaged, of another model, or of other decisions.
     """
-    is_base = not is_dmc_checkpoint(check_checkpoint(folder))
+    is_base = not is_dmc_checkpoint(check_fits(folder, recipe))
     may_be_missing = _is_decision if is_base else None
     state = load_checkpoint(
         folder, model_state(model_chunks), expected_model=recipe.to_dict()["model"], may_be_missing=may_be_missing
@@ -128,23 +150,26 @@ class RunStore:
 
     def _check_same_run(self, folder: Path, info: CheckpointInfo) -> None:
         """The data's position is steps x batch: what it depends on must not change under a run."""
-        mine = self.recipe.to_dict()
+        mine, saved = self.recipe.to_dict(), recipe_from_dict(info.recipe).to_dict()
         for section, names in (
             ("training", ("global_batch_size", "bf16")),
-            ("data", ("sequence_length", "seed")),
+            ("data", ("sequence_length", "seed", "train")),
             ("dmc", tuple(mine["dmc"])),
         ):
             for name in names:
-                if info.recipe[section][name] != mine[section][name]:
+                if saved[section][name] != mine[section][name]:
                     raise ConfigError(
                         f"{section}.{name} is {mine[section][name]!r}, but {folder} was trained with "
-                        f"{info.recipe[section][name]!r}; set it back, or start in a new checkpoint.directory with "
+                        f"{saved[section][name]!r}; set it back, or start in a new checkpoint.directory with "
                         "checkpoint.load_base"
                     )
-        if info.recipe["phases"] != mine["phases"]:
+        # Learning rates may be lowered on the way; what decides where a step stands may not.
+        kept = ("kind", "steps", "start_compression_ratio")
+        plans = [[tuple(phase[name] for name in kept) for phase in recipe["phases"]] for recipe in (saved, mine)]
+        if plans[0] != plans[1]:
             raise ConfigError(
-                f"phases differ from those of {folder}; set them back, or start in a new checkpoint.directory with "
-                "checkpoint.load_base"
+                f"phases ({', '.join(kept)}) differ from those of {folder}; set them back, or start in a new "
+                "checkpoint.directory with checkpoint.load_base"
             )
 
     def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:

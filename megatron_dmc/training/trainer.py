@@ -27,7 +27,7 @@ from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
 from megatron_dmc.training.optimizer import build_optimizer, phase_scheduler, restart_optimizer
 from megatron_dmc.training.progress import TrainingProgress
-from megatron_dmc.training.run_state import RunStore, check_writable
+from megatron_dmc.training.run_state import RunStore, check_fits, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
 
@@ -65,7 +65,11 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        if torch.cuda.is_available() and recipe.merges and not recipe.training.bf16:
+            raise ConfigError("training.bf16 is false, but attention on a GPU needs bfloat16; set training.bf16=true")
         check_writable(Path(recipe.checkpoint.directory))
+        if recipe.checkpoint.load_base is not None:
+            check_fits(recipe.checkpoint.load_base, recipe)
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         self._check_batch()
@@ -209,6 +213,8 @@ class Trainer:
                     self.store.save_weights("final", self.step, plan.phase_index, result.ratio(noisy=False))
                 if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step):
                     self.store.save_full(self.step, plan.phase_index, result.ratio(noisy=False), self.merge_fraction)
+                    if monitor is not None:
+                        monitor.flush()
         return evaluation
 
     def _train_step(self, plan: StepPlan) -> StepResult:
@@ -226,10 +232,10 @@ class Trainer:
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
         result.grad_norm = float(grad_norm)
-        if not math.isfinite(result.loss) or not updated:
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and updated):
             raise TrainingError(
-                f"the loss of step {self.step + 1} is {result.loss}: training diverged; lower phases[{plan.phase_index}].lr "
-                "and resume from the last checkpoint"
+                f"step {self.step + 1} has loss {result.loss} and gradient norm {result.grad_norm}: training diverged; lower "
+                f"phases[{plan.phase_index}].lr and resume from the last checkpoint"
             )
         return result
 

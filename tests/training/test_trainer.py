@@ -200,6 +200,12 @@ def test_generate_continues_the_prompt(finished: Path, capsys: pytest.CaptureFix
         (["checkpoint.load_base=/nowhere"], "/nowhere"),
         (["checkpoint.directory=/proc/version/checkpoints"], "checkpoint.directory"),
         (["nonsense"], "section.field=value"),
+        (["phases.0.lr=.nan"], "phases[0].lr"),
+        (["training.adam_beta1=1.5"], "training.adam_beta1"),
+        (["training.weight_decay=.inf"], "training.weight_decay"),
+        (["training.seed=-1"], "training.seed"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last"),
+        (["dmc.seed=-1"], "dmc.seed"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -222,6 +228,55 @@ def test_resume_with_other_settings_is_refused(
 ) -> None:
     assert main(["retrofit", str(finished.parent / "recipe.yaml"), override]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_lower_rate_may_resume_a_run_that_diverged(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe(tmp_path, recipe_values(data, tmp_path, RETROFIT)))
+    assert main(["retrofit", recipe, "training.exit_after_steps=2"]) == 0
+    assert main(["retrofit", recipe, "phases.0.lr=1.0e30", "checkpoint.save_interval=1"]) == 1
+    assert "training diverged; lower phases[0].lr" in capsys.readouterr().err
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000002\n")
+    assert main(["retrofit", recipe, "phases.0.lr=1.0e-4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dmc.decision_scale=3"], "dmc.decision_scale is 3.0"),
+        (["dmc.decision_source=neuron"], "dmc.decision_source"),
+        (["dmc.per_layer=true"], "dmc.per_layer"),
+        (["phases=[{kind: pretrain, steps: 2, lr: 1e-3}]"], "no phase merges"),
+    ],
+)
+def test_a_retrofit_is_not_taken_for_another_model(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    values = recipe_values(data, tmp_path, RETROFIT)
+    values["checkpoint"]["load_base"] = str(finished / "final")
+    assert main(["retrofit", str(write_recipe(tmp_path, values)), *overrides]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "1e-45"], "--temperature"),
+        (["--seed", str(10**22)], "--seed"),
+        (["--max-new-tokens", "99999999999"], "positions"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "\udcff"], "--prompt"),
+        (["--prompt", ""], "--prompt"),
+    ],
+)
+def test_bad_arguments_of_generate_end_in_one_line(
+    finished: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["generate", str(finished / "final"), "--prompt", "The cat", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
 
 
 def test_base_of_another_size_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
