@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CACHE_TOKENS = 2048
@@ -30,6 +32,7 @@ def measure(smoke: bool) -> dict[str, Any]:
     rows = [("base", "base/final"), ("control", "control/final")]
     rows += [(source, f"{source}/{name}") for source in ("recipe", "neuron") for name in ("cr_2", "cr_3", "final")]
     summary: dict[str, Any] = {"dmc": []}
+    plain = 0
     for name, checkpoint in rows:
         print(f"{checkpoint}", file=sys.stderr, flush=True)
         loaded = load_model(Path("checkpoints", checkpoint))
@@ -46,6 +49,7 @@ def measure(smoke: bool) -> dict[str, Any]:
             continue
         text = heldout_windows("data/valid", CACHE_TOKENS, loaded.tokenizer)[0]["tokens"]
         size = measure_cache(loaded, text)
+        plain = plain or measure_plain_cache("hf-control", text)
         target = loaded.recipe.dmc.target_compression_ratio if checkpoint.endswith("final") else int(checkpoint[-1])
         assert result.layer_head_ratio is not None
         summary["dmc"].append(
@@ -56,12 +60,22 @@ def measure(smoke: bool) -> dict[str, Any]:
                 "compression_ratio": result.compression_ratio,
                 "compression_ratio_of_cache": size.compression_ratio,
                 "cache_bytes": size.cache_bytes,
-                "plain_cache_bytes": size.plain_cache_bytes,
+                "plain_cache_bytes": plain,
                 "layer_head_compression_ratio": result.layer_head_ratio.tolist(),
             }
         )
     summary["generation"] = {name: generate(folder) for name, folder in (("dmc", "hf"), ("control", "hf-control"))}
     return summary
+
+
+def measure_plain_cache(folder: str, text: Tensor) -> int:
+    """Bytes that transformers' own cache holds for the control after the same text, int64 [seq]."""
+    from generate import cache_bytes
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return cache_bytes(model(text[None], use_cache=True).past_key_values)
 
 
 def generate(folder: str) -> dict[str, Any]:
@@ -90,7 +104,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in ("base", "control"):
         row = summary[name]
-        plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB (computed)"
+        plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB"
         table.add_row(name, "", "1.00", *_losses(row, control), plain)
     for row in summary["dmc"]:
         table.add_row(

@@ -64,6 +64,7 @@ __all__ = [
     "load_checkpoint",
     "prepare_optimizer_for_load",
     "prune",
+    "publish",
     "read_latest",
     "restore_adam_steps",
     "save_checkpoint",
@@ -356,6 +357,18 @@ def _with_head_dim(model: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("kv_channels") is None and values.get("num_attention_heads"):
         values["kv_channels"] = values.get("hidden_size", 0) // values["num_attention_heads"]
     return values
+
+
+def publish(root: str | Path, name: str, keep_last: int) -> None:
+    """Moves ``latest`` to a saved full checkpoint and prunes older ones; every rank calls this together.
+
+    Raises:
+        CheckpointError: on all ranks, if rank 0 could not.
+    """
+    with _on_all_ranks(f"cannot make {Path(root) / name} the latest checkpoint"):
+        if dist.get_rank() == 0:
+            update_latest(root, name)
+            prune(root, keep_last)
 
 
 def prepare_optimizer_for_load(optimizer: Any) -> None:

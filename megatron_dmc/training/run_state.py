@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -17,11 +16,10 @@ from megatron_dmc.training.checkpoint import (
     check_checkpoint,
     load_checkpoint,
     prepare_optimizer_for_load,
-    prune,
+    publish,
     read_latest,
     restore_adam_steps,
     save_checkpoint,
-    update_latest,
 )
 
 
@@ -182,9 +180,7 @@ class RunStore:
         state["optimizer"] = self.optimizer.sharded_state_dict(state, metadata=self.metadata)
         state["merge_fraction"] = merge_fraction
         self._save(name, state, self._info("full", step, phase, ratio))
-        if dist.get_rank() == 0:
-            update_latest(self.root, name)
-            prune(self.root, self.recipe.checkpoint.keep_last)
+        publish(self.root, name, self.recipe.checkpoint.keep_last)
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         save_checkpoint(self.root, name, state, info, self.recipe.data.tokenizer)
