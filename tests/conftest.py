@@ -1,6 +1,10 @@
 """What all tests share: one thread per process, and megatron-core in this process alone."""
 
+import os
 from collections.abc import Iterator
+
+# The tests are the CPU's, also where there is a GPU (make gpu-check is the GPU's). Before torch is imported.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

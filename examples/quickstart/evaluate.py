@@ -90,6 +90,8 @@ def generate(folder: str) -> dict[str, Any]:
 def show(summary: dict[str, Any], console: Console) -> None:
     """The quickstart's table, and the text that the exported model wrote."""
     control = summary["control"]["loss_per_byte"]
+    made = {"recipe/final": summary["generation"]["dmc"], "control/final": summary["generation"]["control"]}
+    speed = {checkpoint: f"{each['tokens_per_second']:.0f}" for checkpoint, each in made.items()}
     table = Table(title="held-out text")
     for column in (
         "model",
@@ -105,7 +107,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for name in ("base", "control"):
         row = summary[name]
         plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB"
-        table.add_row(name, "", "1.00", *_losses(row, control), plain)
+        table.add_row(name, "", "1.00", *_losses(row, control), plain, speed.get(row["checkpoint"], ""))
     for row in summary["dmc"]:
         table.add_row(
             f"DMC {row['decision_source']}",
@@ -113,13 +115,9 @@ def show(summary: dict[str, Any], console: Console) -> None:
             f"{row['compression_ratio']:.2f}",
             *_losses(row, control),
             f"{row['cache_bytes'] / 1024:.0f} of {row['plain_cache_bytes'] / 1024:.0f} KiB",
+            speed.get(row["checkpoint"], ""),
         )
     console.print(table)
-    for name, made in summary["generation"].items():
-        console.print(
-            f"generation, {name}: {made['tokens_per_second']:.0f} tokens/s with a cache of "
-            f"{made['cache_bytes'] / 1024:.0f} KiB after {made['tokens']} tokens"
-        )
     console.print("\n[bold]hf/ continues a text:[/bold]")
     console.print(summary["generation"]["dmc"]["text"], markup=False, highlight=False)
 
@@ -135,7 +133,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the table of a summary that is there")
     parsed = parser.parse_args()
     if parsed.show:
-        show(json.loads(SUMMARY.read_text()), Console(width=120))
+        show(json.loads(SUMMARY.read_text()), Console(width=130))
         return
     partial = SUMMARY.with_suffix(".partial")
     from megatron_dmc.config import ConfigError
