@@ -102,6 +102,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         "nats/byte",
         "over control",
         "cache at 2048",
+        "tokens/s",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in ("base", "control"):
