@@ -1,7 +1,6 @@
 """Output folders that appear whole or not at all, and the tokenizer files that travel with a model."""
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import tokenizers
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
+from megatron_dmc.training.checkpoint_folder import flush_to_disk
 from megatron_dmc.training.tokenizer import load_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -39,10 +39,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _to_disk(path)
+            flush_to_disk(path)
         # Replaces an empty folder, and nothing else.
         temporary.rename(target)
-        _to_disk(target.parent)
+        flush_to_disk(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -83,11 +83,3 @@ def special_tokens(folder: Path) -> dict[str, Any]:
             if isinstance(content, str):
                 tokens[f"{name}_id"] = backend.token_to_id(content)
     return tokens
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

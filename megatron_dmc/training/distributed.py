@@ -58,7 +58,8 @@ def _start() -> None:
     backend = "nccl" if on_gpu else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    # Set by srun for its tasks, unlike SLURM_NTASKS, which every command of a batch script sees.
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise ConfigError(
             "several SLURM tasks, but RANK is not set: start with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK and "
             "MASTER_ADDR"
