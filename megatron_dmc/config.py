@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 DecisionSource = Literal["neuron", "projection"]
+Operation = Literal["merge", "evict"]
 
 
 class ConfigError(ValueError):
@@ -22,6 +23,10 @@ class DMCConfig:
         decision_bias: c. The logits start at a = -c (append) and b = +c (full weight).
         decision_scale: s, multiplies the projection's output: s W h. Under Adam it acts as a learning-rate multiplier of W.
         temperature: tau of the Gumbel-sigmoid that relaxes alpha in training.
+        local_window: w, tokens that stay raw: a decision is carried out when its token is w tokens old. 0: at once (the
+            paper).
+        operation: what becomes of a token with alpha 1 then: ``merge`` into the slot before it, or ``evict`` (DMS, arXiv
+            2506.05345), which needs a local_window.
         window_size: None for the exact scan over a slot; w truncates a slot to its last w tokens (12: the authors' code).
         per_layer: DMC-C, all heads of a layer take one decision (the mean logit).
         loss_coefficient: lambda of the one-sided compression loss.
@@ -33,16 +38,17 @@ class DMCConfig:
     decision_bias: float = 5.0
     decision_scale: float = 1.0
     temperature: float = 0.1
+    local_window: int = 0
+    operation: Operation = "merge"
     window_size: int | None = None
     per_layer: bool = False
     loss_coefficient: float = 1.0
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if self.decision_source not in get_args(DecisionSource):
-            raise ConfigError(
-                f"decision_source must be one of {', '.join(get_args(DecisionSource))}, got {self.decision_source!r}"
-            )
+        for name, choices in (("decision_source", DecisionSource), ("operation", Operation)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         _at_least("target_compression_ratio", self.target_compression_ratio, 1.0)
         _at_least("decision_bias", self.decision_bias, 0.0)
         _at_least("loss_coefficient", self.loss_coefficient, 0.0)
@@ -50,7 +56,7 @@ class DMCConfig:
             _at_least(name, getattr(self, name), 0.0)
             if getattr(self, name) == 0.0:
                 raise ConfigError(f"{name} must be > 0, got 0")
-        for name, kind in (("window_size", int), ("seed", int), ("per_layer", bool)):
+        for name, kind in (("local_window", int), ("window_size", int), ("seed", int), ("per_layer", bool)):
             value = getattr(self, name)
             if type(value) is not kind and not (name == "window_size" and value is None):
                 raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
@@ -58,6 +64,19 @@ class DMCConfig:
             raise ConfigError(
                 f"window_size must be null (the exact scan) or >= 1, got {self.window_size}; "
                 "the authors' checkpoints use 12"
+            )
+        if self.local_window < 0:
+            raise ConfigError(
+                f"local_window must be >= 0 (0: decisions act at once, as in the paper), got {self.local_window}"
+            )
+        if self.operation == "evict" and self.local_window == 0:
+            raise ConfigError(
+                "operation evict needs local_window >= 1, got 0: a token would be gone before it is seen; set local_window "
+                "(16 or more), or operation merge"
+            )
+        if self.operation == "evict" and self.window_size is not None:
+            raise ConfigError(
+                f"window_size must be null for operation evict (nothing is merged), got {self.window_size}"
             )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be in [0, 2^63), got {self.seed}")

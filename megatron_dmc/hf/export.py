@@ -18,8 +18,11 @@ MANIFEST = {
     "megatron_dmc.ops.attention": "ops_attention",
     "megatron_dmc.ops.attention.diagonal": "ops_attention_diagonal",
     "megatron_dmc.ops.attention.documents": "ops_attention_documents",
+    "megatron_dmc.ops.attention.eviction": "ops_attention_eviction",
     "megatron_dmc.ops.attention.flash": "ops_attention_flash",
     "megatron_dmc.ops.attention.naive": "ops_attention_naive",
+    "megatron_dmc.ops.attention.sliding": "ops_attention_sliding",
+    "megatron_dmc.ops.attention.windowed": "ops_attention_windowed",
     "megatron_dmc.ops.decisions": "ops_decisions",
     "megatron_dmc.ops.decode": "ops_decode",
     "megatron_dmc.ops.decode.layer_cache": "ops_decode_layer_cache",
@@ -30,6 +33,7 @@ MANIFEST = {
     "megatron_dmc.ops.pooling.parallel": "ops_pooling_parallel",
     "megatron_dmc.ops.pooling.scan": "ops_pooling_scan",
     "megatron_dmc.ops.rotary": "ops_rotary",
+    "megatron_dmc.ops.states": "ops_states",
 }
 MODELING = "modeling_dmc"
 AUTO_MAP = {

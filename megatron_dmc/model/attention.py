@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, count_decisions
-from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
     hard_logits,
@@ -22,8 +22,8 @@ from megatron_dmc.ops.decisions import (
     projection_logits,
 )
 from megatron_dmc.ops.noise import logistic_noise
-from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.states import attention_states
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,29 @@ class DMCCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
-        self.bias_channel = -1 if dmc is not None and dmc.decision_source == "neuron" else None
+        self.dmc = dmc
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, merge_logits: Tensor | None) -> Tensor:
-        if merge_logits is not None:
-            return dmc_attention(
-                query, key, value, merge_logits, softmax_scale=self.softmax_scale, bias_channel=self.bias_channel
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pooled_key: Tensor | None = None,
+        pooled_value: Tensor | None = None,
+        merge_logits: Tensor | None = None,
+    ) -> Tensor:
+        if self.dmc is not None and pooled_key is not None and pooled_value is not None and merge_logits is not None:
+            return windowed_dmc_attention(
+                query,
+                key,
+                value,
+                pooled_key,
+                pooled_value,
+                merge_logits,
+                local_window=self.dmc.local_window,
+                operation=self.dmc.operation,
+                softmax_scale=self.softmax_scale,
+                bias_channel=-1 if self.dmc.decision_source == "neuron" else None,
             )
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
@@ -137,7 +154,7 @@ class DMCSelfAttention(SelfAttention):
             if inference_context is not None:
                 raise NotImplementedError("the compressed cache needs a model that merges")
             query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
-            out = self._attend(query, key, value, None)
+            out = self._attend(query, key, value)
         else:
             a, b = self._decision_logits(hidden_states, query, key)
             omega = omega_from_logits(b)
@@ -181,18 +198,27 @@ class DMCSelfAttention(SelfAttention):
         else:
             merge_logits = hard_logits(a)
         alpha = torch.sigmoid(merge_logits)
-        counts = count_decisions(merge_logits.detach(), a.detach())
+        counts = count_decisions(merge_logits.detach(), a.detach(), self.dmc.local_window)
         if self.training:
-            # The first token's alpha is 0 by definition: it gets no gradient.
-            free = alpha[:, 1:]
+            # The first token's alpha is 0 by definition, and the window's tokens end this text raw: no gradient.
+            free = alpha[:, 1 : max(alpha.shape[1] - self.dmc.local_window, 1)]
             value = CompressionLoss.apply(value, free, counts, self.statistics, self.step.alpha_gradient)
         else:
             self.statistics.add(counts)
-        key, value = pool(key, value, alpha, omega, window_size=self.dmc.window_size)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if self.dmc.decision_source == "neuron":
-            query, key = clear_channel(query), clear_channel(key)
-        return self._attend(query, key, value, merge_logits)
+        states = attention_states(
+            query,
+            key,
+            value,
+            alpha,
+            omega,
+            cos,
+            sin,
+            local_window=self.dmc.local_window,
+            operation=self.dmc.operation,
+            window_size=self.dmc.window_size,
+            clear_last_channel=self.dmc.decision_source == "neuron",
+        )
+        return self._attend(*states, merge_logits)
 
     def _noise(self, a: Tensor, sample_index: Tensor | None) -> Tensor:
         assert self.dmc is not None
@@ -211,11 +237,11 @@ class DMCSelfAttention(SelfAttention):
         scale = F.pad(x.new_ones(x.shape[-1] - 1), (0, 1), value=self.step.channel_scale)
         return rotate(x * scale, cos, sin) * scale
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, merge_logits: Tensor | None) -> Tensor:
+    def _attend(self, *tensors: Tensor) -> Tensor:
         if self.checkpoint_core_attention and self.training:
             # The logits need a gradient: checkpointing is exact only if they are an argument.
-            return tensor_parallel.checkpoint(self.core_attention, False, query, key, value, merge_logits)
-        return self.core_attention(query, key, value, merge_logits)
+            return tensor_parallel.checkpoint(self.core_attention, False, *tensors)
+        return self.core_attention(*tensors)
 
     @torch.no_grad()
     def clear_decision_channel(self) -> None:

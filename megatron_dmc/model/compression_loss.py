@@ -31,10 +31,15 @@ class DecisionStatistics:
         self.counts = None
 
 
-def count_decisions(merge_logits: Tensor, noise_free_logits: Tensor) -> Tensor:
-    """int64 [3, kv_heads] from logits [batch, seq, kv_heads]; the first token never merges and counts as a token."""
+def count_decisions(merge_logits: Tensor, noise_free_logits: Tensor, local_window: int = 0) -> Tensor:
+    """int64 [3, kv_heads] from logits [batch, seq, kv_heads].
+
+    All tokens count. The first never merges, and the last ``local_window`` have not yet when the text ends: each of them
+    takes a cache entry of its own.
+    """
+    end = max(merge_logits.shape[1] - local_window, 1)
     tokens = torch.full_like(merge_logits[0, 0], merge_logits[..., 0].numel(), dtype=torch.int64)
-    noisy, noise_free = ((x[:, 1:] > 0).sum(dim=(0, 1)) for x in (merge_logits, noise_free_logits))
+    noisy, noise_free = ((x[:, 1:end] > 0).sum(dim=(0, 1)) for x in (merge_logits, noise_free_logits))
     return torch.stack([noisy, noise_free, tokens])
 
 

@@ -199,6 +199,22 @@ def check_recipe(recipe: Recipe) -> None:
     _check_numbers(recipe)
     _check_parallel(recipe)
     _check_phases(phases, recipe.dmc)
+    if recipe.merges:
+        _check_window(recipe.dmc, recipe.data.sequence_length)
+
+
+def _check_window(dmc: DMCConfig, sequence_length: int) -> None:
+    if dmc.local_window >= sequence_length:
+        raise ConfigError(
+            f"dmc.local_window ({dmc.local_window}) must be smaller than data.sequence_length ({sequence_length}): no "
+            "decision would ever be carried out"
+        )
+    if dmc.local_window * dmc.target_compression_ratio >= sequence_length:
+        raise ConfigError(
+            f"dmc.target_compression_ratio {dmc.target_compression_ratio:g} is out of reach: the {dmc.local_window} tokens of "
+            f"dmc.local_window are kept of every {sequence_length} (data.sequence_length); shorten the window, lengthen "
+            f"the sequence, or aim below {sequence_length / dmc.local_window:g}"
+        )
 
 
 def _check_numbers(recipe: Recipe) -> None:

@@ -1,45 +1,17 @@
-"""Attention over all intermediate states of all slots (paper, section 3.2)."""
+"""Attention over all intermediate states of all slots (paper, section 3.2), with an optional window of raw keys."""
 
 import math
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
 from megatron_dmc.ops.attention import naive
 from megatron_dmc.ops.attention.diagonal import DiagonalAttention
 from megatron_dmc.ops.attention.documents import attend_documents
+from megatron_dmc.ops.attention.windowed import WindowedAttention
 
-__all__ = ["dmc_attention"]
-
-
-@overload
-def dmc_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    merge_logits: Tensor,
-    *,
-    softmax_scale: float | None = None,
-    bias_channel: int | None = None,
-    document_starts: Tensor | None = None,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def dmc_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    merge_logits: Tensor,
-    *,
-    softmax_scale: float | None = None,
-    bias_channel: int | None = None,
-    document_starts: Tensor | None = None,
-    return_lse: Literal[True],
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
+__all__ = ["dmc_attention", "windowed_dmc_attention"]
 
 
 def dmc_attention(
@@ -51,9 +23,8 @@ def dmc_attention(
     softmax_scale: float | None = None,
     bias_channel: int | None = None,
     document_starts: Tensor | None = None,
-    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Query i sees slot state j <= i with score q_i . k~_j / sqrt(d) + [j < i] log(1 - alpha_{j+1}).
 
     A state that the next token is merged into fades from every later query, never from its own. With binary alpha it is
@@ -69,7 +40,6 @@ def dmc_attention(
         bias_channel: a channel that is zero in query and key and may carry the bias (the ``neuron`` source); its
             gradient is zero. None: every channel counts.
         document_starts: bool [batch, seq], true at the first token of a document: no attention across.
-        return_lse: also return the log-sum-exp [batch, seq, heads] (float32 or wider, no gradient).
         backend: "auto" or "torch"; "naive" is the oracle with its dense s x s bias.
 
     Returns:
@@ -79,33 +49,107 @@ def dmc_attention(
         ValueError: shapes do not fit or the backend is unknown.
         TypeError: float32 on a GPU, for which there is no flash kernel.
     """
+    _check(query, merge_logits, key, value)
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    tensors = query, key, value, merge_logits
+    if backend == "naive":
+        return naive.dmc_attention(*tensors, scale, document_starts)[0]
+    _check_backend(backend)
+    return _attend(DiagonalAttention.apply, tensors, (scale, bias_channel), document_starts)
+
+
+def windowed_dmc_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pooled_key: Tensor,
+    pooled_value: Tensor,
+    merge_logits: Tensor,
+    *,
+    local_window: int,
+    operation: Literal["merge", "evict"] = "merge",
+    softmax_scale: float | None = None,
+    bias_channel: int | None = None,
+    document_starts: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention where a decision is carried out when its token is ``local_window`` tokens old (algorithm.md, section 7).
+
+    Query i sees the raw keys j > i - local_window, and of older tokens for ``merge`` the slot states j <= i - local_window
+    with bias [j < i - local_window] log(1 - alpha_{j+1}), for ``evict`` (DMS, arXiv 2506.05345) the raw keys with bias
+    log(1 - alpha_j). Costs about local_window / seq more than dmc_attention, which it is at local_window 0.
+
+    Args:
+        query, key, value: raw, query and key rotated; shapes as dmc_attention's.
+        pooled_key, pooled_value: as key and value, after pooling, the key rotated. Not read by ``evict``.
+        merge_logits: as dmc_attention's; the first token is never thrown away.
+        local_window: tokens kept raw, >= 0; for ``evict`` >= 1 (at 0 a token would be gone before it is seen).
+        operation: what becomes of a token with alpha 1 that leaves the window.
+        softmax_scale, bias_channel, document_starts, backend: as dmc_attention's; the bias channel is zero in pooled_key too.
+
+    Returns:
+        [batch, seq, heads, head_dim] in query's dtype; differentiable in all six tensors.
+
+    Raises:
+        ValueError, TypeError: as dmc_attention; a local_window that is negative, or 0 for ``evict``.
+    """
+    if operation not in ("merge", "evict"):
+        raise ValueError(f"operation must be merge or evict, got {operation!r}")
+    if local_window < (operation == "evict"):
+        raise ValueError(f"local_window must be >= {int(operation == 'evict')} for {operation}, got {local_window}")
+    if operation == "evict":
+        pooled_key, pooled_value = key, value
+    elif local_window == 0:
+        return dmc_attention(
+            query,
+            pooled_key,
+            pooled_value,
+            merge_logits,
+            softmax_scale=softmax_scale,
+            bias_channel=bias_channel,
+            document_starts=document_starts,
+            backend=backend,
+        )
+    _check(query, merge_logits, key, value, pooled_key, pooled_value)
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    tensors = query, key, value, pooled_key, pooled_value, merge_logits
+    if backend == "naive":
+        return naive.windowed_dmc_attention(*tensors, local_window, operation, scale, document_starts)[0]
+    _check_backend(backend)
+    settings = local_window, operation, scale, bias_channel
+    return _attend(WindowedAttention.apply, tensors, settings, document_starts)
+
+
+def _attend(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Tensor, ...],
+    settings: tuple[Any, ...],
+    document_starts: Tensor | None,
+) -> Tensor:
+    """``function`` on whole rows, or on the documents of all rows; the merge logits are the last of the tensors."""
+    if document_starts is None or not bool(document_starts[:, 1:].any()):
+        return function(*tensors, *settings)[0]
+    starts = document_starts.clone()
+    starts[:, 0] = True
+    # The ignored first logits must not leak out of the padding behind a document, where its first token stands in.
+    merge_logits = tensors[-1].masked_fill(starts[..., None], float("-inf"))
+    return attend_documents(lambda *rows: function(*rows, *settings), starts, (*tensors[:-1], merge_logits))[0]
+
+
+def _check(query: Tensor, merge_logits: Tensor, key: Tensor, *others: Tensor) -> None:
     kv_heads = key.shape[2]
-    if key.shape != value.shape or query.shape[2] % kv_heads or query.shape[:2] != key.shape[:2]:
+    shapes = [tuple(x.shape) for x in (key, *others)]
+    if len(set(shapes)) > 1 or query.shape[2] % kv_heads or query.shape[:2] != key.shape[:2]:
         raise ValueError(
-            f"dmc_attention needs query [b, s, heads, d], key and value [b, s, kv_heads, d] with kv_heads dividing heads; "
-            f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            "attention needs query [b, s, heads, d], keys and values [b, s, kv_heads, d] with kv_heads dividing heads; "
+            f"got query {tuple(query.shape)}, keys and values {', '.join(map(str, shapes))}"
         )
     if merge_logits.shape != key.shape[:3]:
         raise ValueError(
             f"merge_logits must be [b, s, kv_heads] = {tuple(key.shape[:3])}, got {tuple(merge_logits.shape)}"
         )
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
 
-    if backend == "naive":
-        out, lse = naive.dmc_attention(query, key, value, merge_logits, scale, document_starts)
-    elif backend in ("auto", "torch"):
 
-        def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return DiagonalAttention.apply(*tensors, scale, bias_channel)
-
-        if document_starts is None or not bool(document_starts[:, 1:].any()):
-            out, lse = attend(query, key, value, merge_logits)
-        else:
-            starts = document_starts.clone()
-            starts[:, 0] = True
-            # The ignored first logits must not leak out of the padding behind a document, where its first token stands in.
-            merge_logits = merge_logits.masked_fill(starts[..., None], float("-inf"))
-            out, lse = attend_documents(attend, starts, (query, key, value, merge_logits))
-    else:
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "torch"):
         raise ValueError(f"backend must be auto, torch or naive, got {backend!r}")
-    return (out, lse) if return_lse else out

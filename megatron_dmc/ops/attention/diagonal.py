@@ -5,7 +5,7 @@ exp(s_ii) = (1 - alpha_{i+1}) exp(s_ii) + alpha_{i+1} exp(s_ii), is one positive
 u_i = log alpha_{i+1} + s_ii. Sums and weights are positive: nothing cancels.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,94 @@ from torch import Tensor
 from megatron_dmc.ops.attention.flash import HIDDEN, flash_backward, flash_forward
 
 
-def _next_logits(merge_logits: Tensor) -> Tensor:
-    """l_{j+1}; nothing comes after the last token. [B, S, KV]"""
-    return F.pad(merge_logits[:, 1:], (0, 0, 0, 1), value=float("-inf"))
+class KeyGradients(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    merge_logits: Tensor
 
 
-def _per_group(x: Tensor, kv_heads: int) -> Tensor:
-    """[batch, seq, heads, ...] -> [batch, seq, kv_heads, group, ...], a view."""
-    return x.unflatten(2, (kv_heads, -1))
+def diagonal_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    merge_logits: Tensor,
+    softmax_scale: float,
+    bias_channel: int | None,
+) -> tuple[Tensor, Tensor]:
+    """out [batch, seq, heads, head_dim] and log-sum-exp [batch, seq, heads]; arguments as dmc_attention's."""
+    kv_heads = key.shape[2]
+    following = _next_logits(merge_logits).to(torch.promote_types(query.dtype, torch.float32))
+    key_bias = F.logsigmoid(-following).clamp(min=HIDDEN)
+    out, lse = flash_forward(
+        query, key, value, key_bias, causal=True, softmax_scale=softmax_scale, bias_channel=bias_channel
+    )
+    grouped_query, grouped_out, lse = (
+        _per_group(query, kv_heads),
+        _per_group(out, kv_heads),
+        _per_group(lse, kv_heads),
+    )
+    own = softmax_scale * (grouped_query * key[..., None, :]).sum(-1, dtype=lse.dtype)
+    own += F.logsigmoid(following)[..., None]
+    joined = torch.logaddexp(lse, own)
+    # lerp: out + w (value - out), the own slot's weight w = exp(own - joined)
+    weight = torch.exp(own - joined).to(out.dtype)[..., None]
+    out = torch.lerp(grouped_out, value[..., None, :].expand_as(grouped_out), weight).flatten(2, 3)
+    return out, joined.flatten(2, 3)
+
+
+def diagonal_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    merge_logits: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    bias_channel: int | None,
+) -> KeyGradients:
+    """The gradients, given the final out and lse of a softmax that may have been joined with further terms."""
+    kv_heads = key.shape[2]
+    following = _next_logits(merge_logits).to(lse.dtype)
+    key_bias = F.logsigmoid(-following).clamp(min=HIDDEN)
+    d_query, d_key, d_value, d_bias = flash_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        key_bias,
+        causal=True,
+        softmax_scale=softmax_scale,
+        bias_channel=bias_channel,
+    )
+    assert d_bias is not None
+    grouped_query, grouped_grad = _per_group(query, kv_heads), _per_group(grad_out, kv_heads)
+    own = softmax_scale * (grouped_query * key[..., None, :]).sum(-1, dtype=lse.dtype)
+    own += F.logsigmoid(following)[..., None]
+    probability = torch.exp(own - _per_group(lse, kv_heads))
+    # p_i (dout_i . v_i - dout_i . out_i)
+    difference = value[..., None, :] - _per_group(out, kv_heads)
+    d_score = difference.mul_(grouped_grad).sum(-1, dtype=lse.dtype)
+    del difference
+    d_score *= probability
+    scaled = (softmax_scale * d_score).to(query.dtype)[..., None]
+    probability = probability.to(query.dtype)[..., None]
+    # Sums over a group of one need no temporary.
+    if query.shape[2] == kv_heads:
+        d_value.addcmul_(probability[..., 0, :], grad_out)
+        d_key.addcmul_(scaled[..., 0, :], query)
+    else:
+        d_value += torch.einsum("bskgo,bskgd->bskd", probability, grouped_grad)
+        d_key += torch.einsum("bskgo,bskgd->bskd", scaled, grouped_query)
+    _per_group(d_query, kv_heads).addcmul_(scaled, key[..., None, :])
+
+    # 1 - alpha as a sigmoid of its own: the difference has no digits left where alpha is near 1.
+    d_following = d_score.sum(-1) * torch.sigmoid(-following) - d_bias * torch.sigmoid(following)
+    d_logits = F.pad(d_following[:, :-1], (0, 0, 1, 0)).to(merge_logits.dtype)
+    return KeyGradients(d_query, d_key, d_value, d_logits)
 
 
 class DiagonalAttention(torch.autograd.Function):
@@ -35,71 +115,22 @@ class DiagonalAttention(torch.autograd.Function):
         softmax_scale: float,
         bias_channel: int | None,
     ) -> tuple[Tensor, Tensor]:
-        kv_heads = key.shape[2]
-        following = _next_logits(merge_logits).to(torch.promote_types(query.dtype, torch.float32))
-        key_bias = F.logsigmoid(-following).clamp(min=HIDDEN)
-        out, lse = flash_forward(
-            query, key, value, key_bias, causal=True, softmax_scale=softmax_scale, bias_channel=bias_channel
-        )
-        grouped_query, grouped_out, lse = (
-            _per_group(query, kv_heads),
-            _per_group(out, kv_heads),
-            _per_group(lse, kv_heads),
-        )
-        own = softmax_scale * (grouped_query * key[..., None, :]).sum(-1, dtype=lse.dtype)
-        own += F.logsigmoid(following)[..., None]
-        joined = torch.logaddexp(lse, own)
-        # lerp: out + w (value - out), the own slot's weight w = exp(own - joined)
-        weight = torch.exp(own - joined).to(out.dtype)[..., None]
-        out = torch.lerp(grouped_out, value[..., None, :].expand_as(grouped_out), weight).flatten(2, 3)
-        joined = joined.flatten(2, 3)
-        ctx.save_for_backward(query, key, value, merge_logits, out, joined)
+        out, lse = diagonal_forward(query, key, value, merge_logits, softmax_scale, bias_channel)
+        ctx.save_for_backward(query, key, value, merge_logits, out, lse)
         ctx.settings = softmax_scale, bias_channel
-        ctx.mark_non_differentiable(joined)
-        return out, joined
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_out = grads[0]
-        query, key, value, merge_logits, out, joined = ctx.saved_tensors
-        softmax_scale, bias_channel = ctx.settings
-        kv_heads = key.shape[2]
-        following = _next_logits(merge_logits).to(joined.dtype)
-        key_bias = F.logsigmoid(-following).clamp(min=HIDDEN)
-        d_query, d_key, d_value, d_bias = flash_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            joined,
-            key_bias,
-            causal=True,
-            softmax_scale=softmax_scale,
-            bias_channel=bias_channel,
-        )
-        assert d_bias is not None
-        grouped_query, grouped_grad = _per_group(query, kv_heads), _per_group(grad_out, kv_heads)
-        own = softmax_scale * (grouped_query * key[..., None, :]).sum(-1, dtype=joined.dtype)
-        own += F.logsigmoid(following)[..., None]
-        probability = torch.exp(own - _per_group(joined, kv_heads))
-        # p_i (dout_i . v_i - dout_i . out_i)
-        difference = value[..., None, :] - _per_group(out, kv_heads)
-        d_score = difference.mul_(grouped_grad).sum(-1, dtype=joined.dtype)
-        del difference
-        d_score *= probability
-        scaled = (softmax_scale * d_score).to(query.dtype)[..., None]
-        probability = probability.to(query.dtype)[..., None]
-        # Sums over a group of one need no temporary.
-        if query.shape[2] == kv_heads:
-            d_value.addcmul_(probability[..., 0, :], grad_out)
-            d_key.addcmul_(scaled[..., 0, :], query)
-        else:
-            d_value += torch.einsum("bskgo,bskgd->bskd", probability, grouped_grad)
-            d_key += torch.einsum("bskgo,bskgd->bskd", scaled, grouped_query)
-        _per_group(d_query, kv_heads).addcmul_(scaled, key[..., None, :])
+        return (*diagonal_backward(grads[0], *ctx.saved_tensors, *ctx.settings), None, None)
 
-        # 1 - alpha as a sigmoid of its own: the difference has no digits left where alpha is near 1.
-        d_following = d_score.sum(-1) * torch.sigmoid(-following) - d_bias * torch.sigmoid(following)
-        d_logits = F.pad(d_following[:, :-1], (0, 0, 1, 0)).to(merge_logits.dtype)
-        return d_query, d_key, d_value, d_logits, None, None
+
+def _next_logits(merge_logits: Tensor) -> Tensor:
+    """l_{j+1}; nothing comes after the last token. [B, S, KV]"""
+    return F.pad(merge_logits[:, 1:], (0, 0, 0, 1), value=float("-inf"))
+
+
+def _per_group(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, seq, heads, ...] -> [batch, seq, kv_heads, group, ...], a view."""
+    return x.unflatten(2, (kv_heads, -1))

@@ -49,7 +49,7 @@ def flash_forward(
         out [batch, seq_q, heads, head_dim] in query's dtype; log-sum-exp [batch, seq_q, heads], at least float32.
     """
     if query.is_cuda:
-        return _cuda_forward(query, key, value, key_bias, causal, softmax_scale, bias_channel)
+        return cuda_forward(query, key, value, key_bias, causal, softmax_scale, bias_channel)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads_first(query, key, value), 0.0, causal, attn_mask=_mask(query, key_bias), scale=softmax_scale
     )
@@ -75,7 +75,7 @@ def flash_backward(
     result is this part's exact share (as in ring attention, Liu et al., arXiv 2310.01889).
     """
     if query.is_cuda:
-        return _cuda_backward(grad_out, query, key, value, out, lse, key_bias, causal, softmax_scale, bias_channel)
+        return cuda_backward(grad_out, query, key, value, out, lse, key_bias, causal, softmax_scale, bias_channel)
     head_dim = query.shape[-1]
     if key_bias is None:
         wide, channel = (grad_out, query, key, value, out), None
@@ -149,12 +149,16 @@ def _carry_bias(
     return _with_channel(query, channel, carrier), _with_channel(key, channel, content.to(key.dtype)), channel, carrier
 
 
+def _window_sizes(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
 def _check_cuda(query: Tensor) -> None:
     if query.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"attention on a GPU needs bfloat16 or float16 (flash kernels have no {query.dtype}); set bf16")
 
 
-def _cuda_forward(
+def cuda_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -162,19 +166,32 @@ def _cuda_forward(
     causal: bool,
     softmax_scale: float,
     bias_channel: int | None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """As flash_forward; with a window, query i sees keys i - window < j <= i."""
     _check_cuda(query)
     head_dim = query.shape[-1]
     if key_bias is not None:
         query, key, _, _ = _carry_bias(query, key, key_bias, softmax_scale, bias_channel)
         value = F.pad(value, (0, query.shape[-1] - head_dim))
     out, lse, *_ = aten._flash_attention_forward(
-        query, key, value, None, None, query.shape[1], key.shape[1], 0.0, causal, False, scale=softmax_scale
+        query,
+        key,
+        value,
+        None,
+        None,
+        query.shape[1],
+        key.shape[1],
+        0.0,
+        causal,
+        False,
+        scale=softmax_scale,
+        **_window_sizes(window),
     )
     return out[..., :head_dim], lse.transpose(1, 2)
 
 
-def _cuda_backward(
+def cuda_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -185,7 +202,9 @@ def _cuda_backward(
     causal: bool,
     softmax_scale: float,
     bias_channel: int | None,
+    window: int | None = None,
 ) -> Gradients:
+    """As flash_backward, with cuda_forward's window."""
     _check_cuda(query)
     head_dim = query.shape[-1]
     channel, carrier = None, 1.0
@@ -210,5 +229,6 @@ def _cuda_backward(
         no_dropout,
         no_dropout,
         scale=softmax_scale,
+        **_window_sizes(window),
     )
     return _split_bias(grads, channel, head_dim, 1 / (softmax_scale * carrier))

@@ -36,3 +36,52 @@ def dmc_attention(
     scores = scores.masked_fill(hidden, float("-inf"))
     out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value)
     return out, scores.logsumexp(-1).transpose(1, 2)
+
+
+def windowed_dmc_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pooled_key: Tensor,
+    pooled_value: Tensor,
+    merge_logits: Tensor,
+    local_window: int,
+    operation: str,
+    softmax_scale: float | None = None,
+    document_starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Query i sees raw keys j > i - w, and what became of the keys j <= i - w.
+
+    merge: k~_j, biased by log(1 - alpha_{j+1}) where token j + 1 was merged too (j < i - w).
+    evict: k_j, biased by log(1 - alpha_j); alpha is 0 at the first token of a document.
+    """
+    seq, heads, head_dim = query.shape[1:]
+    group = heads // key.shape[2]
+    tensors = (key, value, pooled_key, pooled_value, merge_logits)
+    key, value, pooled_key, pooled_value, merge_logits = (x.repeat_interleave(group, dim=2) for x in tensors)
+    starts = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
+    if document_starts is not None:
+        starts = starts | document_starts
+    starts[:, 0] = True
+    document = starts.cumsum(dim=1)
+
+    i, j = torch.arange(seq, device=query.device)[:, None], torch.arange(seq, device=query.device)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    scale = softmax_scale or 1 / math.sqrt(head_dim)
+    near = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+    near = near.masked_fill(~((j <= i) & (i - j < local_window) & same), float("-inf"))
+
+    log_keep = (
+        F.logsigmoid(-merge_logits).masked_fill(starts[..., None], 0).transpose(1, 2)
+    )  # [B, H, S], log(1 - alpha_j)
+    if operation == "merge":
+        following = F.pad(log_keep[..., 1:], (0, 1))[:, :, None]  # log(1 - alpha_{j+1})
+        far_key, far_value, bias = pooled_key, pooled_value, torch.where(j < i - local_window, following, 0)
+    else:
+        far_key, far_value, bias = key, value, log_keep[:, :, None]
+    far = torch.einsum("bihd,bjhd->bhij", query, far_key) * scale + bias
+    far = far.masked_fill(~((j <= i - local_window) & same), float("-inf"))
+
+    scores = torch.cat([near, far], dim=-1)
+    out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), torch.cat([value, far_value], dim=1))
+    return out, scores.logsumexp(-1).transpose(1, 2)

@@ -1,0 +1,51 @@
+"""From keys and values before rotary embedding to what attention runs on: raw keys nearby and slot states farther off."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_dmc.ops.decisions import clear_channel
+from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.rotary import rotate
+
+
+def attention_states(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    local_window: int,
+    operation: Literal["merge", "evict"],
+    window_size: int | None,
+    clear_last_channel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The first five arguments of windowed_dmc_attention.
+
+    A slot is rotated at the position of its latest token. Without a window no query reads the raw keys, and with eviction
+    none reads slots: the one stands in for the other then.
+
+    Args:
+        query: [batch, seq, heads, head_dim]; key, value: [batch, seq, kv_heads, head_dim]; before rotary embedding.
+        alpha, omega: [batch, seq, kv_heads].
+        cos, sin: broadcastable to [batch, seq, 1, head_dim].
+        local_window, operation, window_size: see DMCConfig.
+        clear_last_channel: keep the last channel of query and keys at zero through the rotation (the ``neuron`` source).
+    """
+
+    def rotated(x: Tensor) -> Tensor:
+        x = rotate(x, cos, sin)
+        return clear_channel(x) if clear_last_channel else x
+
+    query = rotated(query)
+    if operation == "evict":
+        key = rotated(key)
+        return query, key, value, key, value
+    pooled_key, pooled_value = pool(key, value, alpha, omega, window_size=window_size)
+    pooled_key = rotated(pooled_key)
+    if local_window == 0:
+        return query, pooled_key, pooled_value, pooled_key, pooled_value
+    return query, rotated(key), value, pooled_key, pooled_value
