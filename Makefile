@@ -56,8 +56,10 @@ test: setup transformers-floor
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The CPU's, also where there is a GPU.
 bench: setup
-	@set -e; for name in attention pooling retrofit_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
+	@set -e; export CUDA_VISIBLE_DEVICES=; \
+	    for name in attention pooling retrofit_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py

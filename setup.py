@@ -32,7 +32,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dmc", "megatron_dmc.*"]),
-    package_data={"megatron_dmc": ["**/*.json", "**/*.yaml", "**/*.txt"]},
     entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},
     install_requires=[
         "matplotlib",
@@ -48,9 +47,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5.0,<6"],
-        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7"],
-        "eval": ["lm-eval>=0.4.8"],
-        "mpi": ["mpi4py>=4.0"],
+        "gpu": ["transformer-engine[pytorch]>=2.0"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },
 )

@@ -71,7 +71,7 @@ def measure(seq: int, options: argparse.Namespace) -> dict:
         form: int(common.in_own_process(__file__, ["--peak", form, "--seq", str(seq), *_shape(options)]))
         for form in forms
     }
-    row: dict = {"seq": seq, "plain ms": 1000 * sorted(seconds["plain"])[options.rounds // 2]}
+    row: dict = {"seq": seq, "plain ms": common.median_ms(seconds["plain"])}
     for form in FORMS[1:]:
         row[f"{form}: time"] = times.get(form)
         row[f"{form}: memory"] = sizes[form] / sizes["plain"] if form in sizes else None
@@ -84,9 +84,7 @@ def _shape(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seq", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
+    common.add_operation_options(parser)
     common.add_timing_options(parser)
     parser.add_argument("--dense-up-to", type=int, default=4096, help="longest sequence for the dense form")
     parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
@@ -96,12 +94,8 @@ def main() -> None:
         print(peak_bytes(options.peak, options.seq[0], options.heads, options.head_dim))
         return
     rows = [measure(seq, options) for seq in options.seq]
-    print("forward + backward over plain causal attention, float32")
-    common.print_table(rows)
-    print(
-        "written:",
-        common.write_results("attention", rows, clock=options.clock, heads=options.heads, head_dim=options.head_dim),
-    )
+    title = "forward + backward over plain causal attention, float32"
+    common.report("attention", title, rows, clock=options.clock, heads=options.heads, head_dim=options.head_dim)
 
 
 if __name__ == "__main__":

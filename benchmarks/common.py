@@ -41,6 +41,13 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def add_operation_options(parser: argparse.ArgumentParser) -> None:
+    """Sizes at which a single operation is measured."""
+    parser.add_argument("--seq", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+
+
 def add_timing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -83,6 +90,10 @@ def ratio_to(base: str, seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def median_ms(seconds: Sequence[float]) -> float:
+    return 1000 * statistics.median(seconds)
+
+
 def peak_growth(function: Callable[[], object]) -> int:
     """Bytes by which the call's peak of resident memory exceeds what was resident before it. Linux.
 
@@ -107,6 +118,13 @@ def in_own_process(script: str, arguments: Sequence[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{Path(script).name} {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout.splitlines()[-1]
+
+
+def report(name: str, title: str, rows: Sequence[dict[str, Any]], **settings: Any) -> None:
+    """Prints the rows and writes them, with the settings they were measured at."""
+    print(title)
+    print_table(rows)
+    print("written:", write_results(name, rows, **settings))
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

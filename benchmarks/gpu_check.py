@@ -9,6 +9,7 @@ Needs torch and megatron-core. Without a CUDA device it says so and exits 0; it 
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -173,9 +174,7 @@ def time_operations(sizes: Sizes, device: str, rounds: int) -> list[dict[str, An
         }
         seconds = common.interleaved_seconds(functions, rounds, synchronize=synchronize(device))
         for name, ratio in common.ratio_to("plain flash attention", seconds).items():
-            rows.append(
-                {"timed": name, "seq": seq, "ms": 1000 * sorted(seconds[name])[rounds // 2], "over plain": ratio}
-            )
+            rows.append({"timed": name, "seq": seq, "ms": common.median_ms(seconds[name]), "over plain": ratio})
     return rows
 
 
@@ -188,12 +187,11 @@ def synchronize(device: str) -> Callable[[], None] | None:
 
 
 class ReferenceAttention(torch.nn.Module):
-    """Stands in for the core attention where no flash kernel takes float64."""
+    """Stands in for the core attention where no flash kernel takes float64; without a local window."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, merge_logits: Tensor | None) -> Tensor:
-        if merge_logits is None:
-            return plain_attention(query, key, value)
-        return dmc_attention(query, key, value, merge_logits, backend="naive")
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *merged: Tensor) -> Tensor:
+        """merged: pooled key, pooled value and merge logits; none for the base model."""
+        return dmc_attention(query, *merged, backend="naive") if merged else plain_attention(query, key, value)
 
 
 def check_step(sizes: Sizes, device: str, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -229,7 +227,7 @@ def check_step(sizes: Sizes, device: str, rounds: int) -> tuple[list[dict[str, A
         {
             "timed": f"step, {name}",
             "seq": sizes.step_seq,
-            "ms": 1000 * sorted(seconds[name])[rounds // 2],
+            "ms": common.median_ms(seconds[name]),
             "over plain": ratio,
         }
         for name, ratio in common.ratio_to("base", seconds).items()
@@ -253,6 +251,8 @@ def main() -> int:
         print("gpu-check: no CUDA device here, nothing was checked")
         return 0
     device = options.device
+    if device == "cpu":  # before the first CUDA call: megatron-core builds on a GPU where it sees one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sizes = Sizes() if device == "cuda" else TOY
     step_rows, step_times = check_step(sizes, device, options.rounds)
     rows = check_attention(sizes, device) + check_pooling(sizes, device) + step_rows

@@ -49,7 +49,7 @@ def measure(seq: int, options: argparse.Namespace) -> dict:
     sums = common.ratio_to("running sum", seconds)
     return {
         "seq": seq,
-        "pooling ms": 1000 * sorted(seconds["pooling"])[options.rounds // 2],
+        "pooling ms": common.median_ms(seconds["pooling"]),
         "over attention": ratios["pooling"],
         "window 12 over attention": ratios["window 12"],
         "over running sum": sums["pooling"],
@@ -58,19 +58,13 @@ def measure(seq: int, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seq", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
+    common.add_operation_options(parser)
     common.add_timing_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [measure(seq, options) for seq in options.seq]
-    print("pooling, forward + backward, float32")
-    common.print_table(rows)
-    print(
-        "written:",
-        common.write_results("pooling", rows, clock=options.clock, heads=options.heads, head_dim=options.head_dim),
-    )
+    title = "pooling, forward + backward, float32"
+    common.report("pooling", title, rows, clock=options.clock, heads=options.heads, head_dim=options.head_dim)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def measure(source: str, options: argparse.Namespace) -> dict:
     ratio = context.slots.numel() * options.seq / slots
     return {
         "source": source,
-        "plain ms": 1000 * sorted(seconds["plain"])[options.rounds // 2],
+        "plain ms": common.median_ms(seconds["plain"]),
         "time over plain": common.ratio_to("plain", seconds)["compressed"],
         "compression ratio": ratio,
         "cache bytes": context.nbytes,
@@ -76,8 +76,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     initialize()
     rows = [measure(source, options) for source in DMC_SOURCES]
-    print(f"prefill of {options.batch} x {options.seq} tokens, float32")
-    common.print_table(rows)
     settings = {
         "clock": options.clock,
         "seq": options.seq,
@@ -85,7 +83,7 @@ def main() -> None:
         "ratio": options.ratio,
         **vars(SIZES),
     }
-    print("written:", common.write_results("prefill", rows, **settings))
+    common.report("prefill", f"prefill of {options.batch} x {options.seq} tokens, float32", rows, **settings)
     finalize()
 
 

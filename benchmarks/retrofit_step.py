@@ -27,14 +27,10 @@ def main() -> None:
     steps = {name: functools.partial(training_step, model.train(), inputs) for name, model in models.items()}
     seconds = common.interleaved_seconds(steps, options.rounds, options.clock)
     ratios = common.ratio_to("base", seconds)
-    rows = [
-        {"model": name, "ms": 1000 * sorted(seconds[name])[options.rounds // 2], "over base": ratios[name]}
-        for name in models
-    ]
-    print(f"forward + backward at {options.batch} x {options.seq} tokens, float32")
-    common.print_table(rows)
+    rows = [{"model": name, "ms": common.median_ms(seconds[name]), "over base": ratios[name]} for name in models]
     settings = {"clock": options.clock, "seq": options.seq, "batch": options.batch, **vars(SIZES)}
-    print("written:", common.write_results("retrofit_step", rows, **settings))
+    title = f"forward + backward at {options.batch} x {options.seq} tokens, float32"
+    common.report("retrofit_step", title, rows, **settings)
     finalize()
 
 

@@ -1,6 +1,7 @@
 """A Hugging Face Llama folder to a checkpoint of this project: ``python tools/hf_to_megatron.py --help``."""
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
+    """Runs the command; returns its exit status: 0, or 1 or 130 (interrupted) after one line on standard error."""
     options = parse_arguments(arguments)
     # megatron-core warns of every optional package that is not there, when it is imported.
     warnings.simplefilter("ignore")
@@ -29,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"hf_to_megatron: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("hf_to_megatron: interrupted, nothing was written", file=sys.stderr)
+        return 130
     print(f"{options.output_folder}: converted from {options.hf_folder}")
     return 0
 
 
 if __name__ == "__main__":
+    # A scheduler's SIGTERM also leaves nothing half written behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
+    """Runs the command; returns its exit status: 0, or 1 or 130 (interrupted) after one line on standard error."""
     options = parse_arguments(arguments)
     # megatron-core warns of every optional package that is not there, when it is imported.
     warnings.simplefilter("ignore")
@@ -51,9 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"megatron_to_hf: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("megatron_to_hf: interrupted, nothing was written", file=sys.stderr)
+        return 130
     print(f"{options.output_folder}: converted from {options.checkpoint}")
     return 0
 
 
 if __name__ == "__main__":
+    # A scheduler's SIGTERM also leaves nothing half written behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Output folders that appear whole or not at all, and the tokenizer files that travel with a model."""
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -35,8 +36,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.converting-{secrets.token_hex(4)}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             flush_to_disk(path)
@@ -49,7 +50,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def check_output(target: Path) -> None:
-    """Raises ConfigError unless ``target`` does not exist or is an empty folder."""
+    """Raises ConfigError unless ``target`` does not exist or is an empty folder, and a new one can take its place."""
+    if target.name in ("", "..") or os.path.ismount(target):
+        raise ConfigError(f"{target} cannot be replaced by a new folder; name one inside it")
     if target.is_symlink() or (target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None)):
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it first")
 

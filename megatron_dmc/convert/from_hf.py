@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.convert.folders import check_output, copy_tokenizer, new_folder
+from megatron_dmc.convert.folders import check_output, copy_tokenizer, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
@@ -41,6 +41,8 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
     weights.check(hugging_face_shapes(model, dmc))
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(load_tokenizer(folder), model.vocab_size)
+    # What an export would refuse is refused now, not after the training.
+    special_tokens(folder)
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())

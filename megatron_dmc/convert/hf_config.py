@@ -1,6 +1,7 @@
 """``config.json`` of a Hugging Face Llama <-> ModelConfig and DMCConfig."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,11 @@ def _architecture(model_type: str) -> str:
 
 def _rotary(config: dict[str, Any]) -> tuple[float, float | None]:
     """Base and Llama 3's scaling factor, as transformers 5 (``rope_parameters``) or 4 wrote them."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters, scaling = (config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    # transformers takes rope_scaling, and with it the default base: hardly what was meant.
+    if parameters and scaling and parameters != scaling:
+        raise ConfigError("rope_parameters and rope_scaling differ; keep one of them")
+    parameters = parameters or scaling
     if not isinstance(parameters, dict):
         raise ConfigError(f"rope parameters must be an object, got {parameters!r}")
     for where in (config, parameters):
@@ -188,7 +193,7 @@ _REQUIRED: Any = object()
 
 def _number(values: dict[str, Any], name: str, default: Any = _REQUIRED) -> float:
     value = _value(values, name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{name} must be a number > 0, got {value!r}")
     return float(value)
 

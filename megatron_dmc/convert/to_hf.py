@@ -37,7 +37,7 @@ def export_hf(
 
     A base model becomes a plain ``LlamaForCausalLM``; one that merges a ``DMCLlamaForCausalLM``, which
     ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` loads. One process, on the CPU; needs the
-    model's size in memory once, and one shard.
+    model's size in memory one and a half times: megatron-core joins the halves of every ``linear_fc1`` anew when it loads.
 
     Args:
         checkpoint: one checkpoint folder, of any layout, full or weights only.
@@ -55,7 +55,11 @@ def export_hf(
     info = check_checkpoint(checkpoint)
     recipe = recipe_from_dict(info.recipe)
     model, dmc = recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None
+    if dmc is not None and all(phase.kind in ("pretrain", "zero_out") for phase in recipe.phases[: info.phase + 1]):
+        raise ConfigError(f"{checkpoint} was saved before its run began to merge; name a later checkpoint")
     stored = _stored_dtype(checkpoint)
+    tokens = special_tokens(checkpoint / "tokenizer")
+    config = write_config(model, dmc, dtype=dtype or stored, special_tokens=tokens)
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, stored)
         set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
@@ -68,8 +72,6 @@ def export_hf(
             max_shard_size=max_shard_size,
         )
         copy_tokenizer(checkpoint / "tokenizer", temporary)
-        tokens = special_tokens(temporary)
-        config = write_config(model, dmc, dtype=dtype or stored, special_tokens=tokens)
         _write_json(temporary / "config.json", config)
         if not (temporary / GENERATION_CONFIG).is_file():
             _write_json(

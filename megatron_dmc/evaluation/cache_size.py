@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_dmc.config import ConfigError
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.generate import forward
 from megatron_dmc.inference.loading import LoadedModel
@@ -35,7 +36,14 @@ def plain_cache_bytes(loaded: LoadedModel, tokens: int) -> int:
 
 
 def measure_cache(loaded: LoadedModel, tokens: Tensor) -> CacheSize:
-    """Fills the compressed cache with one text, tokens [seq]."""
-    context = DMCInferenceContext(loaded.recipe.dmc, len(tokens))
+    """Fills the compressed cache with one text, tokens [seq].
+
+    Raises:
+        ConfigError: the text is longer than what the model was trained for; its decisions would mean nothing.
+    """
+    most = loaded.recipe.model.max_position_embeddings
+    if len(tokens) > most:
+        raise ConfigError(f"the text's {len(tokens)} tokens exceed the model's {most} positions; read fewer (--tokens)")
+    context = DMCInferenceContext(loaded.recipe.dmc, len(tokens), only_last_logits=True)
     forward(loaded, tokens[None], context)
     return CacheSize(len(tokens), context.slots[:, 0].cpu(), context.nbytes, plain_cache_bytes(loaded, len(tokens)))

@@ -24,7 +24,12 @@ class DMCCache(Cache):
 
     def __init__(self, config: DMCLlamaConfig):
         # Not Cache.__init__: its layers hold one dense tensor each, and all that it sets up is for them.
-        self.layers: Any = [LayerCache(config.dmc["window_size"]) for _ in range(config.num_hidden_layers)]
+        dmc = config.dmc
+        clears = dmc["decision_source"] == "neuron"
+        self.layers: Any = [
+            LayerCache(dmc["local_window"], dmc["operation"], dmc["window_size"], clears_last_channel=clears)
+            for _ in range(config.num_hidden_layers)
+        ]
         self.offloading = False
         self.columns = 0
 
@@ -42,7 +47,7 @@ class DMCCache(Cache):
     @property
     def slots(self) -> Tensor:
         """Slots in use, int64 [layers, batch, kv_heads]."""
-        return torch.stack([layer.slots for layer in self.layers])
+        return torch.stack([layer.slots.to(self.tokens.device) for layer in self.layers])
 
     @property
     def compression_ratio(self) -> float:

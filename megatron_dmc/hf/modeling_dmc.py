@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from megatron_dmc.hf.cache import DMCCache
 from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.padding import Packing
-from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
     hard_logits,
@@ -24,8 +24,7 @@ from megatron_dmc.ops.decisions import (
     projection_logits,
 )
 from megatron_dmc.ops.decode import LayerCache
-from megatron_dmc.ops.pooling import pool
-from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.states import attention_states
 
 
 class DecisionProjection(nn.Linear):
@@ -65,16 +64,25 @@ class DMCLlamaAttention(nn.Module):
         if self.dmc["per_layer"]:
             a = a.mean(-1, keepdim=True).expand_as(a)
         omega = omega_from_logits(b)
-        bias_channel = -1 if self.neuron else None
         if cache is not None:
-            out = cache.attend(query, key, value, a > 0, omega, cos, sin, lengths=lengths, bias_channel=bias_channel)
+            out = cache.attend(query, key, value, a > 0, omega, cos, sin, lengths=lengths)
         else:
             # Padding stands behind the real tokens, where causal attention never looks.
-            key, value = pool(key, value, (a > 0).to(a.dtype), omega, window_size=self.dmc["window_size"])
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            if self.neuron:
-                query, key = clear_channel(query), clear_channel(key)
-            out = dmc_attention(query, key, value, hard_logits(a), bias_channel=bias_channel)
+            when = {"local_window": self.dmc["local_window"], "operation": self.dmc["operation"]}
+            states = attention_states(
+                query,
+                key,
+                value,
+                (a > 0).to(a.dtype),
+                omega,
+                cos,
+                sin,
+                window_size=self.dmc["window_size"],
+                clear_last_channel=self.neuron,
+                **when,
+            )
+            channel = -1 if self.neuron else None
+            out = windowed_dmc_attention(*states, hard_logits(a), bias_channel=channel, **when)
         return self.o_proj(out.flatten(2))
 
 
@@ -150,14 +158,19 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         if output_attentions or self.config.output_attentions:
             raise ValueError("output_attentions=True is not supported: no attention weights are ever stored")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        seq = hidden.shape[1]
+        batch, seq = hidden.shape[:2]
         if seq == 0:
             raise ValueError("there are no new tokens: the cache already holds everything that was given")
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         cache = self._cache(past_key_values, use_cache)
         keep_states = bool(output_hidden_states or self.config.output_hidden_states)
-        packing = _packing(attention_mask, seq)
+        if cache is not None and cache.columns > 0 and cache.batch_size != batch:
+            raise ValueError(
+                f"past_key_values holds {cache.batch_size} sequences, got {batch}; give it as many with its "
+                "batch_repeat_interleave or batch_select_indices, or start a new one"
+            )
+        packing = _packing(attention_mask, batch, seq)
         first = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         if cache is not None and cache.columns > 0:
             first = cache.tokens[:, None]
@@ -272,12 +285,16 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = DMCCache(self.config)
 
 
-def _packing(attention_mask: Tensor | None, seq: int) -> Packing | None:
+def _packing(attention_mask: Tensor | None, batch: int, seq: int) -> Packing | None:
     """None where nothing is padding."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < seq:
-        raise ValueError(f"attention_mask must be [batch, >= {seq}], got {list(attention_mask.shape)}")
+    shape = list(getattr(attention_mask, "shape", ()))
+    if len(shape) != 2 or shape[0] != batch or shape[1] < seq:
+        raise ValueError(
+            f"attention_mask must be [{batch}, >= {seq}], zero at padding, got {shape or type(attention_mask).__name__}; "
+            "attention itself is always causal"
+        )
     attention_mask = attention_mask[:, -seq:]
     return None if bool((attention_mask != 0).all()) else Packing(attention_mask)
 
@@ -291,4 +308,7 @@ def _check_positions(position_ids: Tensor | None, packing: Packing | None, first
     else:
         expected, real = first + packing.place, packing.real
     if not bool(((position_ids == expected) | ~real).all()):
-        raise ValueError("position_ids must count every row's real tokens from 0: packed sequences are not supported")
+        raise ValueError(
+            "position_ids must count every row's real tokens from 0, those in past_key_values first: packed sequences are "
+            "not supported; leave position_ids out, and give an attention_mask of past and new tokens"
+        )

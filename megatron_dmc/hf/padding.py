@@ -31,4 +31,5 @@ class Packing:
 
 
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    # The layers may lie on several devices, and the last one's states on another than the mask.
+    return hidden.gather(1, index.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -15,16 +15,18 @@ class DMCInferenceContext:
     Args:
         dmc: the model's configuration.
         max_sequence_length: positions for which rotary embeddings are made, prompt and answer together.
+        only_last_logits: the model returns a call's last logits only, [batch, 1, vocabulary]: a long prompt's would
+            take more memory than its cache.
     """
 
-    def __init__(self, dmc: DMCConfig, max_sequence_length: int) -> None:
+    def __init__(self, dmc: DMCConfig, max_sequence_length: int, *, only_last_logits: bool = False) -> None:
         self.dmc = dmc
         self.max_sequence_length = max_sequence_length
         self.layers: dict[int, LayerCache] = {}
         # What megatron-core asks of a context; its base class changed between 0.16 and 0.17, these names did not.
         self.sequence_len_offset = 0
-        self.materialize_only_last_token_logits = False
-        self.config = SimpleNamespace(materialize_only_last_token_logits=False)
+        self.materialize_only_last_token_logits = only_last_logits
+        self.config = SimpleNamespace(materialize_only_last_token_logits=only_last_logits)
 
     def is_static_batching(self) -> bool:
         """megatron-core's other kind has a paged cache of its own."""
@@ -49,21 +51,17 @@ class DMCInferenceContext:
         sin: Tensor,
     ) -> Tensor:
         """One layer's attention, called by DMCSelfAttention; cos and sin are of all positions, [1, max, 1, head_dim]."""
-        cache = self.layers.setdefault(layer_number, LayerCache(self.dmc.window_size))
+        if layer_number not in self.layers:
+            dmc = self.dmc
+            self.layers[layer_number] = LayerCache(
+                dmc.local_window, dmc.operation, dmc.window_size, clears_last_channel=dmc.decision_source == "neuron"
+            )
+        cache = self.layers[layer_number]
         begun = cache.tokens if len(cache.tokens) else torch.zeros(len(key), dtype=torch.long, device=key.device)
         positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)
-        if int(positions.max()) >= self.max_sequence_length:
+        if int(begun.max()) + key.shape[1] > self.max_sequence_length:
             raise ValueError(f"the text is longer than max_sequence_length ({self.max_sequence_length})")
-        return cache.attend(
-            query,
-            key,
-            value,
-            a > 0,
-            omega,
-            cos[0, positions],
-            sin[0, positions],
-            bias_channel=-1 if self.dmc.decision_source == "neuron" else None,
-        )
+        return cache.attend(query, key, value, a > 0, omega, cos[0, positions], sin[0, positions])
 
     @property
     def nbytes(self) -> int:

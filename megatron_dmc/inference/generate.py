@@ -1,7 +1,6 @@
 """Text generation with the compressed cache."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,11 +8,12 @@ from torch import Tensor
 from megatron_dmc.config import ConfigError
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.loading import LoadedModel, load_model, require_merging
+from megatron_dmc.training.tokenizer import Tokenizer
 
 
 @torch.no_grad()
 def forward(loaded: LoadedModel, tokens: Tensor, context: DMCInferenceContext) -> Tensor:
-    """Logits [batch, seq, vocabulary] of the next tokens [batch, seq], which enter the cache."""
+    """Takes the next tokens [batch, seq] into the cache; the model's logits, [batch, seq or 1, vocabulary] in float32."""
     tokens = tokens.to(loaded.device)
     # Positions are the cache's: each sequence goes on where it stands.
     logits = loaded.model(tokens, torch.zeros_like(tokens), None, inference_context=context, runtime_gather_output=True)
@@ -33,7 +33,7 @@ def generate(
 
     temperature 0 takes the likeliest token. Ends after max_new_tokens; the caller stops at an end token.
     """
-    context = DMCInferenceContext(loaded.recipe.dmc, prompt.shape[1] + max_new_tokens)
+    context = DMCInferenceContext(loaded.recipe.dmc, prompt.shape[1] + max_new_tokens, only_last_logits=True)
     logits = forward(loaded, prompt, context)[:, -1]
     for step in range(max_new_tokens):
         if temperature == 0:
@@ -44,6 +44,23 @@ def generate(
         yield token.cpu()
         if step + 1 < max_new_tokens:
             logits = forward(loaded, token[:, None], context)[:, -1]
+
+
+def new_text(tokenizer: Tokenizer, prompt: Sequence[int], steps: Iterable[int]) -> Iterator[str]:
+    """The text that the tokens of ``steps`` add to the prompt's, in pieces; ends with the end-of-text token."""
+    # Decoded together with the prompt: some tokenizers drop the space in front of a text's first word.
+    ids = list(prompt)
+    shown = text = tokenizer.detokenize(ids)
+    for token in steps:
+        if token == tokenizer.eod:
+            break
+        ids.append(token)
+        text = tokenizer.detokenize(ids)
+        # A character may be spread over several tokens.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    yield text[len(shown) :]
 
 
 def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
@@ -69,7 +86,6 @@ def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, s
             f"prompt ({len(ids)} tokens) and --max-new-tokens ({max_new_tokens}) exceed the model's {most} positions"
         )
     print(prompt, end="", flush=True)
-    shown, made = "", []
     steps = generate(
         loaded,
         torch.tensor([ids]),
@@ -77,13 +93,6 @@ def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, s
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
     )
-    for token in steps:
-        made.append(int(token[0]))
-        if made[-1] == loaded.tokenizer.eod:
-            break
-        # A character may be spread over several tokens.
-        text = loaded.tokenizer.detokenize(made)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(file=sys.stdout)
+    for piece in new_text(loaded.tokenizer, ids, (int(token[0]) for token in steps)):
+        print(piece, end="", flush=True)
+    print()

@@ -17,3 +17,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     swapped = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return (x * cos + swapped * sin).to(x.dtype)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse of :func:`rotate`, also where cos and sin are rounded; shapes as there. Computed in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    return (rotate(x.to(wide), cos, -sin) / (cos * cos + sin * sin)).to(x.dtype)

@@ -239,6 +239,20 @@ def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 0
 
 
+@pytest.mark.parametrize("dmc_checkpoint", [DMC["neuron"]], ids=["neuron"], indirect=True)
+def test_a_retrofit_that_has_not_begun_to_merge(dmc_checkpoint: Path, tmp_path: Path) -> None:
+    """In zero_out the channel still belongs to the base's attention: read as decisions it is noise."""
+    path = dmc_checkpoint / "dmc.json"
+    content = json.loads(path.read_text())
+    compress = content["recipe"]["phases"][0]
+    content["recipe"]["phases"] = [compress | {"kind": "zero_out"}, compress]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="was saved before its run began to merge; name a later checkpoint"):
+        export_hf(dmc_checkpoint, tmp_path / "hf")
+    path.write_text(json.dumps(content | {"phase": 1}))
+    export_hf(dmc_checkpoint, tmp_path / "hf")
+
+
 def test_an_imported_llama_is_a_base(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     import_hf(save_llama(), tmp_path / "megatron")
     info = check_checkpoint(tmp_path / "megatron")
@@ -281,6 +295,21 @@ def test_a_failed_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp
 def test_a_tokenizer_that_exceeds_the_vocabulary(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size is 100"):
         import_hf(save_llama(vocab_size=100), tmp_path / "megatron")
+
+
+def test_a_damaged_generation_config_is_found_before_the_training(
+    save_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, checkpoint = save_llama(), tmp_path / "megatron"
+    import_hf(folder, checkpoint)
+    for path in (folder, checkpoint / "tokenizer"):
+        (path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=f"{folder}/generation_config.json is not JSON"):
+        import_hf(folder, tmp_path / "again")
+    # by the name of the file that is to be mended, not of its copy
+    with pytest.raises(ConfigError, match=f"{checkpoint}/tokenizer/generation_config.json is not JSON"):
+        export_hf(checkpoint, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
 
 
 def test_weights_of_another_size(save_llama: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+
+from megatron_dmc.convert.from_hf import import_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +49,23 @@ def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
     assert done.stderr.startswith("hf_to_megatron: ") and "mixture-of-experts" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
+def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path, tool: str) -> None:
+    source, output = save_llama(), tmp_path / "output"
+    if tool == "megatron_to_hf.py":
+        import_hf(source, tmp_path / "source")
+        source = tmp_path / "source"
+    command = [sys.executable, str(ROOT / "tools" / tool), str(source), str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob(".output.converting-*")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode in (1, 130) and "Traceback" not in error
+    assert not [path for path in tmp_path.iterdir() if path.name != "source"]
 
 
 @pytest.mark.parametrize(

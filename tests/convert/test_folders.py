@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.folders import copy_tokenizer, new_folder, special_tokens
+from megatron_dmc.convert.folders import check_output, copy_tokenizer, new_folder, special_tokens
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -34,6 +34,17 @@ def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
         (target / "file").write_text("old")
     assert (target / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("target", [".", "..", "/", "/proc"])
+def test_a_folder_that_a_new_one_cannot_replace_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    inner = tmp_path / "empty"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    with pytest.raises(ConfigError, match="cannot be replaced by a new folder; name one inside it"):
+        check_output(Path(target))
 
 
 def test_tokens_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:

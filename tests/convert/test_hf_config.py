@@ -44,8 +44,9 @@ def test_keys_that_old_files_lack_have_llamas_defaults() -> None:
         ({"rope_theta": 500000, "rope_scaling": None}, 500000.0, None),
         ({"rope_theta": 500000.0, "rope_scaling": OLD_LLAMA3}, 500000.0, 8.0),
         ({"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **OLD_LLAMA3, "factor": 32.0}}, 500000.0, 32.0),
+        ({"rope_parameters": LLAMA3, "rope_scaling": LLAMA3}, 500000.0, 8.0),
     ],
-    ids=["v5", "v5-llama3", "v4", "v4-llama3", "v4-llama3-32"],
+    ids=["v5", "v5-llama3", "v4", "v4-llama3", "v4-llama3-32", "both"],
 )
 def test_rotary_settings_of_transformers_4_and_5(rotary: dict[str, Any], base: float, factor: float | None) -> None:
     model, _ = parse_config(PLAIN | rotary)
@@ -98,6 +99,11 @@ def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
         ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 4096}}, "must be 8192"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": "llama3"}, "must be an object"),
+        (
+            {"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling differ; keep one",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta must be a number > 0"),
         ({"rope_theta": "1e4"}, "rope_theta must be a number > 0, got '1e4'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number > 0, got nan"),
         ({"hidden_size": None}, "hidden_size is missing"),

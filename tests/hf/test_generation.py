@@ -73,6 +73,19 @@ def test_generates_on_from_a_cache(projection_model, prompt):
     assert first.past_key_values.columns == 64  # the copy was another one
 
 
+def test_several_continuations_of_one_cache(projection_model, prompt):
+    first = projection_model.generate(prompt, **OPTIONS)
+    question = torch.cat([first.sequences, prompt[:, :7]], dim=1)
+    options = OPTIONS | {"num_beams": 3, "past_key_values": first.past_key_values}
+    with pytest.raises(
+        ValueError, match="past_key_values holds 3 sequences, got 9; give it as many with its batch_repeat"
+    ):
+        projection_model.generate(question, **options)
+    first.past_key_values.batch_repeat_interleave(3)
+    continued = projection_model.generate(question, **options).sequences
+    assert torch.equal(continued, projection_model.generate(question, **OPTIONS | {"num_beams": 3}).sequences)
+
+
 def test_chunked_prefill_by_generate(projection_model, left_padded):
     padded, mask = left_padded
     whole = projection_model.generate(padded, attention_mask=mask, **OPTIONS)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache, LlamaForCausalLM
 
 from megatron_dmc.hf.cache import DMCCache
 from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.hf.padding import Packing
 
 CLOSE = {"rtol": 0, "atol": 1e-4}  # logits of size 10 in float32
 
@@ -98,6 +100,15 @@ def test_padding_changes_nothing(model, left_padded):
                 torch.testing.assert_close(logits[row, real], alone, **CLOSE)
 
 
+def test_layers_on_several_devices(left_padded):
+    """The mask lies with the first layer, the states with the last. Fake tensors have devices that are not there."""
+    packing = Packing(left_padded[1])
+    with FakeTensorMode() as mode:
+        packing.place = mode.from_tensor(packing.place)
+        hidden = FakeTensor(mode, torch.empty(3, 41, 8, device="meta"), torch.device("cuda:1"))
+        assert packing.unpack(hidden).device == torch.device("cuda:1")
+
+
 @torch.no_grad()
 def test_cache_holds_no_padding(projection_model, left_padded):
     padded, mask = left_padded
@@ -151,6 +162,10 @@ def test_refusals(projection_model, prompt):
         refused = {
             "output_attentions": {"output_attentions": True},
             "attention_mask must be": {"attention_mask": torch.ones(3, 1, 41, 41)},
+            r"attention_mask must be \[3, >= 41\], zero at padding, got \[1, 41\]": {
+                "attention_mask": (torch.arange(41) > 0)[None]
+            },
+            "zero at padding, got dict": {"attention_mask": {"full_attention": None}},
             "position_ids must count": {"position_ids": torch.arange(41).remainder(20)[None]},
             "DMCCache, got DynamicCache": {"past_key_values": DynamicCache()},
             "either input_ids or inputs_embeds": {"inputs_embeds": torch.zeros(3, 41, 64)},
@@ -161,8 +176,9 @@ def test_refusals(projection_model, prompt):
         with pytest.raises(ValueError, match="no new tokens"):
             projection_model(prompt[:, :0])
         cache = projection_model(prompt).past_key_values
-        with pytest.raises(ValueError, match="holds 3 sequences, got 2"):
-            projection_model(prompt[:2], past_key_values=cache)
+        for positions in (None, torch.arange(41, 82).expand(2, 41)):
+            with pytest.raises(ValueError, match="holds 3 sequences, got 2; give it as many with its batch_repeat"):
+                projection_model(prompt[:2], past_key_values=cache, position_ids=positions)
         with pytest.raises(ValueError, match="cannot be cropped"):
             cache.crop(-1)
 

@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import OMEGA_EPS, hard_logits
 from megatron_dmc.ops.decode import LayerCache, naive
-from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.states import attention_states
 
 torch.set_num_threads(1)
 
@@ -62,20 +62,37 @@ def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float6
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def through_cache(tokens: Tokens, cuts: Sequence[int], cache: LayerCache, bias_channel: int | None = None) -> Tensor:
+class Kind(NamedTuple):
+    """How tokens are kept: LayerCache's first arguments."""
+
+    local_window: int = 0
+    operation: Any = "merge"
+    window_size: int | None = None
+
+
+KINDS = {
+    "exact": Kind(),
+    "truncated12": Kind(window_size=12),
+    **{f"{operation}-w{w}": Kind(w, operation) for operation in ("merge", "evict") for w in (1, 16, 100)},
+    "merge-w5-truncated12": Kind(5, "merge", 12),
+}
+by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def through_cache(tokens: Tokens, cuts: Sequence[int], cache: LayerCache) -> Tensor:
     """Feeds the tokens in pieces of the given sizes."""
     outputs, start = [], 0
     for size in cuts:
         part = tokens.cut(start, start + size)
         positions = (cache.tokens if len(cache.tokens) else torch.zeros(1))[:, None] + torch.arange(size)
         cos, sin = rotation(positions, tokens.key.shape[-1], tokens.key.dtype)
-        outputs.append(cache.attend(*part, cos, sin, bias_channel=bias_channel))
+        outputs.append(cache.attend(*part, cos, sin))
         start += size
     return torch.cat(outputs, dim=1)
 
 
-def oracle(tokens: Tokens, window_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads]."""
+def oracle(tokens: Tokens, kind: Kind = KINDS["exact"]) -> tuple[Tensor, Tensor]:
+    """Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads], the window's tokens counted."""
 
     def rotate_at(x: Tensor, position: int) -> Tensor:
         cos, sin = rotation(torch.tensor([[position]]), x.shape[-1])
@@ -87,15 +104,15 @@ def oracle(tokens: Tokens, window_size: int | None = None) -> tuple[Tensor, Tens
     for b in range(batch):
         for h in range(kv_heads):
             head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, window_size)
-            counts[b, h] = len(slots)
+            out[b, :, h], slots = naive.decode(*head, rotate_at, kind.window_size, *kind[:2])
+            counts[b, h] = len(slots) + min(tokens.key.shape[1], kind.local_window)
     return out.flatten(2, 3), counts
 
 
 @functools.cache
-def tokens_and_oracle(shape: tuple[int, ...], window_size: int | None) -> tuple[Tokens, Tensor, Tensor]:
-    tokens = make_tokens(*shape, merge=0.6 if window_size is None else 0.85)  # slots longer than the window
-    return tokens, *oracle(tokens, window_size)
+def tokens_and_oracle(shape: tuple[int, ...], kind: Kind) -> tuple[Tokens, Tensor, Tensor]:
+    tokens = make_tokens(*shape, merge=0.6 if kind.window_size is None else 0.85)  # slots longer than what is summed
+    return tokens, *oracle(tokens, kind)
 
 
 SHAPES = [(1, 37, 2, 2, 8), (2, 63, 4, 2, 8), (2, 70, 6, 1, 16)]
@@ -109,51 +126,51 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("window_size", [None, 12], ids=["exact", "w12"])
+@by_kind
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def test_equals_oracle(shape, window_size, cuts):
-    tokens, expected, counts = tokens_and_oracle(shape, window_size)
-    cache = LayerCache(window_size)
+def test_equals_oracle(shape, kind, cuts):
+    tokens, expected, counts = tokens_and_oracle(shape, kind)
+    cache = LayerCache(*kind)
     out = through_cache(tokens, cuts(shape[1]), cache)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     assert torch.equal(cache.slots, counts)
 
 
-@pytest.mark.parametrize("alpha", [False, True], ids=["append-all", "merge-all"])
-def test_corners(alpha):
+@by_kind
+@pytest.mark.parametrize("alpha", [False, True], ids=["alpha0", "alpha1"])
+def test_corners(alpha, kind):
     tokens = make_tokens(2, 40, 4, 2, 8)
     tokens = tokens._replace(alpha=torch.full_like(tokens.alpha, alpha))
-    expected, counts = oracle(tokens)
+    expected, counts = oracle(tokens, kind)
     for cuts in ([40], [20, 20], [1] * 40):
-        cache = LayerCache()
+        cache = LayerCache(*kind)
         torch.testing.assert_close(through_cache(tokens, cuts, cache), expected, rtol=0, atol=1e-10)
         assert torch.equal(cache.slots, counts)
 
 
-def test_training_form_is_the_cache():
+@by_kind
+@pytest.mark.parametrize("clears", [False, True], ids=["all-channels", "last-cleared"])
+def test_training_form_is_the_cache(clears, kind):
     """Pooling and attention as in training, with binary alpha, in float32."""
     tokens = make_tokens(2, 65, 4, 2, 16, dtype=torch.float32)
+    if clears:
+        for x in (tokens.query, tokens.key):
+            x[..., -1] = 0
     cos, sin = rotation(torch.arange(65)[None], 16, torch.float32)
     alpha = tokens.alpha.float()
-    key, value = pool(tokens.key, tokens.value, alpha, tokens.omega)
-    expected = dmc_attention(rotate(tokens.query, cos, sin), rotate(key, cos, sin), value, hard_logits(alpha))
+    states = attention_states(*tokens[:3], alpha, tokens.omega, cos, sin, **kind._asdict(), clear_last_channel=clears)
+    when = {"local_window": kind.local_window, "operation": kind.operation}
+    expected = windowed_dmc_attention(*states, hard_logits(alpha), bias_channel=-1 if clears else None, **when)
     for cuts in ([65], [20, 40, 5], [1] * 65):
-        torch.testing.assert_close(through_cache(tokens, cuts, LayerCache()), expected, rtol=0, atol=1e-5)
+        out = through_cache(tokens, cuts, LayerCache(*kind, clears_last_channel=clears))
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    if clears:
+        # The rotation fills the channel again.
+        assert not torch.allclose(through_cache(tokens, [65], LayerCache(*kind)), expected, atol=1e-3)
 
 
-def test_bias_channel_never_counts():
-    tokens = make_tokens(1, 40, 4, 2, 8)
-    for x in (tokens.query, tokens.key):
-        x[..., -1] = 0
-    whole = through_cache(tokens, [40], LayerCache(), bias_channel=-1)
-    for cuts in ([15, 25], [1] * 40):
-        out = through_cache(tokens, cuts, LayerCache(), bias_channel=-1)
-        torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
-    assert not torch.allclose(whole, through_cache(tokens, [40], LayerCache()), atol=1e-3)
-
-
-@pytest.mark.parametrize("window_size", [None, 12], ids=["exact", "w12"])
-def test_ragged_chunks_leave_no_trace(window_size):
+@by_kind
+def test_ragged_chunks_leave_no_trace(kind):
     """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
     batch, seq = 3, 24
     tokens = make_tokens(batch, 3 * seq, 4, 2, 8, merge=0.85)
@@ -161,7 +178,7 @@ def test_ragged_chunks_leave_no_trace(window_size):
     for row, counts in enumerate(lengths.T):  # chunks begin and end with slots that close
         for start in counts.cumsum(0).tolist():
             tokens.alpha[row, start, 0] = False
-    cache = LayerCache(window_size)
+    cache = LayerCache(*kind)
     taken = torch.zeros(batch, dtype=torch.long)
     rows = torch.arange(batch)[:, None]
     outputs: list[list[Tensor]] = [[] for _ in range(batch)]
@@ -179,34 +196,35 @@ def test_ragged_chunks_leave_no_trace(window_size):
             outputs[b].append(out[b, : length[b]])
     assert torch.equal(cache.tokens, taken)
     for b in range(batch):
-        expected, counts = oracle(Tokens(*(x[b : b + 1, : taken[b]] for x in tokens)), window_size)
+        expected, counts = oracle(Tokens(*(x[b : b + 1, : taken[b]] for x in tokens)), kind)
         torch.testing.assert_close(torch.cat(outputs[b])[None], expected, rtol=0, atol=1e-10)
         assert torch.equal(cache.slots[b : b + 1], counts)
 
 
-@pytest.mark.parametrize("window_size", [None, 12], ids=["exact", "w12"])
-def test_select_reorders_repeats_and_drops(window_size):
+@by_kind
+def test_select_reorders_repeats_and_drops(kind):
     tokens = make_tokens(3, 50, 4, 2, 8)
-    cache = LayerCache(window_size)
+    cache = LayerCache(*kind)
     through_cache(tokens.cut(0, 30), [20, 10], cache)
     for sequences in ([2, 0, 0, 1], [3, 2, 0]):
         cache.select(torch.tensor(sequences))
         tokens = Tokens(*(x[sequences] for x in tokens))
     out = through_cache(tokens.cut(30, 50), [1] * 5 + [10] + [1] * 5, cache)
-    expected, counts = oracle(tokens, window_size)
+    expected, counts = oracle(tokens, kind)
     torch.testing.assert_close(out, expected[:, 30:], rtol=0, atol=1e-10)
     assert torch.equal(cache.slots, counts)
 
 
 def plain_bytes(cache: LayerCache, head_dim: int, element: int) -> int:
-    return int(cache.tokens.sum()) * cache.kv_heads * 2 * head_dim * element
+    return int(cache.tokens.sum()) * cache.slots.shape[1] * 2 * head_dim * element
 
 
 @pytest.mark.parametrize("cuts", [[2048], [2000] + [1] * 48, [512] * 4], ids=["prefill", "prefill+steps", "chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_bytes_follow_the_sum_of_lengths(dtype, cuts):
+@pytest.mark.parametrize("kind", ["exact", "merge-w16", "evict-w16"])
+def test_bytes_follow_the_sum_of_lengths(kind, dtype, cuts):
     tokens = make_tokens(1, 2048, 2, 2, 64, merge=0.75, dtype=dtype)
-    cache = LayerCache()
+    cache = LayerCache(*KINDS[kind])
     through_cache(tokens, cuts, cache)
     ratio = 2048 * 2 / int(cache.slots.sum())
     assert 3 < ratio < 5
@@ -214,22 +232,24 @@ def test_bytes_follow_the_sum_of_lengths(dtype, cuts):
     assert cache.nbytes <= 1.15 / ratio * plain_bytes(cache, 64, dtype.itemsize)
 
 
-def test_dropped_sequences_and_reset_free_their_bytes():
+@by_kind
+def test_dropped_sequences_and_reset_free_their_bytes(kind):
     tokens = make_tokens(4, 400, 2, 2, 16)
-    cache = LayerCache()
+    cache = LayerCache(*kind)
     through_cache(tokens, [300] + [1] * 100, cache)
     before = cache.nbytes
     cache.select(torch.tensor([2]))
     assert cache.nbytes < 0.3 * before
     cache.reset()
     assert cache.nbytes == 0
-    torch.testing.assert_close(through_cache(tokens, [400], cache), through_cache(tokens, [400], LayerCache()))
+    torch.testing.assert_close(through_cache(tokens, [400], cache), through_cache(tokens, [400], LayerCache(*kind)))
 
 
-def test_bf16_cuts_agree():
-    tokens = make_tokens(1, 100, 4, 2, 64, dtype=torch.bfloat16)
-    whole = through_cache(tokens, [100], LayerCache())
-    steps = through_cache(tokens, [60] + [1] * 40, LayerCache())
+@by_kind
+def test_bf16_cuts_agree(kind):
+    tokens = make_tokens(1, 120, 4, 2, 64, dtype=torch.bfloat16)
+    whole = through_cache(tokens, [120], LayerCache(*kind))
+    steps = through_cache(tokens, [60] + [1] * 60, LayerCache(*kind))
     assert whole.dtype == steps.dtype == torch.bfloat16
     torch.testing.assert_close(steps.float(), whole.float(), rtol=0, atol=3e-2)
 
@@ -240,5 +260,10 @@ def test_clear_errors():
     through_cache(tokens, [4], cache)
     with pytest.raises(ValueError, match="holds 2 sequences, got 1"):
         cache.attend(*(x[:1] for x in tokens), *rotation(torch.arange(4)[None], 8))
-    with pytest.raises(ValueError, match="no gradients"):
-        cache.attend(tokens.query.requires_grad_(), *tokens[1:], *rotation(torch.arange(4)[None], 8))
+    with pytest.raises(ValueError, match="at least one token"):
+        cache.attend(*tokens.cut(4, 4), *rotation(torch.zeros(2, 0), 8))
+    for x in (tokens.query, tokens.omega):
+        x.requires_grad_()
+        with pytest.raises(ValueError, match="no gradients"):
+            cache.attend(*tokens, *rotation(torch.arange(4)[None], 8))
+        x.requires_grad_(False)

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.ops.attention.flash import HIDDEN, cuda_backward, cuda_forward, flash_backward, flash_forward
+from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_backward, flash_forward
 
 # Shorter blocks keep the CPU kernel waiting.
 SHORTEST_BLOCK = 32
+
+# No key's score comes near it, whatever stands behind a text's end; an infinity would empty a part of a block.
+UNSEEN = -1e30
 
 aten = torch.ops.aten
 
@@ -110,12 +113,12 @@ class _Blocks:
         return [first, further.flatten(0, 1).transpose(2, 3).contiguous()]
 
     def bands(self) -> list[Tensor]:
-        """0 where a query sees a key, else HIDDEN; [1, 1, block, keys] for either kind of block."""
+        """0 where a query sees a key, else UNSEEN; [1, 1, block, keys] for either kind of block."""
         age = torch.arange(self.block, device=self.device)[:, None] - torch.arange(
             1 - self.window, self.block, device=self.device
         )
         band = torch.zeros(age.shape, dtype=self.dtype, device=self.device)
-        band.masked_fill_((age < 0) | (age >= self.window), HIDDEN)
+        band.masked_fill_((age < 0) | (age >= self.window), UNSEEN)
         return [part[None, None] for part in (band[:, self.window - 1 :].contiguous(), band)][: 1 + (self.rest > 0)]
 
     def join_queries(self, parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:

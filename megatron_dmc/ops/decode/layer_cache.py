@@ -1,46 +1,62 @@
 """The compressed cache of one layer, and attention through it."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention import dmc_attention
-from megatron_dmc.ops.attention.flash import flash_forward
-from megatron_dmc.ops.decisions import hard_logits
-from megatron_dmc.ops.decode.open_slot import RecentTokens, RunningSums
-from megatron_dmc.ops.decode.pages import Pages
-from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.attention.sliding import sliding_forward
+from megatron_dmc.ops.attention.windowed import join
+from megatron_dmc.ops.decode.ring import Ring
+from megatron_dmc.ops.decode.slots import KeptTokens, MergedSlots, Slots
+from megatron_dmc.ops.decode.tokens import Tokens, take
+from megatron_dmc.ops.rotary import rotate, unrotate
 
 
 class LayerCache:
-    """Closed slots in pages, and one open slot per (sequence, KV head); every head has its own length.
+    """A ring of the last tokens as they came, and slots of all before; every head has its own number of slots.
 
-    The open slot's latest token is always the sequence's last token. It is closed, that is rotated at that token's
-    position and written to the pages, when the next token appends; so no slot is ever written twice.
-
-    Attributes:
-        tokens: int64 [batch], tokens seen of each sequence; empty before the first call.
+    Args:
+        local_window: tokens in the ring: a decision is carried out when its token leaves it.
+        operation: what becomes of a token with alpha 1 then.
+        window_size: tokens that a slot's mean is truncated to, see DMCConfig.
+        clears_last_channel: the last channel of queries and keys is kept at zero through the rotation (the ``neuron``
+            source).
+        page_size: slots that are allocated together.
     """
 
-    def __init__(self, window_size: int | None = None, page_size: int = 16):
-        self.window_size = window_size
-        self.page_size = page_size
+    def __init__(
+        self,
+        local_window: int = 0,
+        operation: Literal["merge", "evict"] = "merge",
+        window_size: int | None = None,
+        *,
+        clears_last_channel: bool = False,
+        page_size: int = 16,
+    ):
+        self.local_window, self.operation, self.window_size = local_window, operation, window_size
+        self.clears_last_channel, self.page_size = clears_last_channel, page_size
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and frees its memory."""
-        nothing = torch.empty(0, 0, 0, 0)
-        self._start(nothing, nothing)
+        self.ring: Ring | None = None
+        self.kept: Slots | None = None
 
-    def _start(self, key: Tensor, cos: Tensor) -> None:
-        batch, _, kv_heads, head_dim = key.shape
-        self.dtype, self.kv_heads = key.dtype, kv_heads
-        self.tokens = torch.zeros(batch, dtype=torch.long, device=key.device)
-        self.pages = Pages(batch * kv_heads, head_dim, self.page_size, key.dtype, key.device)
-        self.open = RunningSums(key) if self.window_size is None else RecentTokens(key, self.window_size)
-        # Rotation of the last tokens, [batch, 1, 1, head_dim].
-        self.last_cos, self.last_sin = (cos.new_zeros(batch, 1, 1, head_dim) for _ in range(2))
+    def _start(self, like: Tokens) -> Slots:
+        if self.local_window:
+            self.ring = Ring(like, self.local_window)
+        if self.operation == "evict":
+            return KeptTokens(like, self.page_size)
+        return MergedSlots(like, self.page_size, self.window_size, self.clears_last_channel)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens seen of each sequence, int64 [batch]; empty before the first call."""
+        if self.ring is not None:
+            return self.ring.tokens
+        return torch.zeros(0, dtype=torch.long) if self.kept is None else self.kept.tokens
 
     def attend(
         self,
@@ -54,7 +70,6 @@ class LayerCache:
         *,
         lengths: Tensor | None = None,
         softmax_scale: float | None = None,
-        bias_channel: int | None = None,
     ) -> Tensor:
         """Takes in the next tokens of every sequence and returns their attention: prefill, a later chunk, or one step.
 
@@ -63,103 +78,78 @@ class LayerCache:
         Args:
             query: [batch, seq, heads, head_dim], before rotary embedding.
             key, value: [batch, seq, kv_heads, head_dim], before rotary embedding.
-            alpha: bool [batch, seq, kv_heads], merge into the previous token's slot; ignored at a sequence's first.
+            alpha: bool [batch, seq, kv_heads], merge into the slot of the token before, or evict; ignored at a sequence's
+                first.
             omega: [batch, seq, kv_heads], the token's weight.
             cos, sin: of the tokens' positions, [batch or 1, seq, 1, head_dim].
             lengths: [batch], how many of the tokens are real; what stands behind them leaves no trace, and what comes
                 out there means nothing. None: all.
             softmax_scale: 1 / sqrt(head_dim) by default.
-            bias_channel: a channel that is kept zero in query and key, also after rotation (the ``neuron`` source).
 
         Returns:
             [batch, seq, heads, head_dim] in query's dtype.
 
         Raises:
-            ValueError: the batch is not the cache's, or gradients are wanted.
+            ValueError: the batch is not the cache's, there is no token, or gradients are wanted.
         """
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, omega)):
             raise ValueError("the compressed cache gives no gradients: use torch.no_grad(), or attend without a cache")
-        if len(self.tokens) == 0:
-            self._start(key, cos)
+        if key.shape[1] == 0:
+            raise ValueError("the compressed cache takes in at least one token, got none")
+        cos, sin = (x.expand(len(key), -1, -1, -1) for x in (cos, sin))
+        new = Tokens(key, value, alpha, omega, cos, sin)
+        if self.kept is None:
+            self.kept = self._start(new)
         if len(key) != len(self.tokens):
             raise ValueError(f"the cache holds {len(self.tokens)} sequences, got {len(key)}; reorder or reset it first")
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-        query = _rotate(query, cos, sin, bias_channel)
-        begun = (self.tokens > 0)[:, None]
-        appends = begun & ~alpha[:, 0]
-        alpha = torch.cat([(begun & alpha[:, 0])[:, None], alpha[:, 1:]], dim=1)
+        query = rotate(query, cos, sin)
+        if self.clears_last_channel:
+            query[..., -1] = 0
+        if self.ring is not None:
+            # Its last channel is not cleared: the rotation must be undone, and the query's is zero.
+            new = new._replace(key=rotate(key, cos, sin))
+        if key.shape[1] == 1 and lengths is None:
+            return self._step(query, new, self.kept, scale)
+        if lengths is None:
+            lengths = torch.full_like(self.tokens, key.shape[1])
+        return self._chunk(query, new, self.kept, lengths, scale)
 
-        if key.shape[1] > 1 or lengths is not None:
-            if lengths is None:
-                lengths = torch.full_like(self.tokens, key.shape[1])
-            self._close(appends & (lengths > 0)[:, None], bias_channel)
-            return self._chunk(query, key, value, alpha, omega, cos, sin, lengths, scale, bias_channel)
-        self._close(appends, bias_channel)
-        self.open.step(key[:, 0], value[:, 0], alpha[:, 0], omega[:, 0])
-        self._advance(cos, sin, torch.ones_like(self.tokens))
-        own_key, own_value = self._open_slot(bias_channel)
-        grouped = query[:, 0].unflatten(1, (key.shape[2], -1)).flatten(0, 1)
-        out = self.pages.attend(grouped, own_key, own_value, scale)
-        return out.to(query.dtype).view_as(query)
-
-    def _chunk(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        alpha: Tensor,
-        omega: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        lengths: Tensor,
-        scale: float,
-        bias_channel: int | None,
-    ) -> Tensor:
-        """Many tokens at once: causal attention among themselves, and of all to the slots that closed before."""
-        batch, seq, kv_heads, _ = key.shape
-        key, value = self.open.chunk(key, value, alpha, omega, lengths)
-        key = _rotate(key, cos, sin, bias_channel)
-        logits = hard_logits(alpha.float())
-        if self.pages.used == 0:
-            out = dmc_attention(query, key, value, logits, softmax_scale=scale, bias_channel=bias_channel)
+    def _step(self, query: Tensor, new: Tokens, kept: Slots, scale: float) -> Tensor:
+        """One token of every row."""
+        if self.ring is None:
+            kept.step(new, None)
         else:
-            out, lse = dmc_attention(
-                query, key, value, logits, softmax_scale=scale, bias_channel=bias_channel, return_lse=True
-            )
-            past = [x.unflatten(0, (batch, kv_heads)).transpose(1, 2) for x in self.pages.padded()]
-            past_out, past_lse = flash_forward(
-                query, *past, causal=False, softmax_scale=scale, bias_channel=bias_channel
-            )
-            out = torch.lerp(out, past_out, torch.sigmoid(past_lse - lse).to(out.dtype)[..., None])
+            oldest, exists = self.ring.exchange(new)
+            kept.step(self._as_kept(oldest), exists)
+        nearby = kept.open() + ([] if self.ring is None else [self.ring.nearby()])
+        grouped = query[:, 0].unflatten(1, (new.key.shape[2], -1)).flatten(0, 1)
+        return kept.pages.attend(grouped, nearby, scale).to(query.dtype).view_as(query)
 
-        # Token j's slot closes when token j + 1 appends.
-        real = torch.arange(1, seq, device=key.device) < lengths[:, None]
-        sequence, head, position = (~alpha[:, 1:] & real[..., None]).transpose(1, 2).nonzero(as_tuple=True)
-        self.pages.append(sequence * kv_heads + head, key[sequence, position, head], value[sequence, position, head])
-        self._advance(cos, sin, lengths)
-        return out
+    def _chunk(self, query: Tensor, new: Tokens, kept: Slots, lengths: Tensor, scale: float) -> Tensor:
+        """Many tokens at once, in parallel."""
+        bias_channel = -1 if self.clears_last_channel else None
+        if self.ring is None:
+            return kept.chunk(query, new, lengths, scale, bias_channel)[0]
+        window = self.local_window
+        both, held = self.ring.extend(new, lengths)
+        # Queries stand at their own tokens' columns; in front of them anything.
+        seq, columns = query.shape[1], both.key.shape[1]
+        query = take(query, (torch.arange(columns, device=held.device) - held[:, None]).clamp(0, seq - 1))
+        out, lse = sliding_forward(query, both.key, both.value, window, scale)
+        if columns > window:
+            # The token that a query's own pushes out stands a window before it.
+            leaving = self._as_kept(Tokens(*(x[:, : columns - window] for x in both)))
+            count = (held + lengths - window).clamp(min=0)
+            far = kept.chunk(query[:, window:], leaving, count, scale, bias_channel)
+            out = torch.cat([out[:, :window], join(out[:, window:], lse[:, window:], *far)[0]], dim=1)
+        return take(out, held[:, None] + torch.arange(seq, device=held.device))
 
-    def _open_slot(self, bias_channel: int | None) -> tuple[Tensor, Tensor]:
-        """The open slot, rotated at the last token: key and value [batch * kv_heads, head_dim]."""
-        key, value = (x.to(self.dtype) for x in self.open.pooled())
-        key = _rotate(key[:, None], self.last_cos, self.last_sin, bias_channel)
-        return key.flatten(0, 2), value.flatten(0, 1)
-
-    def _close(self, closing: Tensor, bias_channel: int | None) -> None:
-        """Writes the open slots of the rows marked in closing [batch, kv_heads] to the pages."""
-        row = closing.flatten().nonzero()[:, 0]
-        if len(row):
-            key, value = self._open_slot(bias_channel)
-            self.pages.append(row, key[row], value[row])
-
-    def _advance(self, cos: Tensor, sin: Tensor, lengths: Tensor) -> None:
-        """Counts the tokens and remembers the last one's rotation."""
-        batch = len(self.tokens)
-        row, last = torch.arange(batch, device=cos.device), (lengths - 1).clamp(min=0)
-        moved = (lengths > 0)[:, None, None, None]
-        cos, sin = (x.expand(batch, -1, -1, -1)[row, last][:, None] for x in (cos, sin))
-        self.last_cos, self.last_sin = torch.where(moved, cos, self.last_cos), torch.where(moved, sin, self.last_sin)
-        self.tokens = self.tokens + lengths
+    def _as_kept(self, leaving: Tokens) -> Tokens:
+        """Merging happens before rotary embedding."""
+        if self.operation == "evict":
+            return leaving
+        return leaving._replace(key=unrotate(leaving.key, leaving.cos, leaving.sin))
 
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequences[i] was: beam search, repetition, dropping finished ones and their memory.
@@ -167,30 +157,26 @@ class LayerCache:
         Args:
             sequences: [new batch], int64.
         """
-        if len(self.tokens) == 0 or len(sequences) == 0:
+        if self.kept is None or len(sequences) == 0:
             return self.reset()
         sequences = sequences.to(self.tokens.device)
-        heads = torch.arange(self.kv_heads, device=sequences.device)
-        self.pages.select((sequences[:, None] * self.kv_heads + heads).flatten())
-        self.open.select(sequences)
-        self.tokens = self.tokens[sequences]
-        self.last_cos, self.last_sin = self.last_cos[sequences], self.last_sin[sequences]
+        self.kept.select(sequences)
+        if self.ring is not None:
+            self.ring.select(sequences)
 
     @property
     def slots(self) -> Tensor:
-        """Slots in use, the open ones counted: int64 [batch, kv_heads]."""
-        return self.pages.lengths.view(-1, max(self.kv_heads, 1)) + (self.tokens > 0)[:, None]
+        """Entries in use, the open slots and the ring counted: int64 [batch, kv_heads]."""
+        if self.kept is None:
+            return torch.zeros(0, 1, dtype=torch.long)
+        if self.ring is None:
+            return self.kept.count
+        return self.kept.count + self.tokens.clamp(max=self.local_window)[:, None]
 
     @property
     def nbytes(self) -> int:
-        """Everything held: pages with their slack and tables, open slots, the last tokens' rotation."""
-        held = [self.tokens, self.last_cos, self.last_sin, *self.pages.tensors(), *self.open.tensors()]
+        """Everything held: pages with their slack and tables, open slots and their sums, the ring."""
+        held = [] if self.kept is None else self.kept.tensors()
+        held += [] if self.ring is None else self.ring.tensors()
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in held}
         return sum(storage.nbytes() for storage in storages.values())
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, bias_channel: int | None) -> Tensor:
-    x = rotate(x, cos, sin)
-    if bias_channel is not None:
-        x[..., bias_channel] = 0
-    return x

@@ -30,8 +30,11 @@ def decode(
     omega: Tensor,
     rotate: Callable[[Tensor, int], Tensor],
     window_size: int | None = None,
+    local_window: int = 0,
+    operation: str = "merge",
 ) -> tuple[Tensor, list[Slot]]:
-    """One sequence, one KV head: every token merges into the last slot or appends one, then attends to all slots.
+    """One sequence, one KV head: a token that is ``local_window`` tokens old merges into the last slot, appends one, or is
+    evicted; then the new token attends to all slots and to the tokens that still wait.
 
     Args:
         query: [seq, group, head_dim]; key, value: [seq, head_dim]; alpha (bool), omega: [seq]. Before rotary embedding.
@@ -43,13 +46,19 @@ def decode(
     slots: list[Slot] = []
     outputs = []
     for t in range(len(query)):
-        if not slots or not alpha[t]:
-            slots.append(Slot())
-        slots[-1].tokens.append((key[t], value[t], omega[t]))
-        slots[-1].position = t
+        due = t - local_window
+        if due >= 0:
+            appends = not slots or not alpha[due]
+            if appends:
+                slots.append(Slot())
+            if appends or operation == "merge":
+                slots[-1].tokens.append((key[due], value[due], omega[due]))
+                slots[-1].position = due
         pooled = [slot.pooled(window_size) for slot in slots]
-        keys = torch.stack([rotate(k, slot.position) for slot, (k, _) in zip(slots, pooled, strict=True)])
-        values = torch.stack([v for _, v in pooled])
-        scores = rotate(query[t], t) @ keys.T / math.sqrt(key.shape[-1])
-        outputs.append(scores.softmax(-1) @ values)
+        waiting = range(max(due + 1, 0), t + 1)
+        keys = [rotate(k, slot.position) for slot, (k, _) in zip(slots, pooled, strict=True)]
+        keys += [rotate(key[j], j) for j in waiting]
+        values = [v for _, v in pooled] + [value[j] for j in waiting]
+        scores = rotate(query[t], t) @ torch.stack(keys).T / math.sqrt(key.shape[-1])
+        outputs.append(scores.softmax(-1) @ torch.stack(values))
     return torch.stack(outputs), slots

@@ -1,9 +1,14 @@
 """Closed slots of all (sequence, KV head) rows in one pool of small pages: memory follows the sum of the lengths."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention.flash import HIDDEN
+
+# Entries beside the pages: keys (rotated), values [rows, entries, head_dim]; bool [rows, entries], those that are none.
+Nearby = tuple[Tensor, Tensor, Tensor]
 
 
 class Pages:
@@ -50,12 +55,12 @@ class Pages:
         self.lengths = self.lengths + added
         self.used = used
 
-    def attend(self, query: Tensor, own_key: Tensor, own_value: Tensor, softmax_scale: float) -> Tensor:
-        """One query per head over its row's slots and its own open slot; pages are the splits of a flash-decoding step.
+    def attend(self, query: Tensor, nearby: Sequence[Nearby], softmax_scale: float) -> Tensor:
+        """One query per head over its row's slots; pages are the splits of a flash-decoding step.
 
         Args:
             query: [rows, group, head_dim], rotated.
-            own_key, own_value: [rows, head_dim], the open slot; the key rotated.
+            nearby: what else a row sees, one entry at least; see Nearby.
 
         Returns:
             [rows, group, head_dim], float32 or wider.
@@ -64,13 +69,19 @@ class Pages:
         scores = _product(query[owner], self.keys[: self.used].mT) * softmax_scale  # [pages, group, page_size]
         empty = torch.arange(self.page_size, device=fill.device) >= fill[:, None]
         scores.masked_fill_(empty[:, None], float("-inf"))
-        own_score = _product(query, own_key[..., None])[..., 0] * softmax_scale  # [rows, group]
+        near = [
+            (_product(query, key.mT) * softmax_scale).masked_fill_(hidden[:, None], float("-inf"))
+            for key, _, hidden in nearby
+        ]  # [rows, group, entries]
 
-        peak = own_score.scatter_reduce(0, owner[:, None].expand(-1, query.shape[1]), scores.amax(-1), "amax")
+        peak = torch.cat([each.amax(-1, keepdim=True) for each in near], dim=-1).amax(-1)
+        peak = peak.scatter_reduce(0, owner[:, None].expand(-1, query.shape[1]), scores.amax(-1), "amax")
         weights = torch.exp(scores - peak[owner][..., None])
-        total = torch.exp(own_score - peak)
-        out = total[..., None] * own_value[:, None]
+        near = [torch.exp(each - peak[..., None]) for each in near]
+        total = torch.cat([each.sum(-1, keepdim=True) for each in near], dim=-1).sum(-1)
         total = total.index_add(0, owner, weights.sum(-1))
+        parts = [_product(w.to(value.dtype), value) for w, (_, value, _) in zip(near, nearby, strict=True)]
+        out = sum(parts[1:], start=parts[0])
         out.index_add_(0, owner, _product(weights.to(self.values.dtype), self.values[: self.used]))
         return out / total[..., None]
 

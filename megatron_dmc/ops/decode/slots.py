@@ -1,0 +1,177 @@
+"""What is kept of the tokens whose decisions have been carried out: merged into slots, or the tokens that stay."""
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.attention.diagonal import diagonal_forward
+from megatron_dmc.ops.attention.flash import HIDDEN, flash_forward
+from megatron_dmc.ops.attention.windowed import join
+from megatron_dmc.ops.decisions import hard_logits
+from megatron_dmc.ops.decode.open_slot import RecentTokens, RunningSums
+from megatron_dmc.ops.decode.pages import Nearby, Pages
+from megatron_dmc.ops.decode.tokens import Tokens
+from megatron_dmc.ops.rotary import rotate
+
+
+class Slots:
+    """Rotated entries in pages; every (sequence, KV head) has its own number of them.
+
+    Attributes:
+        tokens: int64 [batch], tokens taken in.
+    """
+
+    def __init__(self, like: Tokens, page_size: int):
+        batch, _, self.kv_heads, head_dim = like.key.shape
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=like.key.device)
+        self.pages = Pages(batch * self.kv_heads, head_dim, page_size, like.key.dtype, like.key.device)
+
+    def step(self, new: Tokens, exists: Tensor | None) -> None:
+        """One token of every row, or of those where ``exists`` [batch]; a row without one has had none before."""
+        raise NotImplementedError
+
+    def chunk(
+        self, query: Tensor, new: Tokens, lengths: Tensor, scale: float, bias_channel: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Many tokens, lengths [batch] of them real, and what the queries, one per token, see of them and of all before.
+
+        Returns:
+            out [batch, seq, heads, head_dim], log-sum-exp [batch, seq, heads].
+        """
+        raise NotImplementedError
+
+    def open(self) -> list[Nearby]:
+        """What stands beside the pages."""
+        return []
+
+    @property
+    def count(self) -> Tensor:
+        """int64 [batch, kv_heads]"""
+        return self.pages.lengths.view(-1, self.kv_heads)
+
+    def select(self, sequences: Tensor) -> None:
+        heads = torch.arange(self.kv_heads, device=sequences.device)
+        self.pages.select((sequences[:, None] * self.kv_heads + heads).flatten())
+        self.tokens = self.tokens[sequences]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.tokens, *self.pages.tensors()]
+
+    def _past(self, query: Tensor, scale: float, bias_channel: int | None) -> tuple[Tensor, Tensor] | None:
+        """Attention to the pages alone; None if there are none."""
+        if self.pages.used == 0:
+            return None
+        past = [x.unflatten(0, (-1, self.kv_heads)).transpose(1, 2) for x in self.pages.padded()]
+        return flash_forward(query, *past, causal=False, softmax_scale=scale, bias_channel=bias_channel)
+
+    def _append(self, chosen: Tensor, key: Tensor, value: Tensor) -> None:
+        """Writes the tokens chosen [batch, seq, kv_heads] of key and value [batch, seq, kv_heads, head_dim] to pages."""
+        sequence, head, position = chosen.transpose(1, 2).nonzero(as_tuple=True)
+        self.pages.append(
+            sequence * self.kv_heads + head, key[sequence, position, head], value[sequence, position, head]
+        )
+
+
+class MergedSlots(Slots):
+    """Closed slots in pages, and one open slot per (sequence, KV head). Takes keys before rotary embedding.
+
+    The open slot stands as attention sees it (rotated at its latest token's position) beside its unrotated sums, and is
+    written to the pages when the next token appends; so no slot is ever written twice.
+    """
+
+    def __init__(self, like: Tokens, page_size: int, window_size: int | None, clears_last_channel: bool):
+        super().__init__(like, page_size)
+        self.clears_last_channel = clears_last_channel
+        self.sums = RunningSums(like.key) if window_size is None else RecentTokens(like.key, window_size)
+        # The open slots, [batch, 1, kv_heads, head_dim]; the key rotated.
+        self.open_key, self.open_value = (torch.zeros_like(like.key[:, :1]) for _ in range(2))
+
+    def step(self, new: Tokens, exists: Tensor | None) -> None:
+        begun = (self.tokens > 0)[:, None]
+        merges, omega = begun & new.alpha[:, 0], new.omega[:, 0]
+        closes = begun & ~merges
+        if exists is not None:
+            # Merged with weight 0, no token changes no sum.
+            merges, omega = merges | ~exists[:, None], omega * exists[:, None]
+        self._append(closes[:, None], self.open_key, self.open_value)
+        self.sums.step(new.key[:, 0], new.value[:, 0], merges, omega)
+        key, value = (x[:, None].to(new.key.dtype) for x in self.sums.pooled())
+        self._reopen(self._rotate(key, new), value, exists)
+        self.tokens = self.tokens + (1 if exists is None else exists)
+
+    def chunk(
+        self, query: Tensor, new: Tokens, lengths: Tensor, scale: float, bias_channel: int | None
+    ) -> tuple[Tensor, Tensor]:
+        begun = (self.tokens > 0)[:, None]
+        merges = begun & new.alpha[:, 0]
+        self._append((begun & ~merges & (lengths > 0)[:, None])[:, None], self.open_key, self.open_value)
+        alpha = torch.cat([merges[:, None], new.alpha[:, 1:]], dim=1)
+        key, value = self.sums.chunk(new.key, new.value, alpha, new.omega, lengths)
+        key = self._rotate(key, new)
+        out, lse = diagonal_forward(query, key, value, hard_logits(alpha.float()), scale, bias_channel)
+        past = self._past(query, scale, bias_channel)
+        if past is not None:
+            out, lse = join(out, lse, *past)
+
+        # Token j's slot closes when token j + 1 appends.
+        real = torch.arange(1, key.shape[1], device=key.device) < lengths[:, None]
+        self._append(~alpha[:, 1:] & real[..., None], key[:, :-1], value[:, :-1])
+        row, last = torch.arange(len(lengths), device=key.device), (lengths - 1).clamp(min=0)
+        self._reopen(key[row, last][:, None], value[row, last][:, None], lengths > 0)
+        self.tokens = self.tokens + lengths
+        return out, lse
+
+    def open(self) -> list[Nearby]:
+        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.open_key, self.open_value))
+        return [(key, value, (self.tokens == 0).repeat_interleave(self.kv_heads)[:, None])]
+
+    @property
+    def count(self) -> Tensor:
+        return super().count + (self.tokens > 0)[:, None]
+
+    def select(self, sequences: Tensor) -> None:
+        super().select(sequences)
+        self.sums.select(sequences)
+        self.open_key, self.open_value = self.open_key[sequences], self.open_value[sequences]
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), self.open_key, self.open_value, *self.sums.tensors()]
+
+    def _reopen(self, key: Tensor, value: Tensor, rows: Tensor | None) -> None:
+        if rows is not None:
+            changed = rows[:, None, None, None]
+            key, value = torch.where(changed, key, self.open_key), torch.where(changed, value, self.open_value)
+        self.open_key, self.open_value = key, value
+
+    def _rotate(self, key: Tensor, new: Tokens) -> Tensor:
+        key = rotate(key, new.cos, new.sin)
+        if self.clears_last_channel:
+            key[..., -1] = 0
+        return key
+
+
+class KeptTokens(Slots):
+    """The tokens with alpha 0, and every sequence's first (DMS, arXiv 2506.05345). Takes rotated keys."""
+
+    def step(self, new: Tokens, exists: Tensor | None) -> None:
+        kept = ~new.alpha | (self.tokens == 0)[:, None, None]
+        if exists is not None:
+            kept = kept & exists[:, None, None]
+        self._append(kept, new.key, new.value)
+        self.tokens = self.tokens + (1 if exists is None else exists)
+
+    def chunk(
+        self, query: Tensor, new: Tokens, lengths: Tensor, scale: float, bias_channel: int | None
+    ) -> tuple[Tensor, Tensor]:
+        position = torch.arange(new.key.shape[1], device=lengths.device)
+        first = (self.tokens[:, None] + position == 0)[..., None]
+        kept = ~new.alpha | first
+        bias = torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, HIDDEN)
+        out, lse = flash_forward(
+            query, new.key, new.value, bias, causal=True, softmax_scale=scale, bias_channel=bias_channel
+        )
+        past = self._past(query, scale, bias_channel)
+        if past is not None:
+            out, lse = join(out, lse, *past)
+        self._append(kept & (position < lengths[:, None])[..., None], new.key, new.value)
+        self.tokens = self.tokens + lengths
+        return out, lse

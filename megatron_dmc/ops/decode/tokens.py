@@ -1,0 +1,26 @@
+"""Tokens on their way into the cache."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """key, value [batch, seq, kv_heads, head_dim]; alpha (bool), omega [batch, seq, kv_heads]; cos, sin of the tokens'
+    positions [batch, seq, 1, head_dim]. Whether the key is rotated is said where they are used."""
+
+    key: Tensor
+    value: Tensor
+    alpha: Tensor
+    omega: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def take(self, index: Tensor) -> "Tokens":
+        """Token i of a row becomes what index[row, i] was; index [batch, new seq]."""
+        return Tokens(*(take(x, index) for x in self))
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[row, index[row]]: [batch, seq, ...], [batch, new seq] -> [batch, new seq, ...]."""
+    return x[index.new_tensor(range(len(index)))[:, None], index]
