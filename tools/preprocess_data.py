@@ -17,8 +17,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         action="append",
         metavar="PATH",
-        help="a folder (.md, .py, .rst, .txt and .jsonl files in it), a text file (one document), or a .jsonl file "
-        'with "text" in every line; may be repeated',
+        help="a folder (.md, .py, .rst, .txt and .jsonl files in it; links to folders are not followed), a text file "
+        '(one document), or a .jsonl file with "text" in every line; may be repeated',
     )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", metavar="FOLDER", help="a folder that holds tokenizer.json")
@@ -83,9 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
     try:
         preprocess(parse_arguments(arguments))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("preprocess_data: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

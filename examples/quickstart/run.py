@@ -4,6 +4,7 @@ Every stage is a command that a user could type in the run's folder; a stage tha
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -61,9 +62,7 @@ class Quickstart:
 
     def _prepare_text(self) -> None:
         """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets."""
-        wanted = {"data": self.data, "vocabulary": VOCABULARY, "smoke": self.smoke}
-        if self.data is not None and os.path.isfile(self.data):
-            wanted["bytes"] = os.path.getsize(self.data)
+        wanted = {"text": self._digest(), "vocabulary": VOCABULARY, "smoke": self.smoke}
         done = self.folder / "data" / "done.json"
         if done.exists():
             if json.loads(done.read_text()) != wanted:
@@ -74,22 +73,28 @@ class Quickstart:
         partial.write_text(json.dumps(wanted))
         partial.replace(done)
 
+    def _documents(self) -> Iterator[str]:
+        from megatron_dmc.training.data import iter_documents, standard_library_documents
+
+        return standard_library_documents() if self.data is None else iter_documents(self.data)
+
+    def _digest(self) -> str:
+        """Of all documents, in their order: the text is the same, wherever it lies."""
+        digest = hashlib.sha256()
+        for document in self._documents():
+            digest.update(hashlib.sha256(document.encode()).digest())
+        return digest.hexdigest()
+
     def _write_text(self) -> None:
         from megatron_dmc.config import ConfigError
-        from megatron_dmc.training.data import (
-            build_indexed_dataset,
-            iter_documents,
-            split_documents,
-            standard_library_documents,
-        )
+        from megatron_dmc.training.data import build_indexed_dataset, split_documents
         from megatron_dmc.training.tokenizer import train_tokenizer
 
         folder = self.folder / "data"
         # What a stopped run left half-done.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        documents = standard_library_documents() if self.data is None else iter_documents(self.data)
-        train, valid = split_documents(documents, HELDOUT_FRACTION)
+        train, valid = split_documents(self._documents(), HELDOUT_FRACTION)
         tokenizer = train_tokenizer(train, VOCABULARY, folder / "tokenizer")
         for name, part in (("train", train), ("valid", valid)):
             counts = build_indexed_dataset(part, tokenizer, str(folder / name))

@@ -13,8 +13,8 @@ from megatron_dmc.convert.weights import Weights
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.training.arguments import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig
 from megatron_dmc.training.checkpoint import CheckpointInfo, save_checkpoint
-from megatron_dmc.training.run_state import model_state
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
+from megatron_dmc.training.weights import model_state
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -23,7 +23,7 @@ from megatron_dmc.hf.export import write_modeling_code
 from megatron_dmc.training.arguments import recipe_from_dict
 from megatron_dmc.training.checkpoint import CheckpointError, check_checkpoint, load_checkpoint
 from megatron_dmc.training.checkpoint_metadata import read_metadata
-from megatron_dmc.training.run_state import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.training.weights import is_dmc_checkpoint, model_state, set_model_state
 
 
 def export_hf(

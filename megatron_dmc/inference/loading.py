@@ -11,8 +11,8 @@ from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.training.arguments import Recipe, recipe_from_dict
 from megatron_dmc.training.checkpoint import CheckpointInfo, check_checkpoint
 from megatron_dmc.training.distributed import seed_weights
-from megatron_dmc.training.run_state import is_dmc_checkpoint, load_weights
 from megatron_dmc.training.tokenizer import Tokenizer, load_tokenizer
+from megatron_dmc.training.weights import is_dmc_checkpoint, load_weights
 
 
 @dataclass(frozen=True)

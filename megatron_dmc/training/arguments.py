@@ -41,7 +41,19 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """A loss that the base model teaches: (1 - weight) LM loss + weight KL, see ``distillation_loss``."""
+
+    weight: float = 0.0  # 0: no teacher; 1: the teacher alone
+    teacher: str | None = None  # a base's checkpoint folder; None: checkpoint.load_base. An adapter's is its own base.
+    direction: Literal["forward", "reverse"] = "forward"
+    temperature: float = 1.0
+    top_k: int | None = None  # of the teacher's likeliest tokens; None: the whole vocabulary
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
+    train: Literal["full", "adapter"] = "full"  # adapter: the base is frozen, only the decisions' projection learns
     micro_batch_size: int = 1
     global_batch_size: int = MISSING
     bf16: bool = True
@@ -95,6 +107,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -103,6 +116,15 @@ class Recipe:
     def merges(self) -> bool:
         """Whether the run's model has decisions: any phase beyond pretraining."""
         return any(phase.kind != "pretrain" for phase in self.phases)
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the base is frozen."""
+        return self.training.train == "adapter"
+
+    @property
+    def distills(self) -> bool:
+        return self.distillation.weight > 0
 
     @property
     def total_steps(self) -> int:
@@ -201,6 +223,43 @@ def check_recipe(recipe: Recipe) -> None:
     _check_phases(phases, recipe.dmc)
     if recipe.merges:
         _check_window(recipe.dmc, recipe.data.sequence_length)
+    _check_base(recipe)
+
+
+def _check_base(recipe: Recipe) -> None:
+    """What an adapter and a teacher need."""
+    distillation, base = recipe.distillation, recipe.checkpoint.load_base
+    if recipe.trains_adapter:
+        if recipe.dmc.decision_source != "projection":
+            raise ConfigError(
+                f"training.train adapter needs dmc.decision_source projection, got {recipe.dmc.decision_source}: the frozen "
+                "base has no decisions of its own"
+            )
+        if any(phase.kind == "pretrain" for phase in recipe.phases):
+            raise ConfigError(
+                "training.train adapter cannot pretrain (nothing would learn); remove that phase, or train full"
+            )
+        if base is None:
+            raise ConfigError("training.train adapter needs a base to adapt; set checkpoint.load_base")
+        if distillation.teacher is not None:
+            raise ConfigError(
+                f"distillation.teacher {distillation.teacher} cannot be chosen with training.train adapter: the frozen base "
+                "teaches; leave it out"
+            )
+    for name, value, low, high in (
+        ("weight", distillation.weight, 0, 1),
+        ("temperature", distillation.temperature, 1e-3, math.inf),
+        ("top_k", distillation.top_k, 1, recipe.model.vocab_size),
+    ):
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"distillation.{name} must be in [{low:g}, {high:g}], got {value:g}")
+    if recipe.distills and base is None and distillation.teacher is None:
+        raise ConfigError(
+            f"distillation.weight {distillation.weight:g} needs a base to teach; set checkpoint.load_base or "
+            "distillation.teacher, or the weight to 0"
+        )
+    if recipe.distills and not recipe.merges:
+        raise ConfigError("distillation.weight is set, but no phase merges: the base would teach itself; set it to 0")
 
 
 def _check_window(dmc: DMCConfig, sequence_length: int) -> None:
@@ -219,7 +278,9 @@ def _check_window(dmc: DMCConfig, sequence_length: int) -> None:
 
 def _check_numbers(recipe: Recipe) -> None:
     """Every number is finite and in its range."""
-    sections = [(name, getattr(recipe, name)) for name in ("model", "data", "training", "checkpoint", "monitor")]
+    sections = [
+        (name, getattr(recipe, name)) for name in ("model", "data", "training", "distillation", "checkpoint", "monitor")
+    ]
     sections += [(f"phases[{i}]", phase) for i, phase in enumerate(recipe.phases)]
     for section, config in sections:
         for name, value in vars(config).items():

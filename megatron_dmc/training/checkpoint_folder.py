@@ -31,6 +31,9 @@ class CheckpointInfo:
         consumed_samples: samples taken from the training data, over all phases.
         phase: index into the recipe's phases.
         compression_ratio: noise-free ratio of the last global batch, None where nothing is compressed yet.
+        datasets: content digest of each of ``data.train``; None where no run wrote it down.
+        base: of an adapter: ``folder`` (seen from the checkpoint's) and ``digest`` of the base it needs; None: the
+            checkpoint holds all weights.
     """
 
     kind: Literal["full", "weights"]
@@ -39,6 +42,8 @@ class CheckpointInfo:
     consumed_samples: int
     phase: int
     compression_ratio: float | None = None
+    datasets: dict[str, str] | None = None
+    base: dict[str, str] | None = None
 
 
 def read_info(folder: Path) -> CheckpointInfo:
@@ -67,6 +72,14 @@ def read_info(folder: Path) -> CheckpointInfo:
         value = getattr(info, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise CheckpointError(f"{path} has {field} {value!r}, it must be an integer >= 0")
+    if not isinstance(info.datasets, dict | None):
+        raise CheckpointError(f"{path} has datasets {info.datasets!r}, it must be an object or null")
+    if info.base is not None and (
+        not isinstance(info.base, dict)
+        or set(info.base) != {"folder", "digest"}
+        or not all(isinstance(value, str) for value in info.base.values())
+    ):
+        raise CheckpointError(f"{path} has base {info.base!r}, it must name a folder and its digest, or be null")
     return info
 
 
@@ -92,7 +105,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
         _restore_if_half_replaced(folder)
         raise
     flush_to_disk(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _aside(folder: Path) -> Path:
@@ -111,8 +124,17 @@ def remove_leftovers(root: Path) -> None:
     """Removes what a run that was killed left behind; only while no other run writes into ``root``."""
     for path in root.glob(".*.old"):
         _restore_if_half_replaced(root / path.name[1 : -len(".old")])
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     for path in root.glob(".*.tmp-*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all it holds, or the link to one that someone has moved elsewhere."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -158,26 +180,34 @@ def read_latest(root: str | Path) -> str | None:
 def prune(root: str | Path, keep_last: int) -> list[str]:
     """Deletes all but the newest ``keep_last`` full checkpoints ``step_*``, and never the one that ``latest`` names.
 
-    Folders that are not whole full checkpoints are left alone. One rank calls this.
+    Newer ones than ``latest`` do not count and stay: whoever set it back goes on from there, and what he left must not
+    push out what he has. Folders that are not whole full checkpoints are left alone. One rank calls this.
 
     Returns:
         The names that were deleted.
     """
     root = Path(root)
     latest = read_latest(root)
-    full = sorted(
-        (int(match[1]), path.name)
-        for path in root.glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", path.name)) and _is_whole_and_full(path)
-    )
-    deleted = [name for _, name in full[: max(0, len(full) - keep_last)] if name != latest]
+    newest = _step(latest or "")
+    steps = {path.name: step for path in root.glob("step_*") if (step := _step(path.name)) is not None}
+    full = [
+        name
+        for name in sorted(steps, key=lambda name: steps[name])
+        if (newest is None or steps[name] <= newest) and _is_whole_and_full(root / name)
+    ]
+    deleted = [name for name in full[: max(0, len(full) - keep_last)] if name != latest]
     for name in deleted:
         # Renamed first: a half deleted folder must not look like a checkpoint.
         gone = root / f".{name}.tmp-deleted"
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove(gone)
         (root / name).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove(gone)
     return deleted
+
+
+def _step(name: str) -> int | None:
+    match = re.fullmatch(r"step_(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def _is_whole_and_full(folder: Path) -> bool:

@@ -5,14 +5,16 @@ import pickle
 import pickletools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
@@ -44,13 +46,34 @@ _ALLOWED_GLOBALS = frozenset(
         *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
     }
 )
+# Whose instances may be given attributes.
+_BUILT = (
+    *(Metadata, MetadataIndex, TensorStorageMetadata, ChunkStorageMetadata, BytesStorageMetadata, TensorProperties),
+    _StorageInfo,
+)
 
 
 class UnsafeMetadataError(ValueError):
     """A ``.metadata`` file that is damaged, or asks for more than a checkpoint's metadata needs. One line."""
 
 
-class _AllowListUnpickler(pickle.Unpickler):
+# The one in Python: only there can BUILD be watched.
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _AllowListUnpickler(_PythonUnpickler):
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+
+    def load_build(self) -> None:
+        # BUILD sets attributes: of a class, a function or an enumeration's member for the rest of the process.
+        if type(self.stack[-2]) not in _BUILT:
+            raise UnsafeMetadataError(
+                f"asks to change {self.stack[-2]!r:.80}, which no checkpoint's metadata needs; it was not loaded"
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         # Every global passes through here, however its name was put together, before it can be called. The names are
         # compared whole, so that no dotted path leads from an allowed class to something else.

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ class StepRecord:
         phase: the kind of the current phase.
         lm_loss: nats per token, over the global batch.
         compression_loss: the one-sided loss with its coefficient.
+        distillation_loss: KL to the teacher, nats per token, without its weight.
         compression_ratio: noise-free, from 1[a > 0]: what inference will do.
         noisy_compression_ratio: of the decisions that training took.
         target_compression_ratio: what the compression loss aims at in this step.
@@ -55,6 +57,7 @@ class StepRecord:
     consumed_samples: int
     consumed_tokens: int
     compression_loss: float | None = None
+    distillation_loss: float | None = None
     compression_ratio: float | None = None
     noisy_compression_ratio: float | None = None
     target_compression_ratio: float | None = None
@@ -106,6 +109,7 @@ class Monitor:
         scalars: dict[str, float | None] = {
             "loss/lm": record.lm_loss,
             "loss/compression": record.compression_loss,
+            "loss/distillation": record.distillation_loss,
             "compression_ratio/noise_free": record.compression_ratio,
             "compression_ratio/noisy": record.noisy_compression_ratio,
             "compression_ratio/target": record.target_compression_ratio,
@@ -175,7 +179,9 @@ class Monitor:
             write()
         except OSError as error:
             self._failed = True
-            print(f"TensorBoard log stopped, training goes on: {error}", file=sys.stderr)
+            # a job's log is often a file on the same full disk
+            with suppress(OSError):
+                print(f"TensorBoard log stopped, training goes on: {error}", file=sys.stderr)
 
 
 def memory_kind() -> str:

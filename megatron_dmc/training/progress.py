@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -20,7 +21,8 @@ class TrainingProgress:
     """Shows phase, step, loss, compression ratio against target, speed and time left.
 
     On a terminal one bar is redrawn in place. Anywhere else (SLURM logs, CI, a pipe) it prints a plain line with the
-    first update and then at most one every ``line_interval_seconds``; the run's last step is always shown.
+    first update and then at most one every ``line_interval_seconds``; the run's last step is always shown. A line that
+    cannot be written (a full disk, a closed pipe) is left out: it never stops a training.
 
     Args:
         total_steps: of the whole run.
@@ -60,8 +62,7 @@ class TrainingProgress:
         phase, values = record.phase, _values(record)
         eta = f"ETA {format_duration(self._seconds_left(record.step))}"
         if self._bar is None:
-            step = f"step {record.step}/{self._total_steps}"
-            print(" | ".join([phase, step, *values, eta]), file=self._stream, flush=True)
+            self._print(" | ".join([phase, f"step {record.step}/{self._total_steps}", *values, eta]))
         else:
             task = self._bar.task_ids[0]
             self._bar.update(task, completed=record.step, phase=phase, values="  ".join([*values, eta]), refresh=True)
@@ -71,9 +72,13 @@ class TrainingProgress:
         if not self._enabled:
             return
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
+            self._print(text)
         else:
             self._bar.console.print(text, markup=False, highlight=False)
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError):
+            print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -99,7 +104,7 @@ class TrainingProgress:
             TextColumn("{task.fields[values]}", markup=False),
             console=console,
             expand=True,
-            # Drawn from update() alone: no thread beside those of the checkpoint writer and the data loader.
+            # Drawn from update() alone, without a thread.
             auto_refresh=False,
             # A redirected standard output must reach its file, not this terminal.
             redirect_stdout=sys.stdout.isatty(),

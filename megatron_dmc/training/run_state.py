@@ -1,7 +1,6 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +9,9 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.arguments import Recipe, recipe_from_dict
+from megatron_dmc.training.arguments import Recipe
 from megatron_dmc.training.checkpoint import (
+    CheckpointError,
     CheckpointInfo,
     check_checkpoint,
     load_checkpoint,
@@ -21,73 +21,25 @@ from megatron_dmc.training.checkpoint import (
     restore_adam_steps,
     save_checkpoint,
 )
+from megatron_dmc.training.data.indexed_dataset import content_digest
+from megatron_dmc.training.weights import (
+    adapter_base,
+    base_folder,
+    is_base_weight,
+    load_weights,
+    model_state,
+    only_decisions,
+    saved_recipe,
+    set_model_state,
+)
 
-
-def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The model's sharded state dict; tensors are named globally, whatever the layout."""
-    chunks = [_without_wrapper(chunk) for chunk in model_chunks]
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=metadata)}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
-
-
-def set_model_state(
-    model_chunks: Sequence[torch.nn.Module], state: dict[str, Any], may_be_missing: Callable[[str], bool] | None = None
-) -> None:
-    """Puts a loaded state dict into the model; raises RuntimeError if a weight is missing that may not be."""
-    chunks = [_without_wrapper(chunk) for chunk in model_chunks]
-    for i, chunk in enumerate(chunks):
-        part = state["model" if len(chunks) == 1 else f"model{i}"]
-        missing = chunk.load_state_dict(part, strict=may_be_missing is None)
-        if may_be_missing is not None:
-            lost = [name for name in missing.missing_keys if not may_be_missing(name)]
-            if lost or missing.unexpected_keys:
-                raise RuntimeError(f"weights do not fit: missing {lost}, unexpected {missing.unexpected_keys}")
-
-
-def is_dmc_checkpoint(info: CheckpointInfo) -> bool:
-    """Whether the checkpoint's model merges, or is the base of a retrofit."""
-    return recipe_from_dict(info.recipe).merges
-
-
-# What a merging model's weights mean depends on these.
-MEANING = ("decision_source", "decision_bias", "decision_scale", "window_size", "per_layer")
-
-
-def check_fits(folder: str | Path, recipe: Recipe) -> CheckpointInfo:
-    """Whether a checkpoint is whole and its weights mean in this recipe's model what they meant in their own.
-
-    Raises:
-        CheckpointError, ConfigError: damaged, or a retrofit with other decisions than the recipe's.
-    """
-    info = check_checkpoint(folder)
-    if is_dmc_checkpoint(info):
-        if not recipe.merges:
-            raise ConfigError(f"{folder} is a retrofitted model, but no phase merges: its decisions would be dropped")
-        saved = recipe_from_dict(info.recipe).dmc
-        for name in MEANING:
-            mine, theirs = getattr(recipe.dmc, name), getattr(saved, name)
-            if mine != theirs:
-                raise ConfigError(f"dmc.{name} is {mine!r}, but {folder} was trained with {theirs!r}; set it to that")
-    return info
-
-
-def load_weights(folder: str | Path, model_chunks: Sequence[torch.nn.Module], recipe: Recipe) -> None:
-    """Loads a checkpoint's weights, in any layout. Decision weights that a base lacks keep their zeros.
-
-    Raises:
-        CheckpointError, ConfigError: the checkpoint is damaged, of another model, or of other decisions.
-    """
-    is_base = not is_dmc_checkpoint(check_fits(folder, recipe))
-    may_be_missing = _is_decision if is_base else None
-    state = load_checkpoint(
-        folder, model_state(model_chunks), expected_model=recipe.to_dict()["model"], may_be_missing=may_be_missing
-    )
-    set_model_state(model_chunks, state, may_be_missing)
-
-
-def _is_decision(name: str) -> bool:
-    return ".decision." in name
+# What the optimizer's state is cut by; the last three only where it is distributed.
+_OPTIMIZER_LAYOUT = (
+    "use_distributed_optimizer",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
 
 
 def check_writable(folder: Path) -> None:
@@ -97,17 +49,16 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"checkpoint.directory {folder} cannot be written ({existing} is no folder to write in)")
 
 
-def _without_wrapper(chunk: torch.nn.Module) -> Any:
-    """The module inside megatron-core's DistributedDataParallel, if any."""
-    return getattr(chunk, "module", chunk)
-
-
 class RunStore:
     """A run's checkpoints below ``recipe.checkpoint.directory``."""
 
     def __init__(self, recipe: Recipe, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self.root = Path(recipe.checkpoint.directory)
+        self.base = None
+        if recipe.trains_adapter and recipe.checkpoint.load_base is not None:
+            self.base = adapter_base(recipe.checkpoint.load_base, self.root)
+        self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
         self.metadata = {
             # The one form that megatron-core both saves and loads with torch's Adam.
             "distrib_optim_sharding_type": "dp_reshardable",
@@ -132,15 +83,29 @@ class RunStore:
             load_weights(self.recipe.checkpoint.load_base, self.model, self.recipe)
         return 0, 0.0
 
+    def _state(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """The model's and the optimizer's sharded state; an adapter's leaves the frozen base out."""
+        state = model_state(self.model, self.metadata)
+        optimizer = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=self.metadata)
+        if self.recipe.trains_adapter:
+            state = only_decisions(state)
+        return {**state, "optimizer": optimizer}
+
     def _resume(self, folder: Path) -> tuple[int, float]:
         info = check_checkpoint(folder)
+        if info.kind != "full":
+            raise CheckpointError(
+                f"{self.root / 'latest'} names {folder.name}, which holds weights only; write the name of a step_* folder "
+                "into it, or start in a new checkpoint.directory with checkpoint.load_base"
+            )
         self._check_same_run(folder, info)
+        if info.base is not None:
+            load_weights(base_folder(folder, info), self.model, self.recipe)
         prepare_optimizer_for_load(self.optimizer)
-        state = model_state(self.model, self.metadata)
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=self.metadata)
+        state = self._state(is_loading=True)
         state["merge_fraction"] = 0.0
         state = load_checkpoint(folder, state, expected_model=self.recipe.to_dict()["model"])
-        set_model_state(self.model, state)
+        set_model_state(self.model, state, is_base_weight if self.recipe.trains_adapter else None)
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
         restore_adam_steps(self.optimizer)
@@ -148,11 +113,12 @@ class RunStore:
 
     def _check_same_run(self, folder: Path, info: CheckpointInfo) -> None:
         """The data's position is steps x batch: what it depends on must not change under a run."""
-        mine, saved = self.recipe.to_dict(), recipe_from_dict(info.recipe).to_dict()
+        mine, saved = self.recipe.to_dict(), saved_recipe(folder, info).to_dict()
         for section, names in (
-            ("training", ("global_batch_size", "bf16")),
+            ("training", ("train", "global_batch_size", "bf16")),
             ("data", ("sequence_length", "seed", "train")),
             ("dmc", tuple(mine["dmc"])),
+            ("parallel", _OPTIMIZER_LAYOUT if mine["parallel"]["use_distributed_optimizer"] else _OPTIMIZER_LAYOUT[:1]),
         ):
             for name in names:
                 if saved[section][name] != mine[section][name]:
@@ -161,6 +127,12 @@ class RunStore:
                         f"{saved[section][name]!r}; set it back, or start in a new checkpoint.directory with "
                         "checkpoint.load_base"
                     )
+        for prefix, digest in self.datasets.items():
+            if info.datasets is not None and info.datasets.get(prefix) != digest:
+                raise ConfigError(
+                    f"dataset {prefix} has other contents than the one that {folder} was trained on; put that one back, or "
+                    "start in a new checkpoint.directory with checkpoint.load_base"
+                )
         # Learning rates may be lowered on the way; what decides where a step stands may not.
         kept = ("kind", "steps", "start_compression_ratio")
         plans = [[tuple(phase[name] for name in kept) for phase in recipe["phases"]] for recipe in (saved, mine)]
@@ -171,13 +143,15 @@ class RunStore:
             )
 
     def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:
-        self._save(name, model_state(self.model), self._info("weights", step, phase, ratio))
+        state = model_state(self.model)
+        if self.recipe.trains_adapter:
+            state = only_decisions(state)
+        self._save(name, state, self._info("weights", step, phase, ratio))
 
     def save_full(self, step: int, phase: int, ratio: float | None, merge_fraction: float) -> None:
         """Saves everything a resume needs, then moves ``latest`` to it."""
         name = f"step_{step:08d}"
-        state = model_state(self.model, self.metadata)
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, metadata=self.metadata)
+        state = self._state()
         state["merge_fraction"] = merge_fraction
         self._save(name, state, self._info("full", step, phase, ratio))
         publish(self.root, name, self.recipe.checkpoint.keep_last)
@@ -193,4 +167,6 @@ class RunStore:
             consumed_samples=step * self.recipe.training.global_batch_size,
             phase=phase,
             compression_ratio=ratio,
+            datasets=self.datasets,
+            base=self.base,
         )

@@ -16,6 +16,7 @@ from megatron_dmc.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and END_OF_TEXT
+LARGEST_VOCABULARY = 2**24  # the trainer sets memory aside for all of it
 
 # Looked for, in this order, where a folder's configuration does not name its end-of-text token.
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|eot_id|>", "<|im_end|>")
@@ -70,16 +71,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, output_folder: st
 
     Args:
         documents: the texts to learn merges from.
-        vocab_size: tokens in all, >= 257. Too little text gives fewer.
+        vocab_size: tokens in all, 257 to 2^24. Too little text gives fewer.
         output_folder: made if missing. Each file is replaced whole, ``tokenizer.json`` last.
 
     Raises:
-        ConfigError: for a vocabulary below 257, no text, or a folder that cannot be written.
+        ConfigError: for a vocabulary outside that, no text, or a folder that cannot be written.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
         raise ConfigError(
-            f"the tokenizer's vocabulary must be >= {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), "
-            f"got {vocab_size}"
+            f"the tokenizer's vocabulary must be >= {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}) and "
+            f"<= {LARGEST_VOCABULARY}, got {vocab_size}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

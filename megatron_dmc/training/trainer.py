@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +11,26 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import build_model, dmc_layers, transformer_config
 from megatron_dmc.training.arguments import Recipe
 from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
 from megatron_dmc.training.distributed import seed_weights
+from megatron_dmc.training.forward_step import DistillationStep, forward_step
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
 from megatron_dmc.training.optimizer import build_optimizer, phase_scheduler, restart_optimizer
 from megatron_dmc.training.progress import TrainingProgress
-from megatron_dmc.training.run_state import RunStore, check_fits, check_writable
+from megatron_dmc.training.run_state import RunStore, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
+from megatron_dmc.training.weights import check_fits, check_teacher, is_decision, load_teacher
 
 
 class TrainingError(RuntimeError):
@@ -38,9 +39,17 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class StepResult:
-    """Global sums of one step, the same on every rank. counts: [3, layers, kv_heads], see DecisionStatistics."""
+    """Means and sums over a step's global batch, the same on every rank.
+
+    Attributes:
+        loss: LM loss, nats per token.
+        distillation_loss: nats per token; 0 without a teacher.
+        tokens: that count in the losses.
+        counts: [3, layers, kv_heads], see DecisionStatistics.
+    """
 
     loss: float
+    distillation_loss: float
     tokens: float
     counts: Tensor
     grad_norm: float = 0.0
@@ -70,6 +79,9 @@ class Trainer:
         check_writable(Path(recipe.checkpoint.directory))
         if recipe.checkpoint.load_base is not None:
             check_fits(recipe.checkpoint.load_base, recipe)
+        self.teacher_folder = recipe.distillation.teacher or recipe.checkpoint.load_base or ""
+        if recipe.distills and not recipe.trains_adapter:
+            check_teacher(self.teacher_folder, recipe)
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         self._check_batch()
@@ -82,6 +94,7 @@ class Trainer:
         )
         seed_weights(training.seed)
         self.model = self._build_model()
+        self.forward_step = self._build_forward_step()
         self.optimizer = build_optimizer(recipe, self.model)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -122,22 +135,15 @@ class Trainer:
             batch_p2p_comm=stages is None,
             **kinds[training.recompute],
         )
-        use_engine = {"auto": None, "local": False, "transformer_engine": True}[training.transformer_impl]
-        chunks: list[torch.nn.Module] = []
-        for stage in [None] if stages is None else range(stages):
-            chunk: Any = build_model(
-                recipe.model,
-                recipe.dmc if recipe.merges else None,
-                self.config,
-                vp_stage=stage,
-                use_transformer_engine=use_engine,
-            )
-            if torch.cuda.is_available():
-                chunk.cuda()
-            if training.bf16:
-                chunk = Float16Module(self.config, chunk)
-            chunk.model_type = ModelType.encoder_or_decoder
-            chunks.append(chunk)
+        chunks = self._build_chunks(recipe.dmc if recipe.merges else None)
+        if recipe.trains_adapter:
+            for chunk in chunks:
+                for name, parameter in chunk.named_parameters():
+                    parameter.requires_grad_(is_decision(name))
+                # Full recomputation gives gradients to a layer whose input has one only, and the first layer's has none.
+                for module in chunk.modules():
+                    if isinstance(module, LanguageModelEmbedding):
+                        module.register_forward_hook(_require_gradient)
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             grad_reduce_in_fp32=True,
@@ -152,6 +158,34 @@ class Trainer:
             no_sync = [chunk.no_sync for chunk in wrapped]
             self.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         return list(wrapped)
+
+    def _build_chunks(self, dmc: DMCConfig | None) -> list[torch.nn.Module]:
+        """This rank's parts of the model (virtual pipeline stages); ``dmc`` None: the base's."""
+        recipe, stages = self.recipe, self.recipe.parallel.virtual_pipeline_model_parallel_size
+        use_engine = {"auto": None, "local": False, "transformer_engine": True}[recipe.training.transformer_impl]
+        chunks: list[torch.nn.Module] = []
+        for stage in [None] if stages is None else range(stages):
+            chunk: Any = build_model(recipe.model, dmc, self.config, vp_stage=stage, use_transformer_engine=use_engine)
+            if torch.cuda.is_available():
+                chunk.cuda()
+            if recipe.training.bf16:
+                chunk = Float16Module(self.config, chunk)
+            chunk.model_type = ModelType.encoder_or_decoder
+            chunks.append(chunk)
+        return chunks
+
+    def _build_forward_step(self) -> Any:
+        """What get_forward_backward_func calls for every micro-batch of training."""
+        recipe = self.recipe
+        if not recipe.distills:
+            return forward_step
+        if recipe.trains_adapter:
+            return DistillationStep(recipe.distillation, self.model, None)
+        teachers = self._build_chunks(None)
+        for teacher in teachers:
+            teacher.eval().requires_grad_(False)
+        load_teacher(self.teacher_folder, teachers, recipe)
+        return DistillationStep(recipe.distillation, self.model, teachers)
 
     def _layers(self) -> list[Any]:
         return [layer for chunk in self.model for layer in dmc_layers(chunk)]
@@ -212,9 +246,10 @@ class Trainer:
                 if last:
                     self.store.save_weights("final", self.step, plan.phase_index, result.ratio(noisy=False))
                 if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step):
-                    self.store.save_full(self.step, plan.phase_index, result.ratio(noisy=False), self.merge_fraction)
+                    # First: a resumed run writes no point before its checkpoint again.
                     if monitor is not None:
                         monitor.flush()
+                    self.store.save_full(self.step, plan.phase_index, result.ratio(noisy=False), self.merge_fraction)
         return evaluation
 
     def _train_step(self, plan: StepPlan) -> StepResult:
@@ -228,7 +263,7 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        outputs = self._forward_backward(micro_batches, forward_only=False)
+        outputs = self._forward_backward(micro_batches)
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
         result.grad_norm = float(grad_norm)
@@ -265,19 +300,20 @@ class Trainer:
         )
         return -recipe.dmc.loss_coefficient * float(valid) / alphas
 
-    def _forward_backward(self, micro_batches: list[dict[str, Tensor]], *, forward_only: bool) -> list[Tensor]:
-        """[loss sum, tokens] of every micro-batch on the last pipeline stage, nothing elsewhere."""
+    def _forward_backward(self, micro_batches: list[dict[str, Tensor]], *, evaluates: bool = False) -> list[Tensor]:
+        """Sums of LM loss, distillation loss and tokens of every micro-batch on the last pipeline stage, else nothing."""
         iterators = [iter(micro_batches) for _ in self.model]
         outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=forward_step if evaluates else self.forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
             seq_length=self.recipe.data.sequence_length,
-            micro_batch_size=len(micro_batches[0]["tokens"]),
-            forward_only=forward_only,
+            # Teacher and student travel side by side.
+            micro_batch_size=len(micro_batches[0]["tokens"]) * (1 if evaluates or not self.recipe.distills else 2),
+            forward_only=evaluates,
         )
-        return [output["lm loss"] for output in outputs]
+        return [output["sums"] for output in outputs]
 
     def _reduce(self, outputs: list[Tensor]) -> StepResult:
         """The step's one message: losses of the last stage and decision counts of every layer, summed over all ranks."""
@@ -288,13 +324,13 @@ class Trainer:
             if layer.statistics.counts is not None:
                 heads = layer.kv_heads
                 counts[:, layer.layer_number - 1, heads.start : heads.stop] += layer.statistics.counts
-        losses = torch.zeros(2, dtype=torch.float64, device=device)
+        losses = torch.zeros(3, dtype=torch.float64, device=device)
         if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
             losses += torch.stack(outputs).sum(0)
         message = torch.cat([counts.flatten(), losses])
         dist.all_reduce(message)
-        total, tokens = message[-2:].tolist()
-        return StepResult(total / tokens, tokens, message[:-2].view_as(counts).cpu())
+        total, apart, tokens = message[-3:].tolist()
+        return StepResult(total / tokens, apart / tokens, tokens, message[:-3].view_as(counts).cpu())
 
     def _clear_decision_channel(self) -> None:
         for layer in self._layers():
@@ -317,7 +353,8 @@ class Trainer:
             chunk.eval()
         outputs = []
         for i in range(batches):
-            outputs += self._forward_backward(self._micro_batches(self.valid_data, i * per_batch), forward_only=True)
+            micro_batches = self._micro_batches(self.valid_data, i * per_batch)
+            outputs += self._forward_backward(micro_batches, evaluates=True)
         result = self._reduce(outputs)
         for chunk in self.model:
             chunk.train()
@@ -334,6 +371,7 @@ class Trainer:
             step=self.step,
             phase=plan.phase.kind,
             lm_loss=result.loss,
+            distillation_loss=result.distillation_loss if recipe.distills else None,
             learning_rate=learning_rate,
             grad_norm=result.grad_norm,
             tokens_per_second=result.tokens / seconds,
@@ -348,17 +386,8 @@ class Trainer:
         )
 
 
-def _forward_step(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    # The attention mask argument carries the samples' numbers, see DMCSelfAttention.
-    losses = model(batch["tokens"], batch["position_ids"], batch["sample_index"], labels=batch["labels"])
-    return losses, partial(_loss, loss_mask=batch["loss_mask"])
-
-
-def _loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
-    report = torch.stack([total.detach(), tokens]).double()
-    return total, tokens.to(torch.int), {"lm loss": report}
+def _require_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:

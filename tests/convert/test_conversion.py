@@ -27,7 +27,7 @@ from megatron_dmc.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from megatron_dmc.training.run_state import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.training.weights import is_dmc_checkpoint, model_state, set_model_state
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 

@@ -17,7 +17,22 @@ LAYOUTS = {
     "tp2-sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "pp2": ["parallel.pipeline_model_parallel_size=2"],
 }
-TAGS = ("loss/lm", "compression_ratio/noisy", "compression_ratio/noise_free", "train/gradient_norm")
+TAGS = (
+    "loss/lm",
+    "loss/distillation",
+    "compression_ratio/noisy",
+    "compression_ratio/noise_free",
+    "train/gradient_norm",
+)
+# What is trained, and with it what travels through the layout.
+KINDS = {
+    "full": [],
+    "window-distilled": ["dmc.local_window=4", "distillation.weight=0.5", "distillation.top_k=20"],
+    "evict-adapter-distilled": [
+        *("dmc.local_window=4", "dmc.operation=evict", "training.train=adapter", "training.recompute=full"),
+        *("distillation.weight=1", "distillation.direction=reverse"),
+    ],
+}
 
 
 def run(recipe: Path, processes: int, overrides: list[str]) -> None:
@@ -33,11 +48,12 @@ def run(recipe: Path, processes: int, overrides: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, initial weights, and the run of one process."""
+    """Text, initial weights, and the runs of one process."""
     folder = tmp_path_factory.mktemp("layouts")
     write_text(folder)
     run(recipe(folder, "base"), 1, ["phases=[{kind: pretrain, steps: 1, lr: 1e-3}]", "checkpoint.load_base=null"])
-    run(recipe(folder, "one"), 1, [])
+    for kind, overrides in KINDS.items():
+        run(recipe(folder, f"one-{kind}"), 1, overrides)
     return folder
 
 
@@ -50,8 +66,11 @@ def recipe(folder: Path, name: str) -> Path:
     return write_recipe(folder / name, values)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(folder: Path, layout: str) -> None:
-    run(recipe(folder, layout), 2, LAYOUTS[layout])
+def test_layout_equals_one_process(folder: Path, layout: str, kind: str) -> None:
+    name = f"{layout}-{kind}"
+    run(recipe(folder, name), 2, LAYOUTS[layout] + KINDS[kind])
     for tag in TAGS:
-        assert scalars(folder / layout, tag) == pytest.approx(scalars(folder / "one", tag), rel=5e-5), tag
+        expected = scalars(folder / f"one-{kind}", tag) if tag != "loss/distillation" or kind != "full" else {}
+        assert (scalars(folder / name, tag) if expected else {}) == pytest.approx(expected, rel=5e-5), tag

@@ -77,8 +77,3 @@ def test_measured_cache(loaded: LoadedModel) -> None:
     assert 1 / size.compression_ratio < size.cache_bytes / size.plain_cache_bytes < 1.5 / size.compression_ratio
     with pytest.raises(ConfigError, match="257 tokens exceed the model's 256 positions"):
         measure_cache(loaded, tokens(1, 257)[0])
-
-
-def test_a_local_window_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="local_window 4"):
-        DMCInferenceContext(DMCConfig(local_window=4), 8)

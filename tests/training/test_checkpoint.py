@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_dmc.training import cpu
 from megatron_dmc.training.checkpoint import (
@@ -132,15 +133,33 @@ def test_prune_keeps_latest_and_whatever_is_not_a_full_checkpoint(tmp_path: Path
     save_checkpoint(tmp_path, "cr_2", state(), weights)
     (tmp_path / "step_0").mkdir()
     update_latest(tmp_path, "step_1")
-    assert prune(tmp_path, keep_last=2) == ["step_2"]
+    assert prune(tmp_path, keep_last=1) == []
+    update_latest(tmp_path, "step_10")
+    assert prune(tmp_path, keep_last=3) == ["step_1"]
+    update_latest(tmp_path, "step_3")
+    # What is newer belongs to a run that was given up: it neither goes nor counts.
+    assert prune(tmp_path, keep_last=1) == ["step_2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cr_2",
         "latest",
         "step_0",
-        "step_1",
         "step_10",
         "step_3",
     ]
+
+
+def test_a_checkpoint_moved_behind_a_link_is_replaced_and_pruned(saved: Path, tmp_path: Path) -> None:
+    for value in (5.0, 6.0):
+        saved.symlink_to(saved.rename(tmp_path / f"moved_{value}"))
+        save_checkpoint(saved.parent, saved.name, state(value), INFO)
+        assert not saved.is_symlink() and load_checkpoint(saved, state())["step"] == value
+        assert hidden(saved.parent) == []
+    saved.symlink_to(saved.rename(tmp_path / "moved"))
+    save_checkpoint(saved.parent, "step_4", state(), INFO)
+    update_latest(saved.parent, "step_4")
+    assert prune(saved.parent, keep_last=1) == [saved.name]
+    assert not saved.is_symlink() and hidden(saved.parent) == []
+    assert load_checkpoint(tmp_path / "moved", state())["step"] == 6
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
@@ -175,6 +194,7 @@ def test_a_folder_that_is_absent_is_named(tmp_path: Path) -> None:
         ({"kind": "half"}, "kind 'half'"),
         ({"step": "many"}, "step 'many'"),
         ({"color": "red"}, "color"),
+        ({"datasets": ["text"]}, r"datasets \['text'\]"),
     ],
 )
 def test_a_description_of_another_kind_is_refused(saved: Path, change: dict[str, Any], message: str) -> None:
@@ -226,6 +246,19 @@ def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path, at
         with pytest.raises(CheckpointError, match=r"\.metadata (asks to load|holds the pickle opcode|is damaged)"):
             refused()
     assert not witness.exists()
+
+
+def test_metadata_may_not_change_what_outlives_it(saved: Path) -> None:
+    index = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadataIndex\n"
+    # BUILD with (None, {"polluted": None}) calls setattr on whatever lies below, here a class.
+    attack = index + b"N}\x8c\x08pollutedNs\x86b."
+    pickle.loads(attack)
+    assert hasattr(MetadataIndex, "polluted")
+    del MetadataIndex.polluted
+    (saved / ".metadata").write_bytes(attack)
+    with pytest.raises(CheckpointError, match=r"\.metadata asks to change <class .*MetadataIndex"):
+        check_checkpoint(saved)
+    assert not hasattr(MetadataIndex, "polluted")
 
 
 def test_metadata_may_not_name_files_elsewhere(saved: Path) -> None:

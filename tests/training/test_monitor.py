@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+from contextlib import redirect_stderr
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from texts import full_disk
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes, memory_kind, render_heatmap
@@ -157,6 +159,30 @@ def test_resume_doubles_nothing(tmp_path):
     assert [value for _, value in points[10:]] == [1.0, 1.0]
     assert [image.step for image in events.Images("compression_ratio/layer_head")] == [5, 10]
     assert len(events.Tensors("train/phase/text_summary")) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path):
+    def train(monitor: Monitor) -> None:
+        progress = TrainingProgress(2)
+        for step in range(1, 4):
+            progress.update(record(step))
+            progress.message("saved")
+            monitor.log_step(record(step))
+            monitor.flush()
+
+    lines = io.StringIO()
+    with Monitor(tmp_path / "first", LAYERS, KV_HEADS) as monitor, full_disk(1024), redirect_stderr(lines):
+        train(monitor)
+    assert lines.getvalue().count("TensorBoard log stopped, training goes on") == 1
+    # the job's own log lies on the same disk
+    with (
+        Monitor(tmp_path / "second", LAYERS, KV_HEADS) as monitor,
+        (tmp_path / "log").open("w", buffering=1) as log,
+        redirect_stderr(log),
+        full_disk(0),
+    ):
+        train(monitor)
 
 
 def test_memory_is_of_this_process():

@@ -65,6 +65,7 @@ def test_refuses_to_overwrite(tmp_path, text, tokenizer, capsys):
     [
         ({"--input": "missing.txt"}, "missing.txt does not exist"),
         ({"--tokenizer": "missing"}, "missing is not a folder"),
+        ({"--input": "a" * 300}, "File name too long"),
         ({"--valid-fraction": "1.5"}, "must be in [0, 1)"),
     ],
 )

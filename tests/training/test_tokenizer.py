@@ -40,8 +40,8 @@ def test_training_is_deterministic(tokenizer, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("vocab_size", [256, 0, -1])
-def test_small_vocabulary_is_refused(tmp_path, vocab_size):
+@pytest.mark.parametrize("vocab_size", [256, 0, -1, 2**24 + 1, 10**30])
+def test_vocabulary_of_no_sensible_size_is_refused(tmp_path, vocab_size):
     fails(f"vocabulary must be >= 257 .* got {vocab_size}", train_tokenizer, TEXTS, vocab_size, tmp_path)
     assert os.listdir(tmp_path) == []
 

@@ -1,19 +1,23 @@
 """Whole runs of the trainer at toy size: phases, resume, recomputation, checkpoints, what the commands print."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+from omegaconf import OmegaConf
+from toy import TEXT, assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.attention import DMCSelfAttention
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.training.data import build_indexed_dataset
 from megatron_dmc.training.schedule import plan_step
+from megatron_dmc.training.tokenizer import load_tokenizer
 from megatron_dmc.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -221,13 +225,51 @@ def test_bad_settings_end_in_one_line(
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("dmc.temperature=0.2", "dmc.temperature"), ("training.global_batch_size=8", "training.global_batch_size")],
+    [
+        ("dmc.temperature=0.2", "dmc.temperature"),
+        ("training.global_batch_size=8", "training.global_batch_size"),
+        ("parallel.use_distributed_optimizer=false", "parallel.use_distributed_optimizer"),
+    ],
 )
 def test_resume_with_other_settings_is_refused(
     finished: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     assert main(["retrofit", str(finished.parent / "recipe.yaml"), override]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_resume_on_a_dataset_built_anew_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(tmp_path)
+    recipe = str(write_recipe(tmp_path / "run", recipe_values(tmp_path, tmp_path / "run", RETROFIT)))
+    assert main(["retrofit", recipe, "training.exit_after_steps=1"]) == 0
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    build_indexed_dataset(TEXT[:50], tokenizer, tmp_path / "train")
+    assert main(["retrofit", recipe, "training.exit_after_steps=1"]) == 0
+    # Equally many tokens in every document: the index is the same.
+    build_indexed_dataset([text.replace("cat", "tac") for text in TEXT[:50]], tokenizer, tmp_path / "train")
+    assert main(["retrofit", recipe]) == 1
+    assert f"dataset {tmp_path / 'train'} has other contents than the one that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "weights"}, "latest names step_00000009, which holds weights only"),
+        ({"recipe": {"dmc": {"novelty": 1}}}, "step_00000009/dmc.json holds a recipe that this version"),
+        ({"recipe": {"parallel": {"tensor_model_parallel_size": 2}}}, "parallel.tensor_model_parallel_size is 1, but"),
+        ({"datasets": None}, None),
+    ],
+    ids=["weights", "newer recipe", "another layout", "older description"],
+)
+def test_resume_reads_the_description(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str | None
+) -> None:
+    shutil.copytree(finished, tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "step_00000009" / "dmc.json"
+    path.write_text(json.dumps(OmegaConf.to_container(OmegaConf.merge(json.loads(path.read_text()), change))))
+    arguments = [str(finished.parent / "recipe.yaml"), f"checkpoint.directory={tmp_path / 'checkpoints'}"]
+    assert main(["retrofit", *arguments]) == (0 if message is None else 1)
+    assert message is None or message in capsys.readouterr().err
 
 
 def test_a_lower_rate_may_resume_a_run_that_diverged(

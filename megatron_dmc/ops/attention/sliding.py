@@ -4,8 +4,10 @@ CUDA's flash kernels know a window. The CPU's does not: blocks of queries go to 
 that it can see, and one small band mask serves all rows. Only the first block has nothing in front of it.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_backward, flash_forward
@@ -13,7 +15,10 @@ from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_
 # Shorter blocks keep the CPU kernel waiting.
 SHORTEST_BLOCK = 32
 
-# No key's score comes near it, whatever stands behind a text's end; an infinity would empty a part of a block.
+# Tokens that go to it in one call: what is copied stays small beside the tensors.
+GROUP = 4096
+
+# No key's score comes near it; an infinity would empty a part of a block.
 UNSEEN = -1e30
 
 aten = torch.ops.aten
@@ -37,15 +42,15 @@ def sliding_forward(
         return flash_forward(query, key, value, None, causal=True, softmax_scale=softmax_scale)
     if query.is_cuda:
         return cuda_forward(query, key, value, None, True, softmax_scale, None, window)
-    blocks = _Blocks(query, window)
-    pieces = [
-        aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=band, scale=softmax_scale)
-        for q, k, v, band in zip(
-            blocks.queries(query), blocks.keys(key), blocks.keys(value), blocks.bands(), strict=True
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    for blocks, band in _groups(query, window):
+        part, part_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            blocks.queries(query), blocks.keys(key), blocks.keys(value), 0.0, False, attn_mask=band, scale=softmax_scale
         )
-    ]
-    out, lse = zip(*pieces, strict=True)
-    return blocks.join_queries(out), blocks.join_queries([x[..., None] for x in lse])[..., 0]
+        blocks.write_queries(out, part)
+        blocks.write_queries(lse[..., None], part_lse[..., None])
+    return out, lse
 
 
 def sliding_backward(
@@ -64,78 +69,77 @@ def sliding_backward(
         return flash_backward(grad_out, query, key, value, out, lse, None, causal=True, softmax_scale=softmax_scale)[:3]
     if query.is_cuda:
         return cuda_backward(grad_out, query, key, value, out, lse, None, True, softmax_scale, None, window)[:3]
-    blocks = _Blocks(query, window)
-    pieces = [
-        aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, o, row[..., 0].contiguous(), 0.0, False, attn_mask=band, scale=softmax_scale
-        )
-        for grad, q, k, v, o, row, band in zip(
+    d_query, d_key, d_value = query.new_empty(query.shape), torch.zeros_like(key), torch.zeros_like(value)
+    for blocks, band in _groups(query, window):
+        d_queries, d_keys, d_values = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             blocks.queries(grad_out),
             blocks.queries(query),
             blocks.keys(key),
             blocks.keys(value),
             blocks.queries(out),
-            blocks.queries(lse[..., None]),
-            blocks.bands(),
-            strict=True,
+            blocks.queries(lse[..., None])[..., 0].contiguous(),
+            0.0,
+            False,
+            attn_mask=band,
+            scale=softmax_scale,
         )
-    ]
-    d_query, d_key, d_value = zip(*pieces, strict=True)
-    return blocks.join_queries(d_query), blocks.sum_keys(d_key), blocks.sum_keys(d_value)
+        blocks.write_queries(d_query, d_queries)
+        blocks.add_keys(d_key, d_keys)
+        blocks.add_keys(d_value, d_values)
+    return d_query, d_key, d_value
 
 
-class _Blocks:
-    """The first block of queries with its own keys, and all further blocks with theirs and window - 1 keys before them.
+class _Blocks(NamedTuple):
+    """Consecutive blocks of queries, each with as many keys as queries and ``before`` more in front of them."""
 
-    A block is at least as long as the window, so only two blocks see the same key. Zeros fill the last one: a query of
-    zeros gets a gradient of zeros, and no other query sees its key.
-    """
+    first: int
+    count: int
+    length: int
+    before: int
 
-    def __init__(self, query: Tensor, window: int):
-        self.batch, self.seq = query.shape[:2]
-        self.window = window
-        self.block = min(max(window, SHORTEST_BLOCK), self.seq)
-        self.rest = -(-self.seq // self.block) - 1
-        self.dtype, self.device = torch.promote_types(query.dtype, torch.float32), query.device
+    def queries(self, x: Tensor) -> Tensor:
+        """[batch, seq, heads, d] -> [batch * count, heads, length, d]."""
+        return self._own(x).flatten(0, 1).transpose(1, 2)
 
-    def queries(self, x: Tensor) -> list[Tensor]:
-        """[batch, seq, heads, d] -> [batch, heads, block, d] and [batch * rest, heads, block, d]."""
-        blocks = self._padded(x).unflatten(1, (-1, self.block))
-        return [part.flatten(0, 1).transpose(1, 2) for part in (blocks[:, :1], blocks[:, 1:])][: 1 + (self.rest > 0)]
+    def keys(self, x: Tensor) -> Tensor:
+        """[batch, seq, kv_heads, d] -> [batch * count, kv_heads, before + length, d]; of one batch row a view."""
+        seen = x[:, self.first - self.before : self.first + self.count * self.length]
+        return seen.unfold(1, self.before + self.length, self.length).movedim(-1, 2).flatten(0, 1).transpose(1, 2)
 
-    def keys(self, x: Tensor) -> list[Tensor]:
-        """[batch, seq, kv_heads, d] -> [batch, kv_heads, block, d] and [batch * rest, kv_heads, window - 1 + block, d]."""
-        x = self._padded(x)
-        first = x[:, : self.block].transpose(1, 2)
-        if not self.rest:
-            return [first]
-        further = x[:, self.block - self.window + 1 :].unfold(1, self.window - 1 + self.block, self.block)
-        return [first, further.flatten(0, 1).transpose(2, 3).contiguous()]
-
-    def bands(self) -> list[Tensor]:
-        """0 where a query sees a key, else UNSEEN; [1, 1, block, keys] for either kind of block."""
-        age = torch.arange(self.block, device=self.device)[:, None] - torch.arange(
-            1 - self.window, self.block, device=self.device
-        )
-        band = torch.zeros(age.shape, dtype=self.dtype, device=self.device)
-        band.masked_fill_((age < 0) | (age >= self.window), UNSEEN)
-        return [part[None, None] for part in (band[:, self.window - 1 :].contiguous(), band)][: 1 + (self.rest > 0)]
-
-    def join_queries(self, parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    def write_queries(self, total: Tensor, parts: Tensor) -> None:
         """The inverse of queries."""
-        blocks = [part.transpose(1, 2).unflatten(0, (self.batch, -1)) for part in parts]
-        return torch.cat(blocks, dim=1).flatten(1, 2)[:, : self.seq]
+        self._own(total).copy_(self._split(parts))
 
-    def sum_keys(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """The adjoint of keys: what two blocks see gets the sum of both."""
-        total = parts[0].new_zeros(self.batch, (1 + self.rest) * self.block, *parts[0].shape[1::2])
-        total[:, : self.block] = parts[0].transpose(1, 2)
-        if self.rest:
-            further = parts[1].transpose(1, 2).unflatten(0, (self.batch, self.rest))
-            blocks = total.unflatten(1, (-1, self.block))
-            blocks[:, 1:] = further[:, :, self.window - 1 :]
-            blocks[:, :-1, self.block - self.window + 1 :] += further[:, :, : self.window - 1]
-        return total[:, : self.seq]
+    def add_keys(self, total: Tensor, parts: Tensor) -> None:
+        """The adjoint of keys. Only neighbours share keys, so neither of the two sums meets an element twice."""
+        blocks = self._split(parts)
+        self._own(total).add_(blocks[:, :, self.before :])
+        if self.before:
+            shared = total[:, self.first - self.before : self.first + (self.count - 1) * self.length]
+            shared.unfold(1, self.before, self.length).movedim(-1, 2).add_(blocks[:, :, : self.before])
 
-    def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, 0, 0, (1 + self.rest) * self.block - self.seq))
+    def _own(self, x: Tensor) -> Tensor:
+        return x[:, self.first : self.first + self.count * self.length].unflatten(1, (self.count, self.length))
+
+    def _split(self, parts: Tensor) -> Tensor:
+        return parts.transpose(1, 2).unflatten(0, (-1, self.count))
+
+
+def _groups(query: Tensor, window: int) -> Iterator[tuple[_Blocks, Tensor]]:
+    """Blocks that go to the kernel together, with their mask: 0 where a query sees a key, else UNSEEN.
+
+    A block is at least as long as the window, so that only neighbours share keys.
+    """
+    seq, before = query.shape[1], window - 1
+    block = min(max(window, SHORTEST_BLOCK), seq)
+    age = torch.arange(block, device=query.device)[:, None] - torch.arange(-before, block, device=query.device)
+    band = torch.zeros(age.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    band.masked_fill_((age < 0) | (age >= window), UNSEEN)
+
+    yield _Blocks(0, 1, block, 0), band[None, None, :, before:]
+    together = max(GROUP // block, 1)
+    end = seq - seq % block
+    for first in range(block, end, together * block):
+        yield _Blocks(first, min(together, (end - first) // block), block, before), band[None, None]
+    if end < seq:
+        yield _Blocks(end, 1, seq - end, before), band[None, None, : seq - end, : before + seq - end]

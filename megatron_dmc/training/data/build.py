@@ -19,7 +19,7 @@ from megatron_dmc.training.data.indexed_dataset import DatasetCounts
 from megatron_dmc.training.tokenizer import Tokenizer
 
 _DOCUMENTS_PER_BATCH = 64
-# The index last: without it the others are no dataset.
+# The index goes first and comes last: without it the others are no dataset.
 _SUFFIXES = (".bin", ".json", ".idx")
 
 
@@ -56,6 +56,7 @@ def build_indexed_dataset(documents: Iterable[str], tokenizer: Tokenizer, prefix
             for suffix in _SUFFIXES:
                 with open(temporary + suffix, "rb") as file:
                     os.fsync(file.fileno())
+            Path(prefix + ".idx").unlink(missing_ok=True)
             for suffix in _SUFFIXES:
                 os.replace(temporary + suffix, prefix + suffix)
     finally:

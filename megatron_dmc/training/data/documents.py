@@ -26,8 +26,8 @@ def iter_documents(path: str | Path) -> Iterator[str]:
     """The documents of a folder, a text file (one document) or a ``.jsonl`` file (one object with "text" per line).
 
     A folder is read recursively in sorted order: files ending in .md, .py, .rst, .txt and .jsonl. Hidden files and
-    folders, ``__pycache__``, ``site-packages`` and ``dist-packages`` are left out. Files there that are not UTF-8 text
-    are skipped with one warning that counts them; empty documents are skipped silently.
+    folders, ``__pycache__``, ``site-packages``, ``dist-packages`` and links to folders are left out. Files there that
+    are not UTF-8 text are skipped with one warning that counts them; empty documents are skipped silently.
 
     Raises:
         ConfigError: (while iterating) a path that is missing, unreadable, of an unknown kind or without any text; a

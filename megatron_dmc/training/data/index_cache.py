@@ -1,8 +1,9 @@
 """The folder that megatron-core keeps the indices of a dataset's samples in."""
 
+import fcntl
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy
@@ -12,24 +13,40 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.training.data.indexed_dataset import DatasetIndex
 
 
-def index_cache(cache: str, indices: Sequence[DatasetIndex]) -> str:
-    """A folder below ``cache`` of its own for this content; every rank must call.
+@contextmanager
+def index_cache(cache: str, indices: Sequence[DatasetIndex]) -> Iterator[str]:
+    """A folder below ``cache`` of its own for this content, to build indices in; every rank must enter.
 
     megatron-core's names of cached files know a dataset's path and not what it holds, so a dataset built again under
-    its old name would be read by stale indices.
+    its old name would be read by stale indices. One run at a time is inside.
+
+    Raises:
+        ConfigError: what the file system refused, here or in the block.
     """
     digest = hashlib.sha256("".join(index.digest for index in indices).encode()).hexdigest()[:16]
     folder = Path(cache, digest)
-    with using_cache(cache):
+    is_first = torch.distributed.get_rank() == 0
+    with _using(cache):
         folder.mkdir(parents=True, exist_ok=True)
-        if torch.distributed.get_rank() == 0:
-            _remove_damaged(folder)
-    torch.distributed.barrier()
-    return str(folder)
+        with _alone(folder) if is_first else nullcontext():
+            if is_first:
+                _remove_damaged(folder)
+            torch.distributed.barrier()
+            yield str(folder)
 
 
 @contextmanager
-def using_cache(cache: str) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits while another run builds here: a second one would write the same files anew, below the first one's readers."""
+    with ExitStack() as held:
+        # A folder that is read-only is complete or of no use, and some network file systems know no locks.
+        with suppress(OSError):
+            fcntl.flock(held.enter_context((folder / "lock").open("a")), fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _using(cache: str) -> Iterator[None]:
     """Turns what the file system refuses into a ConfigError."""
     try:
         yield

@@ -16,6 +16,7 @@ from megatron_dmc.training.tokenizer import Tokenizer
 # int64 byte offsets and int64 document boundaries (megatron-core's indexed_dataset.py).
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_DIGESTED_BLOCKS, _BLOCK_BYTES = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,23 @@ def read_counts(prefix: str, index: DatasetIndex) -> DatasetCounts | None:
 def token_stream(prefix: str, index: DatasetIndex) -> numpy.ndarray:
     """All tokens of a dataset in order, [tokens], mapped from ``prefix.bin`` (read-only, of the index's type)."""
     return numpy.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
+
+
+def content_digest(prefix: str) -> str:
+    """Tells a dataset from another that was built under the same name.
+
+    SHA-256 over the index and 256 evenly spread blocks of ``prefix.bin`` (all of a file up to 1 MiB): terabytes take no
+    longer than their index.
+
+    Raises:
+        ConfigError: as :func:`read_index`.
+    """
+    index = read_index(prefix)
+    content = token_stream(prefix, index).view(numpy.uint8)
+    digest = hashlib.sha256(index.digest.encode())
+    for start in numpy.linspace(0, max(len(content) - _BLOCK_BYTES, 0), _DIGESTED_BLOCKS, dtype=numpy.int64):
+        digest.update(content[start : start + _BLOCK_BYTES].tobytes())
+    return digest.hexdigest()
 
 
 def check_dataset(prefix: str, tokenizer: Tokenizer, sequence_length: int) -> DatasetIndex:

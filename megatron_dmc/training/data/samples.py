@@ -15,7 +15,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_dmc.training.arguments import DataConfig
-from megatron_dmc.training.data.index_cache import index_cache, using_cache
+from megatron_dmc.training.data.index_cache import index_cache
 from megatron_dmc.training.data.indexed_dataset import DatasetIndex, check_dataset
 from megatron_dmc.training.tokenizer import Tokenizer
 
@@ -86,15 +86,15 @@ def _build_split(
     sizes = [samples] if len(parts) == 1 else [int(samples * weight * 1.005) + 2 for weight in weights]
     datasets = []
     for (prefix, index), size in zip(parts, sizes, strict=True):
-        config = _dataset_config(data, tokenizer, index_cache(data.cache, [index]), split, prefix)
         per_split = [size if one is split else 0 for one in Split]
-        with using_cache(data.cache):
+        with index_cache(data.cache, [index]) as cache:
+            config = _dataset_config(data, tokenizer, cache, split, prefix)
             builder = BlendedMegatronDatasetBuilder(GPTDataset, per_split, _on_every_rank, config)
             datasets.append(builder.build()[split.value])
     if len(datasets) == 1:
         return datasets[0]
-    config = replace(config, path_to_cache=index_cache(data.cache, indices))
-    with using_cache(data.cache):
+    with index_cache(data.cache, indices) as cache:
+        config = replace(config, path_to_cache=cache)
         return BlendedMegatronDatasetBuilder.build_generic_dataset(
             BlendedDataset, _on_every_rank, True, datasets, weights, samples, config
         )

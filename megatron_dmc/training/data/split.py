@@ -23,7 +23,7 @@ def split_documents(documents: Iterable[str], valid_fraction: float, seed: int =
     if not 0.0 <= valid_fraction < 1.0:
         raise ConfigError(f"the held-out fraction must be in [0, 1), got {valid_fraction}")
     documents = list(documents)
-    if valid_fraction == 0.0:
+    if valid_fraction == 0.0 or not documents:
         return documents, []
     sizes: Counter[str] = Counter()
     for document in documents:

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from texts import TEXTS, fails
 
 from megatron_dmc.training.data import build_indexed_dataset, iter_documents
-from megatron_dmc.training.data.indexed_dataset import check_dataset, read_index
+from megatron_dmc.training.data.indexed_dataset import check_dataset, content_digest, read_index
 from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -54,6 +54,33 @@ def test_failing_documents_leave_what_was_there(tmp_path, tokenizer, dataset):
     documents = iter_documents(tmp_path / "bad.jsonl")
     fails("bad.jsonl:101", build_indexed_dataset, documents, tokenizer, dataset)
     assert {path.name: path.read_bytes() for path in Path(dataset).parent.iterdir()} == before
+
+
+def test_a_replacement_that_stops_half_way_leaves_no_dataset(tmp_path, tokenizer, dataset):
+    Path(dataset + ".json").unlink()
+    Path(dataset + ".json").mkdir()
+    # as large as before, so that the old index would fit the new tokens
+    fails("cannot write the dataset", build_indexed_dataset, TEXTS[::-1], tokenizer, dataset)
+    fails("has no text.idx", read_index, dataset)
+
+
+@pytest.mark.parametrize("tokens", [5000, 3_000_000], ids=["whole", "sampled"])
+def test_content_digest(tmp_path, tokens):
+    def write(name, data):
+        builder = IndexedDatasetBuilder(str(tmp_path / name) + ".bin", dtype=numpy.uint16)
+        builder.add_item(torch.from_numpy(data))
+        builder.end_document()
+        builder.finalize(str(tmp_path / name) + ".idx")
+        return content_digest(str(tmp_path / name))
+
+    data = numpy.arange(tokens) % 300
+    first = write("first", data)
+    assert write("again", data) == first
+    # as long as the first, so that the index is the same
+    assert write("other", data[::-1].copy()) != first
+    for changed in (0, tokens - 1):
+        assert write("changed", numpy.where(numpy.arange(tokens) == changed, 7, data)) != first
+    assert write("longer", numpy.append(data, 1)) != first
 
 
 def test_unwritable(tmp_path, tokenizer):

@@ -1,10 +1,13 @@
 """Samples: their order, blends, caches, and what they are refused for."""
 
+import fcntl
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -124,6 +127,21 @@ def test_unusable_cache(tmp_path, tokenizer, dataset):
     shutil.rmtree(config.cache)
     Path(config.cache).write_text("a file")
     fails("data.cache .* cannot be used", build_datasets, config, tokenizer, 1, 0)
+
+
+def test_one_run_at_a_time_builds_indices(tmp_path, tokenizer, dataset):
+    config = data_config(tmp_path, tokenizer, dataset)
+    build_datasets(config, tokenizer, 30, 0)
+    [lock] = Path(config.cache).glob("*/lock")
+    with lock.open() as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # another number of samples has indices of its own
+        built = pool.submit(build_datasets, config, tokenizer, 60, 0)
+        time.sleep(0.5)
+        waited = not built.done() and len(list(lock.parent.glob("*-shuffle_index.npy"))) == 1
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert len(built.result(timeout=60)[0]) >= 60
+    assert waited
 
 
 @pytest.mark.distributed

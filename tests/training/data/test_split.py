@@ -36,6 +36,7 @@ def test_amount_seed_and_order():
 
 def test_zero_holds_nothing_out():
     assert split_documents(["a", "b"], 0.0) == (["a", "b"], [])
+    assert split_documents([], 0.5) == ([], [])
 
 
 def test_single_document_is_cut_at_a_line():
