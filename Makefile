@@ -21,11 +21,12 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help setup quickstart test bench gpu-check transformers-floor clean
+.PHONY: help setup quickstart recipes test bench gpu-check transformers-floor clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
 	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
+	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
@@ -49,6 +50,9 @@ $(STAMP): setup.py constraints.txt
 quickstart: setup
 	$(BIN)/python examples/quickstart/run.py $(SMOKE_FLAG) $(DATA_FLAG)
 
+recipes: setup
+	$(BIN)/python examples/recipes/run.py $(SMOKE_FLAG)
+
 test: setup transformers-floor
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +63,7 @@ test: setup transformers-floor
 # The CPU's, also where there is a GPU.
 bench: setup
 	@set -e; export CUDA_VISIBLE_DEVICES=; \
-	    for name in attention pooling retrofit_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
+	    for name in attention pooling retrofit_step adapter_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py

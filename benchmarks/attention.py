@@ -2,31 +2,48 @@
 
     python benchmarks/attention.py
 
-Both run torch's own flash kernel on [batch, seq, heads, head_dim] in float32. The dense form builds the s x s bias and
-hands it to the same library call; it gives no gradient of the bias, so it does less than the others.
+Both run torch's own flash kernel on [batch, seq, heads, head_dim] in float32. With a local window, raw keys nearby and slots
+farther off are two calls of it. The dense form builds the s x s bias and hands it to the same library call; it gives no
+gradient of the bias, so it does less than the others.
 """
 
 import argparse
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.attention import windowed_dmc_attention
 
-FORMS = ("plain", "free channel", "no free channel", "dense mask")
+LOCAL_WINDOW = 256
+# Options of windowed_dmc_attention, which is dmc_attention at local_window 0.
+DMC_FORMS: dict[str, dict[str, Any]] = {
+    "free channel": {"local_window": 0, "bias_channel": -1},
+    "no free channel": {"local_window": 0},
+    "window, merge, free channel": {"local_window": LOCAL_WINDOW, "operation": "merge", "bias_channel": -1},
+    "window, merge, no free channel": {"local_window": LOCAL_WINDOW, "operation": "merge"},
+    "window, evict, free channel": {"local_window": LOCAL_WINDOW, "operation": "evict", "bias_channel": -1},
+    "window, evict, no free channel": {"local_window": LOCAL_WINDOW, "operation": "evict"},
+}
+FORMS = ("plain", *DMC_FORMS, "dense mask")
 
 
-def inputs(seq: int, heads: int, head_dim: int) -> list[Tensor]:
-    """query, key, value, merge_logits and the output's gradient; the last channel is free."""
+def inputs(seq: int, heads: int, head_dim: int, own_slots: bool = True) -> list[Tensor]:
+    """query, key, value, pooled_key, pooled_value, merge_logits and the output's gradient; the last channel is free.
+
+    Without ``own_slots`` the key and value are the slots: only merging with a window reads both.
+    """
     torch.manual_seed(0)
     query, key, value, grad = (torch.randn(1, seq, heads, head_dim) for _ in range(4))
-    query[..., -1], key[..., -1] = 0, 0
     merge_logits = 4 * torch.randn(1, seq, heads)
-    return [x.requires_grad_() for x in (query, key, value, merge_logits)] + [grad]
+    slots = [torch.randn(1, seq, heads, head_dim) for _ in range(2)] if own_slots else [key, value]
+    for x in (query, key, slots[0]):
+        x[..., -1] = 0
+    return [x.requires_grad_() for x in (query, key, value, *slots, merge_logits)] + [grad]
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -42,26 +59,39 @@ def dense_mask(merge_logits: Tensor) -> Tensor:
     return mask.masked_fill_(torch.ones(seq, seq, dtype=torch.bool).triu(1), float("-inf"))
 
 
-def step(form: str, query: Tensor, key: Tensor, value: Tensor, merge_logits: Tensor, grad: Tensor) -> None:
-    """Forward and backward."""
-    for leaf in (query, key, value, merge_logits):
-        leaf.grad = None
+def attend(
+    form: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pooled_key: Tensor,
+    pooled_value: Tensor,
+    merge_logits: Tensor,
+) -> Tensor:
     if form == "plain":
-        out = plain(query, key, value)
-    elif form == "dense mask":
-        out = plain(query, key, value, dense_mask(merge_logits))
-    else:
-        out = dmc_attention(query, key, value, merge_logits, bias_channel=-1 if form == "free channel" else None)
-    out.backward(grad)
+        return plain(query, key, value)
+    if form == "dense mask":
+        return plain(query, pooled_key, pooled_value, dense_mask(merge_logits))
+    return windowed_dmc_attention(query, key, value, pooled_key, pooled_value, merge_logits, **DMC_FORMS[form])
+
+
+def step(form: str, *tensors: Tensor) -> None:
+    """Forward and backward."""
+    *leaves, grad = tensors
+    for leaf in leaves:
+        leaf.grad = None
+    attend(form, *leaves).backward(grad)
 
 
 def peak_bytes(form: str, seq: int, heads: int, head_dim: int) -> int:
     """Inputs, output, gradients and all that is needed on the way, in a process that did nothing else."""
-    step(form, *inputs(64, heads, head_dim))
-    return common.peak_growth(lambda: step(form, *inputs(seq, heads, head_dim)))
+    own_slots = form.startswith("window, merge")
+    step(form, *inputs(64, heads, head_dim, own_slots))
+    return common.peak_growth(lambda: step(form, *inputs(seq, heads, head_dim, own_slots)))
 
 
-def measure(seq: int, options: argparse.Namespace) -> dict:
+def measure(seq: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per form."""
     forms = [form for form in FORMS if form != "dense mask" or seq <= options.dense_up_to]
     tensors = inputs(seq, options.heads, options.head_dim)
     steps: dict[str, Callable[[], None]] = {form: functools.partial(step, form, *tensors) for form in forms}
@@ -71,11 +101,17 @@ def measure(seq: int, options: argparse.Namespace) -> dict:
         form: int(common.in_own_process(__file__, ["--peak", form, "--seq", str(seq), *_shape(options)]))
         for form in forms
     }
-    row: dict = {"seq": seq, "plain ms": common.median_ms(seconds["plain"])}
-    for form in FORMS[1:]:
-        row[f"{form}: time"] = times.get(form)
-        row[f"{form}: memory"] = sizes[form] / sizes["plain"] if form in sizes else None
-    return row
+    return [
+        {
+            "seq": seq,
+            "form": form,
+            "ms": common.median_ms(seconds[form]),
+            "time over plain": times[form],
+            "peak MiB": sizes[form] / 2**20,
+            "memory over plain": sizes[form] / sizes["plain"],
+        }
+        for form in forms
+    ]
 
 
 def _shape(options: argparse.Namespace) -> list[str]:
@@ -93,9 +129,10 @@ def main() -> None:
     if options.peak:
         print(peak_bytes(options.peak, options.seq[0], options.heads, options.head_dim))
         return
-    rows = [measure(seq, options) for seq in options.seq]
+    rows = [row for seq in options.seq for row in measure(seq, options)]
     title = "forward + backward over plain causal attention, float32"
-    common.report("attention", title, rows, clock=options.clock, heads=options.heads, head_dim=options.head_dim)
+    settings = {"heads": options.heads, "head_dim": options.head_dim, "local_window": LOCAL_WINDOW}
+    common.report("attention", title, rows, clock=options.clock, rounds=options.rounds, **settings)
 
 
 if __name__ == "__main__":

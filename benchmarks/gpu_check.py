@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.ops.attention import dmc_attention
+from megatron_dmc.ops.attention import dmc_attention, windowed_dmc_attention
 from megatron_dmc.ops.pooling import pool
 
 DTYPE = torch.bfloat16
@@ -42,12 +42,14 @@ class Sizes:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    local_window: int = 256
     step_seq: int = 2048
     step_layers: int = 4
     step_hidden: int = 512
 
 
-TOY = Sizes(97, 65, 1, (128,), 4, 2, 16, 64, 2, 128)
+TOY = Sizes(97, 65, 1, (128,), 4, 2, 16, 40, 64, 2, 128)
+ATTENTION_INPUTS = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits")
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -73,14 +75,10 @@ def compare(
     reference: Callable[..., Any],
     inputs: Sequence[Tensor],
     names: Sequence[str],
-    ignored_channel: int | None = None,
 ) -> list[dict[str, Any]]:
     """A row per output and gradient: fast in the inputs' dtype, the reference on the same numbers in float64."""
     outputs, gradients = with_gradients(fast, inputs)
     expected_outputs, expected_gradients = with_gradients(reference, [x.double() for x in inputs])
-    if ignored_channel is not None:
-        for gradient in expected_gradients[:2]:
-            gradient[..., ignored_channel] = 0
     rows = [
         checked(name, f"output {i}", relative_error(x, y), OUTPUT_BOUND)
         for i, (x, y) in enumerate(zip(outputs, expected_outputs, strict=True))
@@ -97,19 +95,20 @@ def checked(name: str, quantity: str, error: float, bound: float | None) -> dict
 
 
 def attention_inputs(batch: int, seq: int, sizes: Sizes, device: str, hard: bool, free: bool) -> list[Tensor]:
+    """ATTENTION_INPUTS; the pooled ones are of their own."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, *head_dim: int) -> Tensor:
         return torch.randn(batch, seq, heads, *head_dim, generator=generator)
 
     query = draw(sizes.heads, sizes.head_dim)
-    key, value = draw(sizes.kv_heads, sizes.head_dim), draw(sizes.kv_heads, sizes.head_dim)
+    key, value, pooled_key, pooled_value = (draw(sizes.kv_heads, sizes.head_dim) for _ in range(4))
     if free:
-        query[..., -1], key[..., -1] = 0, 0
+        query[..., -1], key[..., -1], pooled_key[..., -1] = 0, 0, 0
     merge_logits = 4 * draw(sizes.kv_heads)
     if hard:
         merge_logits = merge_logits.sign() * float("inf")
-    return [*(x.to(device, DTYPE) for x in (query, key, value)), merge_logits.to(device)]
+    return [*(x.to(device, DTYPE) for x in (query, key, value, pooled_key, pooled_value)), merge_logits.to(device)]
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,23 +116,35 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
+def attention_forms(sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Options of windowed_dmc_attention; without a local window it is dmc_attention."""
+    forms: dict[str, dict[str, Any]] = {
+        "attention": {"local_window": 0},
+        "attention, window, merge": {"local_window": sizes.local_window, "operation": "merge"},
+        "attention, window, evict": {"local_window": sizes.local_window, "operation": "evict"},
+    }
+    channels = {"free channel": -1, "no free channel": None}
+    return {
+        f"{form}, {label}": {**options, "bias_channel": channel}
+        for form, options in forms.items()
+        for label, channel in channels.items()
+    }
+
+
 def check_attention(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     rows = []
-    for free in (True, False):
-        channel = -1 if free else None
+    for name, options in attention_forms(sizes).items():
         for hard in (False, True):
-            inputs = attention_inputs(1, sizes.check_seq, sizes, device, hard, free)
             rows += compare(
-                f"attention, {'free channel' if free else 'no free channel'}, {'hard' if hard else 'soft'}",
-                functools.partial(dmc_attention, bias_channel=channel),
-                functools.partial(dmc_attention, backend="naive"),
-                inputs,
-                ("query", "key", "value", "merge_logits"),
-                channel,
+                f"{name}, {'hard' if hard else 'soft'}",
+                functools.partial(windowed_dmc_attention, **options),
+                functools.partial(windowed_dmc_attention, **options, backend="naive"),
+                attention_inputs(1, sizes.check_seq, sizes, device, hard, options["bias_channel"] is not None),
+                ATTENTION_INPUTS,
             )
     inputs = attention_inputs(1, sizes.check_seq, sizes, device, False, False)[:3]
     # For comparison: what the plain kernel itself is worth.
-    return rows + compare("plain attention", plain_attention, plain_attention, inputs, ("query", "key", "value"))
+    return rows + compare("plain attention", plain_attention, plain_attention, inputs, ATTENTION_INPUTS[:3])
 
 
 def pooling_inputs(batch: int, seq: int, sizes: Sizes, device: str) -> list[Tensor]:
@@ -166,10 +177,12 @@ def time_operations(sizes: Sizes, device: str, rounds: int) -> list[dict[str, An
 
         functions: dict[str, Callable[[], object]] = {
             "plain flash attention": functools.partial(backpropagate, plain_attention, leaves[:3], [grad]),
-            "attention, free channel": functools.partial(
-                backpropagate, functools.partial(dmc_attention, bias_channel=-1), leaves, [grad]
-            ),
-            "attention, no free channel": functools.partial(backpropagate, dmc_attention, leaves, [grad]),
+            **{
+                name: functools.partial(
+                    backpropagate, functools.partial(windowed_dmc_attention, **options), leaves, [grad]
+                )
+                for name, options in attention_forms(sizes).items()
+            },
             "pooling": functools.partial(backpropagate, pool, pooled, pooled_grads),
         }
         seconds = common.interleaved_seconds(functions, rounds, synchronize=synchronize(device))
@@ -179,7 +192,7 @@ def time_operations(sizes: Sizes, device: str, rounds: int) -> list[dict[str, An
 
 
 def backpropagate(function: Callable[..., Any], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    torch.autograd.grad(function(*leaves), leaves, grads)
+    torch.autograd.grad(function(*leaves), leaves, grads, allow_unused=True)
 
 
 def synchronize(device: str) -> Callable[[], None] | None:

@@ -14,58 +14,35 @@ from rich.table import Table
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-CACHE_TOKENS = 2048
-# Of the held-out text: every model reads the same first 32 thousand tokens.
-WINDOWS = 64
+sys.path.insert(0, str(HERE.parent))
+
+from measure import measure  # noqa: E402
+from small_run import CACHE_TOKENS, write_whole  # noqa: E402
+
 NEW_TOKENS = 64
 SUMMARY = Path("summary.json")
+# {run: what it is called in the table}
+RUNS = {"recipe": "recommended", "adapter": "adapter, distilled", "neuron": "paper's form"}
 
 
-def measure(smoke: bool) -> dict[str, Any]:
+def measure_all(smoke: bool) -> dict[str, Any]:
     """All numbers of the table. Runs in the quickstart's folder."""
-    from megatron_dmc.evaluation.cache_size import measure_cache
-    from megatron_dmc.evaluation.perplexity import evaluate
     from megatron_dmc.inference.loading import load_model
     from megatron_dmc.training.data import heldout_windows
 
-    limit = 8 if smoke else WINDOWS
-    rows = [("base", "base/final"), ("control", "control/final")]
-    rows += [(source, f"{source}/{name}") for source in ("recipe", "neuron") for name in ("cr_2", "cr_3", "final")]
-    summary: dict[str, Any] = {"dmc": []}
-    plain = 0
-    for name, checkpoint in rows:
-        print(f"{checkpoint}", file=sys.stderr, flush=True)
-        loaded = load_model(Path("checkpoints", checkpoint))
-        windows = heldout_windows("data/valid", loaded.recipe.data.sequence_length, loaded.tokenizer)
-        result = evaluate(loaded, windows, limit=limit)
-        row = {
-            "checkpoint": checkpoint,
-            "loss": result.loss,
-            "loss_per_byte": result.loss_per_byte,
-            "perplexity": result.perplexity,
-        }
-        if not loaded.merges:
-            summary[name] = row
-            continue
-        text = heldout_windows("data/valid", CACHE_TOKENS, loaded.tokenizer)[0]["tokens"]
-        size = measure_cache(loaded, text)
-        plain = plain or measure_plain_cache("hf-control", text)
-        target = loaded.recipe.dmc.target_compression_ratio if checkpoint.endswith("final") else int(checkpoint[-1])
-        assert result.layer_head_ratio is not None
-        summary["dmc"].append(
-            row
-            | {
-                "decision_source": loaded.recipe.dmc.decision_source,
-                "target_compression_ratio": float(target),
-                "compression_ratio": result.compression_ratio,
-                "compression_ratio_of_cache": size.compression_ratio,
-                "cache_bytes": size.cache_bytes,
-                "plain_cache_bytes": plain,
-                "layer_head_compression_ratio": result.layer_head_ratio.tolist(),
-            }
-        )
-    summary["generation"] = {name: generate(folder) for name, folder in (("dmc", "hf"), ("control", "hf-control"))}
-    return summary
+    text = heldout_windows("data/valid", CACHE_TOKENS, load_model("checkpoints/base/final").tokenizer)[0]["tokens"]
+    plain = measure_plain_cache("hf-control", text)
+    checkpoints = [f"{run}/{name}" for run in RUNS for name in ("cr_2", "cr_3", "final")]
+    rows = {}
+    for checkpoint in ("base/final", "control/final", *checkpoints):
+        print(checkpoint, file=sys.stderr, flush=True)
+        rows[checkpoint] = measure(checkpoint, smoke=smoke)
+    return {
+        "base": rows["base/final"],
+        "control": rows["control/final"],
+        "dmc": [{"run": name.split("/")[0], **rows[name], "plain_cache_bytes": plain} for name in checkpoints],
+        "generation": {name: generate(folder) for name, folder in (("dmc", "hf"), ("control", "hf-control"))},
+    }
 
 
 def measure_plain_cache(folder: str, text: Tensor) -> int:
@@ -111,7 +88,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_row(name, "", "1.00", *_losses(row, control), plain, speed.get(row["checkpoint"], ""))
     for row in summary["dmc"]:
         table.add_row(
-            f"DMC {row['decision_source']}",
+            f"DMC {RUNS[row['run']]}",
             f"{row['target_compression_ratio']:g}",
             f"{row['compression_ratio']:.2f}",
             *_losses(row, control),
@@ -136,17 +113,15 @@ def main() -> None:
     if parsed.show:
         show(json.loads(SUMMARY.read_text()), Console(width=130))
         return
-    partial = SUMMARY.with_suffix(".partial")
     from megatron_dmc.config import ConfigError
     from megatron_dmc.training.checkpoint import CheckpointError
     from megatron_dmc.training.distributed import world
 
     try:
         with world():
-            partial.write_text(json.dumps(measure(parsed.smoke), indent=1))
+            write_whole(SUMMARY, json.dumps(measure_all(parsed.smoke), indent=1))
     except (ConfigError, CheckpointError, OSError) as error:
         sys.exit(f"quickstart: {error}")
-    partial.replace(SUMMARY)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evaluate import RUNS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -17,14 +18,13 @@ def draw(summary: dict[str, Any]) -> Figure:
     FigureCanvasAgg(figure)
     loss, held, heads = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     control = summary["control"]["loss_per_byte"]
-    sources = sorted({row["decision_source"] for row in summary["dmc"]}, reverse=True)
-    for source in sources:
-        rows = [row for row in summary["dmc"] if row["decision_source"] == source]
+    for run, label in RUNS.items():
+        rows = [row for row in summary["dmc"] if row["run"] == run]
         ratios = [1.0] + [row["compression_ratio"] for row in rows]
         over = [0.0] + [row["loss_per_byte"] - control for row in rows]
-        loss.plot(ratios, over, "o-", label=source)
+        loss.plot(ratios, over, "o-", label=label)
         loss_ratios = [row["compression_ratio_of_cache"] for row in rows]
-        held.plot(loss_ratios, [row["cache_bytes"] / 1024 for row in rows], "o", label=source)
+        held.plot(loss_ratios, [row["cache_bytes"] / 1024 for row in rows], "o", label=label)
     loss.set_xlabel("compression ratio (tokens per slot)")
     loss.set_ylabel("nats per byte over the control")
     loss.set_title("what it costs, held-out text")
@@ -42,7 +42,7 @@ def draw(summary: dict[str, Any]) -> Figure:
     held.legend()
     held.grid(alpha=0.3)
 
-    main = next(row for row in reversed(summary["dmc"]) if row["decision_source"] == sources[0])
+    main = next(row for row in reversed(summary["dmc"]) if row["run"] == "recipe")
     table = np.asarray(main["layer_head_compression_ratio"])
     image = heads.imshow(table, norm=LogNorm(1, max(table.max(), 2)), aspect="auto", cmap="viridis")
     for (layer, head), value in np.ndenumerate(table):
@@ -51,7 +51,7 @@ def draw(summary: dict[str, Any]) -> Figure:
     heads.set_yticks(range(table.shape[0]))
     heads.set_xlabel("KV head")
     heads.set_ylabel("layer")
-    heads.set_title(f"ratio of every head ({sources[0]})")
+    heads.set_title("ratio of every head (recommended)")
     figure.colorbar(image, ax=heads)
     return figure
 

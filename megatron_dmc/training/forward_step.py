@@ -61,6 +61,9 @@ class DistillationStep:
         out = _run(model, batch, student_input)
         if not get_attr_wrapped_model(model, "post_process"):
             return torch.cat([out, taught], dim=1), None
+        # Sequence first, as the output layer makes and wants it: from a gradient in another order its backward pass would make
+        # one small product per token.
+        out, taught = out.transpose(0, 1).contiguous(), taught.transpose(0, 1)
         settings = self.settings
         divergence = distillation_loss(
             out,
@@ -71,8 +74,9 @@ class DistillationStep:
             group=parallel_state.get_tensor_model_parallel_group(),
         )
         # Last: it overwrites float32 logits.
-        losses = vocab_parallel_cross_entropy(out, batch["labels"])
-        return losses, partial(_mixed_loss, divergence=divergence, weight=settings.weight, loss_mask=batch["loss_mask"])
+        losses = vocab_parallel_cross_entropy(out, batch["labels"].transpose(0, 1).contiguous())
+        mask = batch["loss_mask"].transpose(0, 1)
+        return losses, partial(_mixed_loss, divergence=divergence, weight=settings.weight, loss_mask=mask)
 
 
 class _Unmerged:

@@ -54,5 +54,14 @@ def test_all_checks_pass_at_toy_size_on_a_cpu() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--rounds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("attention, free channel, soft", "pooling", "step, projection"):
-        assert name in done.stdout
+    forms = [
+        f"{form}, {channel}"
+        for form in ("attention", "attention, window, merge", "attention, window, evict")
+        for channel in ("free channel", "no free channel")
+    ]
+    checks, times = (
+        {line.strip().split("  ")[0] for line in part.splitlines()}
+        for part in done.stdout.split("forward + backward, bf16")
+    )
+    assert checks >= {f"{form}, {decisions}" for form in forms for decisions in ("soft", "hard")} | {"pooling"}
+    assert times >= {*forms, "pooling", "step, projection"}

@@ -68,8 +68,8 @@ def assert_equal_to_oracle(tensors: Sequence[Tensor], tolerance: float, channel:
 @pytest.mark.parametrize("local_window", [1, 2, 16, 31, 32, 33, 64, 500], ids=lambda w: f"w{w}")
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "kv_heads", "head_dim"),
-    [(2, 1, 2, 1, 8), (2, 33, 2, 2, 8), (2, 63, 4, 2, 16), (1, 130, 6, 3, 8)],
-    ids=["B2-T1-H2-KV1-D8", "B2-T33-H2-KV2-D8", "B2-T63-H4-KV2-D16", "B1-T130-H6-KV3-D8"],
+    [(2, 1, 2, 1, 8), (2, 33, 2, 2, 8), (2, 63, 4, 2, 16), (1, 130, 6, 3, 8), (1, 1100, 2, 1, 8)],
+    ids=["B2-T1-H2-KV1-D8", "B2-T33-H2-KV2-D8", "B2-T63-H4-KV2-D16", "B1-T130-H6-KV3-D8", "B1-T1100-H2-KV1-D8"],
 )
 def test_equals_the_oracle(
     batch: int,

@@ -5,7 +5,7 @@ that it can see, and one small band mask serves all rows. Only the first block h
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_
 SHORTEST_BLOCK = 32
 
 # Tokens that go to it in one call: what is copied stays small beside the tensors.
-GROUP = 4096
+GROUP = 1024
 
 # No key's score comes near it; an infinity would empty a part of a block.
 UNSEEN = -1e30
@@ -89,7 +89,8 @@ def sliding_backward(
     return d_query, d_key, d_value
 
 
-class _Blocks(NamedTuple):
+@dataclass(frozen=True)
+class _Blocks:
     """Consecutive blocks of queries, each with as many keys as queries and ``before`` more in front of them."""
 
     first: int

@@ -28,7 +28,7 @@ def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Te
 
 
 class WindowedAttention(torch.autograd.Function):
-    """``far_key`` and ``far_value`` are the slots of every token, or for evict the raw keys and values once more."""
+    """``far_key`` and ``far_value`` are the slots of every token; evict does not read them."""
 
     @staticmethod
     def forward(
@@ -44,13 +44,14 @@ class WindowedAttention(torch.autograd.Function):
         softmax_scale: float,
         bias_channel: int | None,
     ) -> tuple[Tensor, Tensor]:
+        if operation == "evict":
+            far_key, far_value = key, value
         out, lse = sliding_forward(query, key, value, local_window, softmax_scale)
         far = query.shape[1] - local_window
         if far > 0:
             kept = (x[:, :far] for x in (far_key, far_value, merge_logits))
             other = FAR[operation][0](query[:, local_window:], *kept, softmax_scale, bias_channel)
-            joined = join(out[:, local_window:], lse[:, local_window:], *other)
-            out, lse = (torch.cat([x[:, :local_window], y], dim=1) for x, y in zip((out, lse), joined, strict=True))
+            out[:, local_window:], lse[:, local_window:] = join(out[:, local_window:], lse[:, local_window:], *other)
         ctx.save_for_backward(query, key, value, far_key, far_value, merge_logits, out, lse)
         ctx.settings = local_window, operation, softmax_scale, bias_channel
         ctx.mark_non_differentiable(lse)
@@ -61,10 +62,10 @@ class WindowedAttention(torch.autograd.Function):
         grad_out = grads[0]
         query, key, value, far_key, far_value, merge_logits, out, lse = ctx.saved_tensors
         local_window, operation, softmax_scale, bias_channel = ctx.settings
-        d_query, d_key, d_value = sliding_backward(grad_out, query, key, value, out, lse, local_window, softmax_scale)
         far = query.shape[1] - local_window
-        if far > 0:
-            d_far_query, *d_far = FAR[operation][1](
+        d_later_query: Tensor | None = None
+        if far > 0:  # before the near part: of the two it needs more memory
+            d_later_query, *d_far = FAR[operation][1](
                 grad_out[:, local_window:],
                 query[:, local_window:],
                 *(x[:, :far] for x in (far_key, far_value, merge_logits)),
@@ -73,8 +74,15 @@ class WindowedAttention(torch.autograd.Function):
                 softmax_scale,
                 bias_channel,
             )
-            d_query[:, local_window:] += d_far_query
             d_far = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, local_window)) for x in d_far]
         else:
             d_far = [torch.zeros_like(x) for x in (far_key, far_value, merge_logits)]
+        d_query, d_key, d_value = sliding_backward(grad_out, query, key, value, out, lse, local_window, softmax_scale)
+        if d_later_query is not None:
+            d_query[:, local_window:] += d_later_query
+        if operation == "evict":
+            d_far_key, d_far_value, d_logits = d_far
+            d_far = [None, None, d_logits]
+            d_key += d_far_key
+            d_value += d_far_value
         return d_query, d_key, d_value, *d_far, None, None, None, None

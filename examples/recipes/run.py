@@ -1,0 +1,159 @@
+"""`make recipes`: ways to the same compression ratio side by side, on a small model, for equally many tokens.
+
+Every row is one command over a recipe of examples/quickstart; what is done is not done again. Results go to results.json
+here, and from it to the table and the figure of docs/choosing.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from small_run import REPOSITORY, SmallRun, write_whole  # noqa: E402
+
+RATIOS = (4, 8)
+SWEEP_RATIOS = (2, 4, 8)
+WINDOWS = (1, 4, 16, 64)
+SEEDS = (1, 2)  # beside the recipes' own
+SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One retrofit: a recipe of examples/quickstart, and what differs from it."""
+
+    recipe: str
+    ratio: int
+    local_window: int = 0
+    operation: str = "merge"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"{self.recipe}-{self.operation}-w{self.local_window}-cr{self.ratio}{seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        values = {
+            "dmc.target_compression_ratio": self.ratio,
+            "dmc.local_window": self.local_window,
+            "dmc.operation": self.operation,
+            "checkpoint.directory": f"checkpoints/{self.name}",
+            "checkpoint.save_every_integer_ratio": "false",
+            "monitor.tensorboard": f"tensorboard/{self.name}",
+            "monitor.progress_bar": "false",
+        }
+        if self.seed:
+            values |= {"dmc.seed": self.seed, "data.seed": self.seed, "training.seed": self.seed}
+        return [f"{name}={value}" for name, value in values.items()]
+
+
+def rows() -> list[Row]:
+    """The comparison, then the seeds, then what is left of the sweep over windows."""
+    made: dict[str, Row] = {}
+    for ratio in RATIOS:
+        compared = [Row("neuron", ratio), Row("recipe", ratio)]
+        compared += [
+            Row(recipe, ratio, 16, operation) for recipe in ("recipe", "adapter") for operation in ("merge", "evict")
+        ]
+        made |= {row.name: row for row in compared}
+    for ratio in RATIOS:
+        for seed in SEEDS:
+            for operation in ("merge", "evict"):
+                row = Row("recipe", ratio, 16, operation, seed)
+                made[row.name] = row
+    for ratio in SWEEP_RATIOS:
+        for window in (0, *WINDOWS):
+            for operation in ("merge", "evict") if window else ("merge",):
+                row = Row("recipe", ratio, window, operation)
+                # The ring alone is more than the target allows.
+                if window * ratio < SEQUENCE_LENGTH:
+                    made[row.name] = row
+    return list(made.values())
+
+
+def smoke_rows() -> list[Row]:
+    return [Row("neuron", 4), Row("recipe", 4, 16, "merge"), Row("adapter", 4, 16, "evict")]
+
+
+class Comparison(SmallRun):
+    def run(self, wanted: list[Row]) -> dict[str, Any]:
+        """{name: measurements} of base, control and all rows."""
+        self.prepare_text()
+        for name in ("base", "control"):
+            self.stage(f"training: {name}.yaml", f"checkpoints/{name}/final", self.training(name))
+        measured = {name: self._measured(name) for name in ("base", "control")}
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns) as progress:
+            task = progress.add_task("", total=len(wanted))
+            for row in wanted:
+                progress.update(task, description=row.name)
+                final = f"checkpoints/{row.name}/final"
+                if not (self.folder / final).exists():
+                    self._quietly(self.training(row.recipe, row.overrides))
+                measured[row.name] = {"row": vars(row), **self._measured(row.name)}
+                found = measured[row.name]
+                over = found["loss_per_byte"] - measured["control"]["loss_per_byte"]
+                progress.console.print(
+                    f"{row.name:32} CR {found['compression_ratio']:5.2f}  nats/byte over control {over:+.4f}  "
+                    f"{found['cache_bytes'] / 1024:.0f} KiB"
+                )
+                progress.advance(task)
+        return measured
+
+    def _measured(self, name: str) -> dict[str, Any]:
+        path = self.folder / "results" / f"{name}.json"
+        if not path.exists():
+            command = [sys.executable, str(HERE.parent / "measure.py"), f"{name}/final"]
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, self._quietly([*command, "--smoke"] if self.smoke else command))
+        return json.loads(path.read_text())
+
+    def _quietly(self, command: list[str]) -> str:
+        """What a command prints; if it fails, what it says of it."""
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr.strip() or f"{' '.join(command)} failed")
+        return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--smoke", action="store_true", help="three rows at toy size; the documentation is left as it is"
+    )
+    parsed = parser.parse_args()
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    from megatron_dmc.config import ConfigError
+
+    folder = REPOSITORY / "runs" / ("recipes-smoke" if parsed.smoke else "recipes")
+    try:
+        results = Comparison(folder, None, parsed.smoke).run(smoke_rows() if parsed.smoke else rows())
+    except (ConfigError, OSError) as error:
+        sys.exit(f"recipes: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    target = folder / "results.json" if parsed.smoke else HERE / "results.json"
+    write_whole(target, json.dumps(results, indent=1))
+    if not parsed.smoke:
+        subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
+
+
+if __name__ == "__main__":
+    main()

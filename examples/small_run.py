@@ -1,0 +1,123 @@
+"""What the runs on a small model share: their text, and stages that are commands in the run's folder."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = REPOSITORY / "examples" / "quickstart"
+
+VOCABULARY = 2048
+HELDOUT_FRACTION = 0.02
+# The cache is measured on as many held-out tokens.
+CACHE_TOKENS = 2048
+
+TOY_SIZES = [
+    "data.sequence_length=128",
+    "model.hidden_size=48",
+    "model.ffn_hidden_size=96",
+    "model.num_layers=2",
+    "training.micro_batch_size=4",
+    "phases.0.lr_warmup_steps=0",
+]
+# {recipe: toy steps of its phases}
+TOY_STEPS = {"base": (12,), "control": (12, 4), "recipe": (12, 4), "adapter": (12, 4), "neuron": (4, 8, 4)}
+
+
+class SmallRun:
+    """A folder, the text in it, and the commands that have run there.
+
+    Args:
+        folder: made if absent.
+        data: a folder, .txt or .jsonl; None: the sources of Python's standard library.
+        smoke: everything at toy size.
+    """
+
+    def __init__(self, folder: Path, data: str | None, smoke: bool) -> None:
+        self.folder, self.data, self.smoke = folder, data, smoke
+        self.seconds: dict[str, float] = {}
+
+    def prepare_text(self) -> None:
+        """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets."""
+        wanted = {"text": self._digest(), "vocabulary": VOCABULARY, "smoke": self.smoke}
+        done = self.folder / "data" / "done.json"
+        if done.exists():
+            if json.loads(done.read_text()) != wanted:
+                sys.exit(f"{self.folder} holds a run on other text; remove it, or name the same DATA")
+            return
+        self.timed("text, tokenizer, datasets", self._write_text)
+        write_whole(done, json.dumps(wanted))
+
+    def _documents(self) -> Iterator[str]:
+        from megatron_dmc.training.data import iter_documents, standard_library_documents
+
+        return standard_library_documents() if self.data is None else iter_documents(self.data)
+
+    def _digest(self) -> str:
+        """Of all documents, in their order: the text is the same, wherever it lies."""
+        digest = hashlib.sha256()
+        for document in self._documents():
+            digest.update(hashlib.sha256(document.encode()).digest())
+        return digest.hexdigest()
+
+    def _write_text(self) -> None:
+        from megatron_dmc.config import ConfigError
+        from megatron_dmc.training.data import build_indexed_dataset, split_documents
+        from megatron_dmc.training.tokenizer import train_tokenizer
+
+        folder = self.folder / "data"
+        # What a stopped run left half-done.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        train, valid = split_documents(self._documents(), HELDOUT_FRACTION)
+        tokenizer = train_tokenizer(train, VOCABULARY, folder / "tokenizer")
+        for name, part in (("train", train), ("valid", valid)):
+            counts = build_indexed_dataset(part, tokenizer, str(folder / name))
+        if counts.tokens <= CACHE_TOKENS:
+            raise ConfigError(
+                f"the text gives {counts.tokens} held-out tokens, this needs more than {CACHE_TOKENS}; name about "
+                f"{CACHE_TOKENS / max(counts.tokens, 1):.1f} times as much text"
+            )
+
+    def training(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
+        """The command that runs one of examples/quickstart's recipes, at toy size if so wished."""
+        command = [sys.executable, "-m", "megatron_dmc", "retrofit", str(RECIPES / f"{recipe}.yaml")]
+        if self.smoke:
+            command += TOY_SIZES + [f"phases.{i}.steps={steps}" for i, steps in enumerate(TOY_STEPS[recipe])]
+            # So few steps change decisions only if they start near the edge.
+            command += ["dmc.decision_bias=0.5"] if recipe not in ("base", "control") else []
+        return command + list(overrides)
+
+    def stage(self, title: str, makes: str, command: list[str]) -> None:
+        """Runs a command unless what it makes (whole or not at all) is there."""
+        if not (self.folder / makes).exists():
+            self.timed(title, lambda: self.call(command))
+
+    def timed(self, title: str, work: Callable[[], None]) -> None:
+        print(f"== {title}", flush=True)
+        began = time.perf_counter()
+        work()
+        self.seconds[title] = time.perf_counter() - began
+
+    def call(self, command: list[str]) -> None:
+        """Runs one command in the run's folder; it explains its own errors."""
+        if subprocess.run(command, cwd=self.folder, env=self.environment).returncode:
+            sys.exit(1)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every command: the small model is for the CPU, also where there is a GPU."""
+        return {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or none."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
