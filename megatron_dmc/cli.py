@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError
 
+_BASE = "where an adapter's base checkpoint is now, if it has been moved"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; bad input ends in one line on stderr and exit status 1."""
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="compression ratio of every layer and head on a text", description=_inspect.__doc__
     )
     inspect.add_argument("checkpoint", help="a checkpoint folder")
+    inspect.add_argument("--base", metavar="FOLDER", help=_BASE)
     inspect.add_argument("--text", help="a text file; by default Python's own sources")
     inspect.add_argument("--tokens", type=int, default=2048, help="tokens to read (default: 2048)")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -58,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a text", description=_generate.__doc__)
     generate.add_argument("checkpoint", help="a checkpoint folder")
+    generate.add_argument("--base", metavar="FOLDER", help=_BASE)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -85,7 +89,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from megatron_dmc.training.distributed import world
 
     with world():
-        run(parsed.checkpoint, parsed.text, parsed.tokens, as_json=parsed.json)
+        run(parsed.checkpoint, parsed.text, parsed.tokens, as_json=parsed.json, base=parsed.base)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
@@ -94,4 +98,4 @@ def _generate(parsed: argparse.Namespace) -> None:
     from megatron_dmc.training.distributed import world
 
     with world():
-        run(parsed.checkpoint, parsed.prompt, parsed.max_new_tokens, parsed.temperature, parsed.seed)
+        run(parsed.checkpoint, parsed.prompt, parsed.max_new_tokens, parsed.temperature, parsed.seed, base=parsed.base)

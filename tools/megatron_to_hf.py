@@ -20,10 +20,23 @@ def size(text: str) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Convert a Megatron checkpoint, base or DMC, to a folder that transformers loads."
+        description="Convert a Megatron checkpoint to a folder that transformers loads: a base, a retrofit, or an adapter, "
+        "merged with its base or (--adapter) by itself.",
+        epilog="A retrofit loads with AutoModelForCausalLM.from_pretrained(OUTPUT_FOLDER, trust_remote_code=True); an "
+        "adapter by itself with the Llama it was trained on: from_pretrained(OUTPUT_FOLDER, base=HF_FOLDER, "
+        "trust_remote_code=True).",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one checkpoint, such as DIRECTORY/final")
     parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    adapter = parser.add_mutually_exclusive_group()
+    adapter.add_argument(
+        "--base", metavar="FOLDER", help="where an adapter's base checkpoint is now, if it has been moved"
+    )
+    adapter.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write what an adapter has learned alone (adapter.safetensors, megabytes), without its base",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the weights (default: the checkpoint's)")
     parser.add_argument(
         "--max-shard-size",
@@ -43,12 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from megatron_dmc.config import ConfigError
-    from megatron_dmc.convert.to_hf import export_hf
+    from megatron_dmc.convert.to_hf import export_adapter, export_hf
     from megatron_dmc.training.checkpoint import CheckpointError
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
-        export_hf(options.checkpoint, options.output_folder, dtype=dtype, max_shard_size=options.max_shard_size)
+        if options.adapter:
+            export_adapter(options.checkpoint, options.output_folder, dtype=dtype)
+        else:
+            export_hf(
+                options.checkpoint,
+                options.output_folder,
+                dtype=dtype,
+                max_shard_size=options.max_shard_size,
+                base=options.base,
+            )
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"megatron_to_hf: {error}", file=sys.stderr)
         return 1

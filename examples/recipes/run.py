@@ -6,9 +6,12 @@ here, and from it to the table and the figure of docs/choosing.md.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +89,15 @@ def smoke_rows() -> list[Row]:
     return [Row("neuron", 4), Row("recipe", 4, 16, "merge"), Row("adapter", 4, 16, "evict")]
 
 
+class CommandFailed(RuntimeError):
+    """What the command said of it."""
+
+
 class Comparison(SmallRun):
+    """Rows are trained several at a time, each on its share of the cores."""
+
+    jobs = max(1, min(os.cpu_count() or 1, 8))
+
     def run(self, wanted: list[Row]) -> dict[str, Any]:
         """{name: measurements} of base, control and all rows."""
         self.prepare_text()
@@ -101,21 +112,31 @@ class Comparison(SmallRun):
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         with Progress(*columns) as progress:
-            task = progress.add_task("", total=len(wanted))
-            for row in wanted:
-                progress.update(task, description=row.name)
-                final = f"checkpoints/{row.name}/final"
-                if not (self.folder / final).exists():
-                    self._quietly(self.training(row.recipe, row.overrides))
-                measured[row.name] = {"row": vars(row), **self._measured(row.name)}
-                found = measured[row.name]
+            task = progress.add_task("retrofits", total=len(wanted))
+            for row, found in self._done(wanted):
+                measured[row.name] = {"row": vars(row), **found}
                 over = found["loss_per_byte"] - measured["control"]["loss_per_byte"]
                 progress.console.print(
                     f"{row.name:32} CR {found['compression_ratio']:5.2f}  nats/byte over control {over:+.4f}  "
                     f"{found['cache_bytes'] / 1024:.0f} KiB"
                 )
                 progress.advance(task)
-        return measured
+        return {name: measured[name] for name in ("base", "control", *(row.name for row in wanted))}
+
+    def _done(self, wanted: list[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Rows and their measurements, in the order in which they are done."""
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            futures = {pool.submit(self._train_and_measure, row): row for row in wanted}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _train_and_measure(self, row: Row) -> dict[str, Any]:
+        if not (self.folder / "checkpoints" / row.name / "final").exists():
+            self._quietly(self.training(row.recipe, row.overrides))
+        return self._measured(row.name)
 
     def _measured(self, name: str) -> dict[str, Any]:
         path = self.folder / "results" / f"{name}.json"
@@ -127,9 +148,10 @@ class Comparison(SmallRun):
 
     def _quietly(self, command: list[str]) -> str:
         """What a command prints; if it fails, what it says of it."""
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        environment = {**self.environment, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(done.stderr.strip() or f"{' '.join(command)} failed")
+            raise CommandFailed(done.stderr.strip() or f"{' '.join(command)} failed")
         return done.stdout
 
 
@@ -145,7 +167,7 @@ def main() -> None:
     folder = REPOSITORY / "runs" / ("recipes-smoke" if parsed.smoke else "recipes")
     try:
         results = Comparison(folder, None, parsed.smoke).run(smoke_rows() if parsed.smoke else rows())
-    except (ConfigError, OSError) as error:
+    except (ConfigError, CommandFailed, OSError) as error:
         sys.exit(f"recipes: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,6 +1,7 @@
-"""Output folders that appear whole or not at all, and the tokenizer files that travel with a model."""
+"""Output folders that appear whole or not at all, and the special tokens that travel with a model."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -17,13 +18,6 @@ from megatron_dmc.training.tokenizer import load_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-# generation_config.json belongs to them: its end-of-text tokens can be more than the tokenizer's one.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    GENERATION_CONFIG,
-)
 
 
 @contextlib.contextmanager
@@ -57,23 +51,22 @@ def check_output(target: Path) -> None:
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it first")
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies what belongs to the tokenizer, as far as it is there; returns the names of the files."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    return names
-
-
 def special_tokens(folder: Path) -> dict[str, Any]:
-    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as far as ``folder`` (tokenizer files) tells."""
-    if (folder / GENERATION_CONFIG).is_file():
-        generation = read_json(folder / GENERATION_CONFIG)
-        if generation.get("eos_token_id") is not None:
-            return {name: generation.get(name) for name in SPECIAL_TOKENS}
-    if not (folder / "tokenizer.json").is_file():
-        return {}
+    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as far as a model's or a tokenizer's folder tells.
+
+    As in transformers, generation_config.json goes before config.json; the tokenizer is asked where they name no end.
+    """
+    tokens: dict[str, Any] = {}
+    for name in ("config.json", GENERATION_CONFIG):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            tokens |= {token: content[token] for token in SPECIAL_TOKENS if content.get(token) is not None}
+    if "eos_token_id" not in tokens and (folder / "tokenizer.json").is_file():
+        tokens = _tokens_of_tokenizer(folder) | tokens
+    return tokens
+
+
+def _tokens_of_tokenizer(folder: Path) -> dict[str, Any]:
     # checked first, so that what follows can be read
     tokens: dict[str, Any] = {"eos_token_id": load_tokenizer(folder).eod}
     if (folder / "tokenizer_config.json").is_file():
@@ -83,6 +76,19 @@ def special_tokens(folder: Path) -> dict[str, Any]:
             token = settings.get(name)
             # transformers writes either the string or a whole added token
             content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str):
-                tokens[f"{name}_id"] = backend.token_to_id(content)
+            if isinstance(content, str) and (index := backend.token_to_id(content)) is not None:
+                tokens[f"{name}_id"] = index
     return tokens
+
+
+def keep_special_tokens(tokenizer: Path, tokens: dict[str, Any]) -> None:
+    """Adds to a tokenizer's folder what it does not tell of ``tokens``: what stood in a model's config.json alone."""
+    if special_tokens(tokenizer) != tokens:
+        path = tokenizer / GENERATION_CONFIG
+        content = read_json(path) if path.is_file() else {}
+        tokenizer.mkdir(exist_ok=True)
+        write_json(path, content | tokens)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.convert.folders import check_output, copy_tokenizer, new_folder, special_tokens
+from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.training.arguments import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig
-from megatron_dmc.training.checkpoint import CheckpointInfo, save_checkpoint
+from megatron_dmc.training.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.training.weights import model_state
 
@@ -42,7 +42,7 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(load_tokenizer(folder), model.vocab_size)
     # What an export would refuse is refused now, not after the training.
-    special_tokens(folder)
+    tokens = special_tokens(folder)
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())
@@ -65,6 +65,7 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
             path.rename(temporary / path.name)
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
+        keep_special_tokens(temporary / "tokenizer", tokens)
 
 
 def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:

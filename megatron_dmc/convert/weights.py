@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.convert.mapping import Shape
+from megatron_dmc.hf.adapter import ADAPTER_FILE
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -158,6 +159,8 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
         return files
     if (folder / SINGLE_FILE).is_file():
         return {folder / SINGLE_FILE: None}
+    if (folder / ADAPTER_FILE).is_file():
+        raise ConfigError(f"{folder} holds an adapter without its base's weights; name a merged export")
     if next(folder.glob("*.bin"), None) or next(folder.glob("*.pth"), None):
         raise ConfigError(
             f"{folder} holds its weights only as pickles (.bin, .pth), which are not read: convert to safetensors, "

@@ -16,11 +16,11 @@ from megatron_dmc.training.data import iter_documents, standard_library_document
 from megatron_dmc.training.tokenizer import Tokenizer
 
 
-def run(checkpoint: str, text: str | None, tokens: int, *, as_json: bool = False) -> None:
+def run(checkpoint: str, text: str | None, tokens: int, *, as_json: bool = False, base: str | None = None) -> None:
     """Prints the table (or JSON) for the first ``tokens`` tokens of a text."""
     if tokens < 2:
         raise ConfigError(f"--tokens must be >= 2, got {tokens}")
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, base)
     require_merging(loaded, checkpoint)
     size = measure_cache(loaded, read_tokens(loaded.tokenizer, text, tokens))
     if as_json:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
+from megatron_dmc.hf.adapter import joined, lacks_its_base
 from megatron_dmc.hf.cache import DMCCache
 from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.padding import Packing
@@ -109,6 +110,35 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DMCLlamaDecoderLayer"]  # noqa: RUF012 (transformers' form)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, base: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; of an adapter's folder with the weights of the base that it was trained on.
+
+        ``AutoModelForCausalLM.from_pretrained(adapter, base=llama, trust_remote_code=True)`` gives what the merged
+        export's folder gives, to the last bit, and takes the same arguments.
+
+        Args:
+            pretrained_model_name_or_path: an export, or an adapter's folder (megatron_to_hf.py --adapter).
+            base: a plain Llama's folder, for an adapter only.
+
+        Raises:
+            ValueError: an adapter without a base, a base without an adapter, or two that do not fit.
+        """
+        name = pretrained_model_name_or_path
+        if base is None:
+            if lacks_its_base(name):
+                raise ValueError(f"{name} is an adapter; name the folder of the Llama it was trained on with base=")
+            return super().from_pretrained(name, *model_args, **kwargs)
+        # The adapter's configuration is the whole model's.
+        kwargs["config"] = kwargs.get("config") or name
+        with joined(name, base, cls.config_class) as folder:
+            loaded = super().from_pretrained(folder, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        model.name_or_path = model.config.name_or_path = str(name)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -63,7 +63,9 @@ def new_text(tokenizer: Tokenizer, prompt: Sequence[int], steps: Iterable[int]) 
     yield text[len(shown) :]
 
 
-def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+def run(
+    checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, *, base: str | None = None
+) -> None:
     """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
@@ -75,7 +77,7 @@ def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, s
         prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError("--prompt is not UTF-8 text") from None
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, base)
     require_merging(loaded, checkpoint)
     ids = loaded.tokenizer.tokenize(prompt)
     if not ids:

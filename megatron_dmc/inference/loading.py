@@ -30,11 +30,14 @@ class LoadedModel:
         return next(self.model.parameters()).device
 
 
-def load_model(folder: str | Path) -> LoadedModel:
+def load_model(folder: str | Path, base: str | Path | None = None) -> LoadedModel:
     """Loads a checkpoint of any layout into this process, bfloat16 on a GPU, float32 on a CPU; inside ``world()``.
 
+    Args:
+        base: where an adapter's base is now; None: where it was.
+
     Raises:
-        CheckpointError, ConfigError: the checkpoint is damaged or of another version.
+        CheckpointError, ConfigError: the checkpoint is damaged or of another version, or ``base`` is not its base.
     """
     info = check_checkpoint(folder)
     recipe = recipe_from_dict(info.recipe)
@@ -45,7 +48,7 @@ def load_model(folder: str | Path) -> LoadedModel:
     model = build_model(recipe.model, recipe.dmc if merges else None, config)
     if on_gpu:
         model.cuda().bfloat16()
-    load_weights(folder, [model], recipe)
+    load_weights(folder, [model], recipe, base)
     return LoadedModel(model.eval(), recipe, info, load_tokenizer(Path(folder, "tokenizer")), merges)
 
 

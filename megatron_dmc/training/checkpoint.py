@@ -61,6 +61,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "check_checkpoint",
+    "copy_tokenizer",
     "load_checkpoint",
     "prepare_optimizer_for_load",
     "prune",
@@ -73,10 +74,12 @@ __all__ = [
 
 # metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use.
 _BACKENDS = CheckpointingConfig("torch_dist", 1)
-# A tokenizer is often given as a whole model folder: the weights beside it are not copied.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("chat_template.jinja", "generation_config.json"),
+# A tokenizer is often given as a whole model folder: the weights beside it are not copied. generation_config.json belongs
+# to it: its end-of-text tokens can be more than the tokenizer's one.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
 )
 # Settings of recipe.model that may differ between the checkpoint and the run: they do not change what the weights mean.
 _FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
@@ -171,7 +174,11 @@ def _write(
         if is_first:
             save_config(_BACKENDS, str(temporary))
             if tokenizer_folder is not None:
-                _copy_tokenizer(Path(tokenizer_folder), temporary / "tokenizer")
+                if not Path(tokenizer_folder, "tokenizer.json").is_file():
+                    raise CheckpointError(
+                        f"the tokenizer {tokenizer_folder} has no tokenizer.json, so the checkpoint cannot be completed"
+                    )
+                copy_tokenizer(Path(tokenizer_folder), temporary / "tokenizer")
             text = json.dumps({"format_version": FORMAT_VERSION, **asdict(info)}, indent=2)
             (temporary / "dmc.json").write_text(text + "\n", encoding="utf-8")
             for path in (*temporary.rglob("*"), temporary):
@@ -225,12 +232,11 @@ def _must_have_space(root: Path, needed: int, what: str) -> None:
         )
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if not (source / "tokenizer.json").is_file():
-        raise CheckpointError(f"the tokenizer {source} has no tokenizer.json, so the checkpoint cannot be completed")
-    target.mkdir()
-    for name in _TOKENIZER_FILES:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what belongs to the tokenizer, as far as it is there."""
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
+            target.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 

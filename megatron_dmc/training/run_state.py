@@ -99,8 +99,8 @@ class RunStore:
                 "into it, or start in a new checkpoint.directory with checkpoint.load_base"
             )
         self._check_same_run(folder, info)
-        if info.base is not None:
-            load_weights(base_folder(folder, info), self.model, self.recipe)
+        if info.base is not None and self.base is not None:
+            load_weights(base_folder(folder, info, folder / self.base["folder"]), self.model, self.recipe)
         prepare_optimizer_for_load(self.optimizer)
         state = self._state(is_loading=True)
         state["merge_fraction"] = 0.0

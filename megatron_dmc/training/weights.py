@@ -78,8 +78,11 @@ def is_dmc_checkpoint(info: CheckpointInfo) -> bool:
     return recipe_from_dict(info.recipe).merges
 
 
-def check_fits(folder: str | Path, recipe: Recipe) -> CheckpointInfo:
+def check_fits(folder: str | Path, recipe: Recipe, base: str | Path | None = None) -> CheckpointInfo:
     """Whether a checkpoint is whole and its weights mean in this recipe's model what they meant in their own.
+
+    Args:
+        base: where an adapter's base is now; None: where it was.
 
     Raises:
         CheckpointError, ConfigError: damaged, or a retrofit with other decisions than the recipe's.
@@ -99,7 +102,9 @@ def check_fits(folder: str | Path, recipe: Recipe) -> CheckpointInfo:
                 "that in checkpoint.load_base, or set training.train full"
             )
     if info.base is not None:
-        base_folder(folder, info)
+        base_folder(folder, info, base)
+    elif base is not None:
+        raise ConfigError(f"{folder} is no adapter, it holds all its weights; leave the base {base} out")
     return info
 
 
@@ -126,7 +131,7 @@ def load_weights(
     Raises:
         CheckpointError, ConfigError: the checkpoint is damaged, of another model, or of other decisions.
     """
-    info = check_fits(folder, recipe)
+    info = check_fits(folder, recipe, base)
     state, lacks = model_state(model_chunks), None
     if info.base is not None:
         load_weights(base_folder(folder, info, base), model_chunks, recipe)
@@ -163,11 +168,13 @@ def base_folder(folder: str | Path, info: CheckpointInfo, base: str | Path | Non
     found = Path(folder, info.base["folder"]) if base is None else Path(base)
     if not (found / "dmc.json").is_file():
         raise CheckpointError(
-            f"{folder} is an adapter, and its base {os.path.normpath(found)} is not there; put it back"
+            f"{folder} is an adapter, and its base {os.path.normpath(found)} is not there; put it back, or name where it "
+            "is now with --base (inspect, generate and megatron_to_hf.py have it)"
         )
     if _digest(found) != info.base["digest"]:
         raise CheckpointError(
-            f"{folder} is an adapter of another base than {os.path.normpath(found)}; put that one back"
+            f"{folder} is an adapter of another base than {os.path.normpath(found)}; put its own back, or name where it is "
+            "now with --base"
         )
     return found
 
@@ -189,7 +196,7 @@ def _digest(folder: Path) -> str:
     return answer[0]
 
 
-def _without_wrapper(chunk: torch.nn.Module) -> Any:
+def _without_wrapper(chunk: Any) -> Any:
     """The module inside megatron-core's DistributedDataParallel and Float16Module, if any."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

@@ -111,18 +111,41 @@ def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], t
     assert after.generation_config.eos_token_id == before.generation_config.eos_token_id
 
 
-def test_end_tokens_come_from_the_tokenizer(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {}, (0, 0)),  # the tokenizer's
+        (None, {"eos_token_id": [5, 6], "bos_token_id": 4}, ([5, 6], 4)),
+        (None, {"bos_token_id": 4}, (0, 4)),
+        ({"temperature": 0.6, "do_sample": True}, {"eos_token_id": 5, "bos_token_id": 4}, (5, 4)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5, "bos_token_id": 4}, (7, 4)),
+    ],
+    ids=["tokenizer", "config", "config-bos", "config-beside-generation", "generation-first"],
+)
+def test_end_tokens_are_kept_wherever_they_stand(
+    save_llama: Callable[..., Path],
+    tmp_path: Path,
+    generation: dict[str, Any] | None,
+    config: dict[str, Any],
+    expected: tuple[Any, Any],
+) -> None:
     folder = save_llama()
     (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    content = json.loads((folder / "config.json").read_text())
+    del content["eos_token_id"], content["bos_token_id"]
+    (folder / "config.json").write_text(json.dumps(content | config))
     import_hf(folder, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "hf")
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / "hf" / name).read_text())
-        assert (content["eos_token_id"], content["bos_token_id"]) == (0, 0)
+        assert (content["eos_token_id"], content["bos_token_id"]) == expected
+    assert content.get("temperature") == (generation or {}).get("temperature")
 
 
 def test_a_model_without_a_tokenizer(save_llama: Callable[..., Path], tmp_path: Path) -> None:
-    folder = save_llama()
+    folder = save_llama(eos_token_id=None, bos_token_id=None)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink()
     import_hf(folder, tmp_path / "megatron")
@@ -203,6 +226,9 @@ DMC = {
     "projection-window": DMCConfig(decision_source="projection", decision_bias=0.5, window_size=3),
     "projection-per-layer": DMCConfig(decision_source="projection", decision_bias=0.5, per_layer=True),
     "neuron": DMCConfig(decision_source="neuron", decision_bias=0.3),
+    "neuron-local-window": DMCConfig(decision_source="neuron", decision_bias=0.3, local_window=4),
+    "projection-local-window": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4),
+    "projection-evict": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4, operation="evict"),
 }
 
 
@@ -223,9 +249,10 @@ def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path:
     assert (logits - megatron_logits(network)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "dmc_checkpoint", [DMC["projection"], DMC["neuron"]], ids=["projection", "neuron"], indirect=True
-)
+THERE_AND_BACK = ("projection", "neuron", "neuron-local-window", "projection-evict")
+
+
+@pytest.mark.parametrize("dmc_checkpoint", [DMC[name] for name in THERE_AND_BACK], ids=THERE_AND_BACK, indirect=True)
 def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> None:
     export_hf(dmc_checkpoint, tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "again")
@@ -237,6 +264,22 @@ def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> Non
     has_decisions = before.dmc.decision_source == "projection"
     assert ("model.layers.0.self_attn.decision.weight" in names) == has_decisions
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("dmc_checkpoint", [DMC["projection"]], ids=["projection"], indirect=True)
+def test_an_export_from_before_there_was_a_window(dmc_checkpoint: Path, tmp_path: Path) -> None:
+    """config.json without the newer keys means what it meant: merge at once."""
+    export_hf(dmc_checkpoint, tmp_path / "hf")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)(TOKENS).logits
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    assert (config["dmc"].pop("local_window"), config["dmc"].pop("operation")) == (0, "merge")
+    path.write_text(json.dumps(config))
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert torch.equal(old(TOKENS).logits, expected)
+    import_hf(tmp_path / "hf", tmp_path / "again")
+    dmc = recipe_from_dict(check_checkpoint(tmp_path / "again").recipe).dmc
+    assert (dmc.local_window, dmc.operation) == (0, "merge")
 
 
 @pytest.mark.parametrize("dmc_checkpoint", [DMC["neuron"]], ids=["neuron"], indirect=True)

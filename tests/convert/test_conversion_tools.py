@@ -76,6 +76,8 @@ def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path
         ("megatron_to_hf.py", ["--max-shard-size", "5 apples"], "5GB, 300MB"),
         ("megatron_to_hf.py", ["--max-shard-size", "0"], "5GB, 300MB"),
         ("megatron_to_hf.py", ["--dtype", "int8"], "invalid choice"),
+        ("megatron_to_hf.py", ["--adapter"], "megatron_to_hf: checkpoint nowhere does not exist"),
+        ("megatron_to_hf.py", ["--adapter", "--base", "there"], "--base: not allowed with argument --adapter"),
     ],
 )
 def test_bad_arguments(

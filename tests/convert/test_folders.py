@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.folders import check_output, copy_tokenizer, new_folder, special_tokens
+from megatron_dmc.convert.folders import check_output, new_folder, special_tokens
+from megatron_dmc.training.checkpoint import copy_tokenizer
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_tokens_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
     copy_tokenizer(tokenizer_folder, tmp_path)
     assert special_tokens(tmp_path) == {"bos_token_id": 0, "eos_token_id": 0}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "bos_token_id": 4, "temperature": 0.6}')
-    assert special_tokens(tmp_path) == {"bos_token_id": 4, "eos_token_id": [5, 6], "pad_token_id": None}
+    assert special_tokens(tmp_path) == {"bos_token_id": 4, "eos_token_id": [5, 6]}
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         special_tokens(tmp_path)

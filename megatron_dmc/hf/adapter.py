@@ -1,0 +1,125 @@
+"""An adapter's folder: the decisions' weights alone, for the plain Llama that they were trained on."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from safetensors import safe_open
+
+ADAPTER_FILE = "adapter.safetensors"
+_SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# What base and adapter must agree on. Not max_position_embeddings: a retrofit may see longer texts than its base did.
+_SHARED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "mlp_bias", "tie_word_embeddings"),
+    "quantization_config",
+)
+_OF_ROTARY = (
+    *("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
+
+
+def lacks_its_base(folder: Any) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    holds = [os.path.isfile(os.path.join(str(folder), name)) for name in (ADAPTER_FILE, _SINGLE_FILE, _INDEX_FILE)]
+    return holds == [True, False, False]
+
+
+@contextlib.contextmanager
+def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
+    """A temporary folder from which transformers loads the base's weights and the adapter's as those of one model.
+
+    Args:
+        adapter: a folder that megatron_to_hf.py --adapter wrote.
+        base: a plain Llama's folder, weights as safetensors.
+        config_class: of the joined model.
+
+    Raises:
+        ValueError: one of them is not that, or they do not fit together; one line.
+    """
+    adapter, base = os.path.abspath(adapter), os.path.abspath(base)
+    for folder in (adapter, base):
+        if not os.path.isdir(folder):
+            raise ValueError(f"{folder} is not a folder; huggingface_hub.snapshot_download fetches one from the Hub")
+    own = os.path.join(adapter, ADAPTER_FILE)
+    if not os.path.isfile(own):
+        raise ValueError(f"{adapter} holds no {ADAPTER_FILE}: it is no adapter; leave base out to load a whole model")
+    config = config_class.from_dict(_read(adapter, "config.json"))
+    _check_config(base, adapter, _read(base, "config.json"), config)
+    _check_shapes(own, config)
+    files = _tensors(base) | dict.fromkeys(_shapes(own), own)
+    with tempfile.TemporaryDirectory() as folder:
+        # A file's name that is absolute stays so when it is joined to the folder's.
+        with open(os.path.join(folder, _INDEX_FILE), "w", encoding="utf-8") as file:
+            json.dump({"metadata": {}, "weight_map": files}, file)
+        generation = os.path.join(adapter, "generation_config.json")
+        if os.path.isfile(generation):
+            shutil.copy(generation, folder)
+        yield folder
+
+
+def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) -> None:
+    if values.get("model_type") != "llama":
+        raise ValueError(
+            f"{base}: the base of an adapter is a plain llama, got model_type {values.get('model_type')!r}"
+        )
+    # Read as the adapter's kind, defaults and older forms become the same on both sides.
+    try:
+        theirs = type(config).from_dict({name: value for name, value in values.items() if name != "model_type"})
+    except ValueError as error:
+        raise ValueError(f"{base}: {error}") from None
+    pairs = {name: [getattr(each, name, None) for each in (theirs, config)] for name in _SHARED}
+    for name in _OF_ROTARY:
+        pairs[name] = [(each.rope_parameters or {}).get(name) for each in (theirs, config)]
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise ValueError(
+                f"{base} is not the base of {adapter}: its {name} is {found!r}, the adapter's is {expected!r}; name the "
+                "Llama that the adapter was trained on"
+            )
+
+
+def _check_shapes(own: str, config: Any) -> None:
+    shape = [2 * config.num_key_value_heads, config.hidden_size]
+    layers = range(config.num_hidden_layers)
+    found, expected = _shapes(own), {f"model.layers.{i}.self_attn.decision.weight": shape for i in layers}
+    for name in sorted({*expected, *found}):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{own}: {name} has shape {found.get(name)}, config.json asks for {expected.get(name)}; export it again"
+            )
+
+
+def _tensors(base: str) -> dict[str, str]:
+    """File of every tensor."""
+    single = os.path.join(base, _SINGLE_FILE)
+    if os.path.isfile(single):
+        return dict.fromkeys(_shapes(single), single)
+    if not os.path.isfile(os.path.join(base, _INDEX_FILE)):
+        raise ValueError(f"{base} holds no {_SINGLE_FILE} and no index of several; save the base as safetensors")
+    files = _read(base, _INDEX_FILE).get("weight_map")
+    if not isinstance(files, dict) or not all(str(file).endswith(".safetensors") for file in files.values()):
+        raise ValueError(f"{os.path.join(base, _INDEX_FILE)}: weight_map must name a safetensors file for every tensor")
+    return {name: os.path.join(base, file) for name, file in files.items()}
+
+
+def _shapes(path: str) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:  # the library raises its own and several of Python's
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,300 @@
+"""An adapter's checkpoint exported whole and by itself, its base given, moved, or another one."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama3_rotary import LLAMA3
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from megatron_dmc.cli import main
+from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_hf import export_adapter, export_hf
+from megatron_dmc.convert.weights import Weights
+from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.inference.loading import load_model
+from megatron_dmc.training.checkpoint import CheckpointError, CheckpointInfo, save_checkpoint
+from megatron_dmc.training.weights import adapter_base, model_state, only_decisions
+
+TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
+DMC = {
+    "merge": DMCConfig(decision_bias=0.5),
+    "window": DMCConfig(decision_bias=0.5, local_window=4),
+    "evict": DMCConfig(decision_bias=0.5, local_window=4, operation="evict"),
+}
+
+
+@dataclass
+class Adapter:
+    """A base as a Hugging Face folder and as a checkpoint, and the checkpoint of an adapter of it."""
+
+    llama: Path
+    base: Path
+    checkpoint: Path
+
+
+@pytest.fixture
+def save_adapter(save_llama: Callable[..., Path], tokenizer_folder: Path, tmp_path: Path) -> Callable[..., Adapter]:
+    """Saves a random adapter that merges about half of the tokens; keyword arguments are save_llama's."""
+
+    def save(dmc: DMCConfig = DMC["window"], dtype: torch.dtype = torch.float32, **llama: Any) -> Adapter:
+        folder = save_llama(seed=3, **llama)
+        import_hf(folder, tmp_path / "base")
+        model, _ = read_config(folder)
+        network = empty_model(model, dmc, dtype)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if ".decision." in name:
+                    parameter.normal_()
+        base = adapter_base(tmp_path / "base", tmp_path / "run")
+        info = CheckpointInfo("weights", placeholder_recipe(model, dmc).to_dict(), 7, 7, 0, 2.0, base=base)
+        state = only_decisions(model_state([network]))
+        return Adapter(
+            folder, tmp_path / "base", save_checkpoint(tmp_path / "run", "final", state, info, tokenizer_folder)
+        )
+
+    return save
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    weights = Weights(folder)
+    return {name: weights[name] for name in weights.shapes}
+
+
+@pytest.mark.parametrize("dmc", DMC.values(), ids=DMC)
+def test_merged_it_is_the_model_that_was_trained(
+    save_adapter: Callable[..., Adapter], dmc: DMCConfig, tmp_path: Path
+) -> None:
+    adapter = save_adapter(dmc)
+    export_hf(adapter.checkpoint, tmp_path / "merged")
+    merged, base = tensors(tmp_path / "merged"), tensors(adapter.llama)
+    decisions = {name for name in merged if name.endswith("decision.weight")}
+    assert len(decisions) == 2 and merged.keys() == base.keys() | decisions
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    positions = torch.arange(37).expand_as(TOKENS)
+    with torch.no_grad():
+        trained = load_model(adapter.checkpoint).model(TOKENS, positions, None)
+        torch.testing.assert_close(exported(TOKENS).logits, trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dmc", "dtype", "llama"),
+    [
+        ("merge", torch.float32, {}),
+        ("evict", torch.float32, {"tie_word_embeddings": True}),
+        ("window", torch.float32, {"rope_parameters": LLAMA3, "max_shard_size": "20KB"}),
+        ("window", torch.bfloat16, {"head_dim": 16}),
+    ],
+    ids=["merge", "evict-tied", "llama3-sharded", "bf16-of-fp32-base"],
+)
+def test_with_its_base_it_is_the_merged_model(
+    save_adapter: Callable[..., Adapter], dmc: str, dtype: torch.dtype, llama: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter = save_adapter(DMC[dmc], dtype, **llama)
+    export_hf(adapter.checkpoint, tmp_path / "merged")
+    shutil.rmtree(adapter.base)  # an adapter by itself does not need it
+    export_adapter(adapter.checkpoint, tmp_path / "adapter")
+    files = {path.name for path in tmp_path.joinpath("adapter").iterdir()}
+    assert files == {path.name for path in tmp_path.joinpath("merged").iterdir()} - {"model.safetensors"} | {
+        "adapter.safetensors"
+    }
+    assert set(load_file(tmp_path / "adapter" / "adapter.safetensors")) == {
+        f"model.layers.{layer}.self_attn.decision.weight" for layer in range(2)
+    }
+    for auto in (AutoModelForCausalLM, AutoModel):
+        merged = auto.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+        joined = auto.from_pretrained(tmp_path / "adapter", base=adapter.llama, trust_remote_code=True)
+        assert merged.dtype == joined.dtype == dtype and type(joined).__name__ == type(merged).__name__
+        expected, found = merged.state_dict(), joined.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    options = {"max_new_tokens": 9, "return_dict_in_generate": True, "output_logits": True}
+    merged, joined = (
+        DMCLlamaForCausalLM.from_pretrained(tmp_path / name, **arguments)
+        for name, arguments in (("merged", {}), ("adapter", {"base": str(adapter.llama)}))
+    )
+    assert joined.config.name_or_path == str(tmp_path / "adapter")
+    assert joined.generation_config.eos_token_id == merged.generation_config.eos_token_id == 0
+    made = [model.generate(TOKENS, **options, do_sample=False) for model in (merged, joined)]
+    assert torch.equal(made[0].sequences, made[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(made[0].logits, made[1].logits, strict=True))
+    assert made[1].past_key_values.compression_ratio > 1.2
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter")("one text").input_ids
+
+
+STRANGER = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("megatron_dmc", "megatron", "omegaconf", "triton"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from transformers import AutoModelForCausalLM
+
+adapter, base, logits, again = sys.argv[1:]
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(adapter, base=base, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules")
+ids = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, torch.load(logits, weights_only=True))
+model.save_pretrained(again)
+merged = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, merged(ids).logits)
+try:
+    AutoModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+except ValueError as error:
+    assert str(error) == f"{adapter} is an adapter; name the folder of the Llama it was trained on with base="
+    print("fine")
+"""
+
+
+def test_a_stranger_loads_it(save_adapter: Callable[..., Adapter], tmp_path: Path) -> None:
+    """torch and transformers only, and a base in the form that transformers 4 wrote."""
+    adapter = save_adapter()
+    export_adapter(adapter.checkpoint, tmp_path / "adapter")
+    path = adapter.llama / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["head_dim"]
+    path.write_text(json.dumps(config | {"rope_theta": 10000.0, "rope_scaling": None}))
+    with torch.no_grad():
+        logits = DMCLlamaForCausalLM.from_pretrained(tmp_path / "adapter", base=adapter.llama)(TOKENS).logits
+    torch.save(logits, tmp_path / "logits.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
+    arguments = [tmp_path / "adapter", adapter.llama, tmp_path / "logits.pt", tmp_path / "again"]
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, *map(str, arguments)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("fine\n")
+    assert "newly initialized" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 301}, "its vocab_size is 301, the adapter's is 300"),
+        ({"num_hidden_layers": 3}, "its num_hidden_layers is 3, the adapter's is 2"),
+        ({"num_key_value_heads": 4}, "its num_key_value_heads is 4, the adapter's is 2"),
+        ({"rms_norm_eps": 1e-6}, "its rms_norm_eps is 1e-06, the adapter's is 1e-05"),
+        ({"tie_word_embeddings": True}, "its tie_word_embeddings is True, the adapter's is False"),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "its rope_theta is 500000.0, the adapter's"),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 1e4}}, "its rope_type is 'llama3', the adapter's is 'default'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its quantization_config is"),
+        ({"attention_bias": True}, "attention_bias must be False in a DMC Llama"),
+        ({"model_type": "mistral"}, "the base of an adapter is a plain llama, got model_type 'mistral'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_models_folder_is_refused(
+    save_adapter: Callable[..., Adapter], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    adapter = save_adapter()
+    export_adapter(adapter.checkpoint, tmp_path / "adapter")
+    path = adapter.llama / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        DMCLlamaForCausalLM.from_pretrained(tmp_path / "adapter", base=adapter.llama)
+    assert message in str(error.value) and str(adapter.llama) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_that_are_not_what_they_should_be(save_adapter: Callable[..., Adapter], tmp_path: Path) -> None:
+    adapter, folder = save_adapter(), tmp_path / "adapter"
+    export_adapter(adapter.checkpoint, folder)
+    export_hf(adapter.checkpoint, tmp_path / "merged")
+
+    def refused(message: str, path: Path, **arguments: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            DMCLlamaForCausalLM.from_pretrained(path, **arguments)
+
+    refused("adapter is an adapter; name the folder of the Llama", folder)
+    refused("merged holds no adapter.safetensors: it is no adapter; leave base out", tmp_path / "merged", base=folder)
+    refused("a plain llama, got model_type 'dmc_llama'", folder, base=tmp_path / "merged")
+    refused("nowhere is not a folder; huggingface_hub.snapshot_download", folder, base=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="adapter holds an adapter without its base's weights; name a merged export"):
+        import_hf(folder, tmp_path / "again")
+    weights = load_file(folder / "adapter.safetensors")
+    save_file({name: weight[1:] for name, weight in weights.items()}, folder / "adapter.safetensors")
+    refused(
+        r"model.layers.0.self_attn.decision.weight has shape \[3, 32\], config.json asks for \[4, 32\]",
+        folder,
+        base=adapter.llama,
+    )
+    (folder / "adapter.safetensors").write_bytes(b"damaged")
+    refused("adapter.safetensors cannot be read as safetensors", folder, base=adapter.llama)
+    export_adapter(adapter.checkpoint, tmp_path / "whole")
+    (adapter.llama / "model.safetensors").rename(adapter.llama / "pytorch_model.bin")
+    refused("holds no model.safetensors and no index of several", tmp_path / "whole", base=adapter.llama)
+
+
+def test_a_base_that_has_been_moved(
+    save_adapter: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter()
+    export_hf(adapter.checkpoint, tmp_path / "merged")
+    moved = tmp_path / "elsewhere" / "base"
+    moved.parent.mkdir()
+    adapter.base.rename(moved)
+    with pytest.raises(CheckpointError, match=f"its base {adapter.base} is not there; put it back, or name .* --base"):
+        export_hf(adapter.checkpoint, tmp_path / "again")
+    export_hf(adapter.checkpoint, tmp_path / "again", base=moved)
+    for name, tensor in tensors(tmp_path / "merged").items():
+        assert torch.equal(tensors(tmp_path / "again")[name], tensor)
+
+    inspect, generate = ["inspect", "--tokens", "50"], ["generate", "--prompt", "one", "--max-new-tokens", "3"]
+    for command in (inspect, generate):
+        assert main([*command, str(adapter.checkpoint)]) == 1
+        assert main([*command, str(adapter.checkpoint), "--base", str(moved)]) == 0
+        assert main([*command, str(adapter.checkpoint), "--base", str(adapter.checkpoint)]) == 1
+        *_, absent, other = capsys.readouterr().err.splitlines()
+        assert f"its base {adapter.base} is not there" in absent
+        assert f"is an adapter of another base than {adapter.checkpoint}" in other
+        assert main([*command, str(moved), "--base", str(moved)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"megatron-dmc: {moved} is no adapter, it holds all its weights; leave the base")
+        assert error.count("\n") == 1
+
+
+def test_what_is_no_adapter(
+    save_adapter: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter()
+    message = f"{adapter.base} is no adapter, it holds all its weights; export it without --adapter"
+    with pytest.raises(ConfigError, match=message):
+        export_adapter(adapter.base, tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"{adapter.base} is no adapter, it holds all its weights; leave the base"):
+        export_hf(adapter.base, tmp_path / "out", base=adapter.base)
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "megatron_to_hf.py"))["main"]
+    assert tool([str(adapter.base), str(tmp_path / "out"), "--adapter"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"megatron_to_hf: {message}"
+    assert not (tmp_path / "out").exists()
+    assert tool([str(adapter.checkpoint), str(tmp_path / "out"), "--adapter"]) == 0
+    assert tool([str(adapter.checkpoint), str(tmp_path / "merged"), "--base", str(adapter.base)]) == 0
+    assert (tmp_path / "out" / "adapter.safetensors").is_file() and (
+        tmp_path / "merged" / "model.safetensors"
+    ).is_file()
