@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.decode import LayerCache
+from megatron_dmc.ops.rotary import rotation
 
 
 class DMCInferenceContext:
@@ -47,10 +48,9 @@ class DMCInferenceContext:
         value: Tensor,
         a: Tensor,
         omega: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Tensor,
     ) -> Tensor:
-        """One layer's attention, called by DMCSelfAttention; cos and sin are of all positions, [1, max, 1, head_dim]."""
+        """One layer's attention, called by DMCSelfAttention; the rotary angles are of all positions, [1, max, 1, head_dim]."""
         if layer_number not in self.layers:
             dmc = self.dmc
             self.layers[layer_number] = LayerCache(
@@ -61,7 +61,7 @@ class DMCInferenceContext:
         positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)
         if int(begun.max()) + key.shape[1] > self.max_sequence_length:
             raise ValueError(f"the text is longer than max_sequence_length ({self.max_sequence_length})")
-        return cache.attend(query, key, value, a > 0, omega, cos[0, positions], sin[0, positions])
+        return cache.attend(query, key, value, a > 0, omega, *rotation(angles[0, positions], query.dtype))
 
     @property
     def nbytes(self) -> int:

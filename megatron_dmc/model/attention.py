@@ -22,7 +22,7 @@ from megatron_dmc.ops.decisions import (
     projection_logits,
 )
 from megatron_dmc.ops.noise import logistic_noise
-from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.rotary import rotate, rotation
 from megatron_dmc.ops.states import attention_states
 
 
@@ -148,11 +148,11 @@ class DMCSelfAttention(SelfAttention):
             raise NotImplementedError("DMC attention needs rotary position embedding")
         query, key, value = (x.transpose(0, 1) for x in self.get_query_key_value_tensors(hidden_states))
         angles = (rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb).transpose(0, 1)
-        cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
 
         if self.dmc is None or not self.step.merging:
             if inference_context is not None:
                 raise NotImplementedError("the compressed cache needs a model that merges")
+            cos, sin = rotation(angles, query.dtype)
             query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
             out = self._attend(query, key, value)
         else:
@@ -161,8 +161,10 @@ class DMCSelfAttention(SelfAttention):
             if self.dmc.decision_source == "neuron":
                 query, key = clear_channel(query), clear_channel(key)
             if inference_context is not None:
-                out = inference_context.attend(self.layer_number, query, key, value, a, omega, cos, sin)
+                # Of all positions: the context knows which are the tokens'.
+                out = inference_context.attend(self.layer_number, query, key, value, a, omega, angles)
             else:
+                cos, sin = rotation(angles, query.dtype)
                 out = self._merge_and_attend(query, key, value, a, omega, cos, sin, attention_mask)
         return self.linear_proj(out.transpose(0, 1).flatten(2))
 

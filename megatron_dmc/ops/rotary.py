@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def rotation(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles, computed as wide as they are and rounded once."""
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channel pairs (i, i + head_dim / 2).
 
