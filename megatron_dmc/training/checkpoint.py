@@ -190,16 +190,16 @@ class _Writer(FileSystemWriter):
         """Nothing: torch would record the path of the temporary folder, which is gone a moment later."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        """Writes this rank's file; a full disk is an OSError.
+        """Writes this rank's file; a full disk is an OSError, Ctrl-C a KeyboardInterrupt.
 
-        torch's zip writer stumbles over the unfinished file while it handles the OSError and raises a RuntimeError about
+        torch's zip writer stumbles over the unfinished file while it handles either and raises a RuntimeError about
         positions. What came first is all that the other ranks are to be told.
         """
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
             first: BaseException | None = error
-            while first is not None and not isinstance(first, OSError):
+            while first is not None and not isinstance(first, (OSError, KeyboardInterrupt)):
                 first = first.__context__
             raise first or error from None
 
