@@ -27,10 +27,10 @@ RUNS = {"recipe": "recommended", "adapter": "adapter, distilled", "neuron": "pap
 
 def measure_all(smoke: bool) -> dict[str, Any]:
     """All numbers of the table. Runs in the quickstart's folder."""
-    from megatron_dmc.inference.loading import load_model
     from megatron_dmc.training.data import heldout_windows
+    from megatron_dmc.training.tokenizer import load_tokenizer
 
-    text = heldout_windows("data/valid", CACHE_TOKENS, load_model("checkpoints/base/final").tokenizer)[0]["tokens"]
+    text = heldout_windows("data/valid", CACHE_TOKENS, load_tokenizer("data/tokenizer"))[0]["tokens"]
     plain = measure_plain_cache("hf-control", text)
     checkpoints = [f"{run}/{name}" for run in RUNS for name in ("cr_2", "cr_3", "final")]
     rows = {}

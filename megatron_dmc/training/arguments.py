@@ -127,6 +127,13 @@ class Recipe:
         return self.distillation.weight > 0
 
     @property
+    def teacher(self) -> str | None:
+        """The checkpoint of a second, frozen model that teaches; None where none is needed: an adapter's base is its own."""
+        if not self.distills or self.trains_adapter:
+            return None
+        return self.distillation.teacher or self.checkpoint.load_base
+
+    @property
     def total_steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 

@@ -87,9 +87,10 @@ class RunStore:
         """The model's and the optimizer's sharded state; an adapter's leaves the frozen base out."""
         state = model_state(self.model, self.metadata)
         optimizer = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=self.metadata)
-        if self.recipe.trains_adapter:
-            state = only_decisions(state)
-        return {**state, "optimizer": optimizer}
+        return {**self._learned(state), "optimizer": optimizer}
+
+    def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
+        return only_decisions(state) if self.recipe.trains_adapter else state
 
     def _resume(self, folder: Path) -> tuple[int, float]:
         info = check_checkpoint(folder)
@@ -143,10 +144,7 @@ class RunStore:
             )
 
     def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:
-        state = model_state(self.model)
-        if self.recipe.trains_adapter:
-            state = only_decisions(state)
-        self._save(name, state, self._info("weights", step, phase, ratio))
+        self._save(name, self._learned(model_state(self.model)), self._info("weights", step, phase, ratio))
 
     def save_full(self, step: int, phase: int, ratio: float | None, merge_fraction: float) -> None:
         """Saves everything a resume needs, then moves ``latest`` to it."""

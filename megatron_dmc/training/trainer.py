@@ -79,9 +79,8 @@ class Trainer:
         check_writable(Path(recipe.checkpoint.directory))
         if recipe.checkpoint.load_base is not None:
             check_fits(recipe.checkpoint.load_base, recipe)
-        self.teacher_folder = recipe.distillation.teacher or recipe.checkpoint.load_base or ""
-        if recipe.distills and not recipe.trains_adapter:
-            check_teacher(self.teacher_folder, recipe)
+        if recipe.teacher is not None:
+            check_teacher(recipe.teacher, recipe)
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         self._check_batch()
@@ -179,12 +178,12 @@ class Trainer:
         recipe = self.recipe
         if not recipe.distills:
             return forward_step
-        if recipe.trains_adapter:
+        if recipe.teacher is None:
             return DistillationStep(recipe.distillation, self.model, None)
         teachers = self._build_chunks(None)
         for teacher in teachers:
             teacher.eval().requires_grad_(False)
-        load_teacher(self.teacher_folder, teachers, recipe)
+        load_teacher(recipe.teacher, teachers, recipe)
         return DistillationStep(recipe.distillation, self.model, teachers)
 
     def _layers(self) -> list[Any]:

@@ -134,7 +134,7 @@ def load_weights(
     info = check_fits(folder, recipe, base)
     state, lacks = model_state(model_chunks), None
     if info.base is not None:
-        load_weights(base_folder(folder, info, base), model_chunks, recipe)
+        load_weights(_base_path(folder, info, base), model_chunks, recipe)
         state, lacks = only_decisions(state), is_base_weight
     elif not is_dmc_checkpoint(info):
         lacks = is_decision
@@ -162,21 +162,27 @@ def base_folder(folder: str | Path, info: CheckpointInfo, base: str | Path | Non
     """The folder of an adapter's base, which must be the one it was trained on.
 
     Raises:
-        CheckpointError: it is not there, or it is another.
+        CheckpointError: it is not there, it is damaged, or it is another.
     """
     assert info.base is not None
-    found = Path(folder, info.base["folder"]) if base is None else Path(base)
+    found = _base_path(folder, info, base)
     if not (found / "dmc.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter, and its base {os.path.normpath(found)} is not there; put it back, or name where it "
             "is now with --base (inspect, generate and megatron_to_hf.py have it)"
         )
+    check_checkpoint(found)
     if _digest(found) != info.base["digest"]:
         raise CheckpointError(
             f"{folder} is an adapter of another base than {os.path.normpath(found)}; put its own back, or name where it is "
             "now with --base"
         )
     return found
+
+
+def _base_path(folder: str | Path, info: CheckpointInfo, base: str | Path | None) -> Path:
+    assert info.base is not None
+    return Path(folder, info.base["folder"]) if base is None else Path(base)
 
 
 def _digest(folder: Path) -> str:

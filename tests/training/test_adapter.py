@@ -128,6 +128,15 @@ def test_an_adapters_checkpoint_is_small_and_needs_its_base(
     assert f"{final} is an adapter, and its base {base} is not there; put it back" in capsys.readouterr().err
     (tmp_path / "data").symlink_to(tmp_path / "moved")
     assert main(["inspect", str(final), "--tokens", "50"]) == 0
+    # A base that is not whole.
+    metadata = tmp_path / "moved/base/checkpoints/final/.metadata"
+    kept = metadata.read_bytes()
+    metadata.unlink()
+    capsys.readouterr()
+    assert main(["inspect", str(final), "--tokens", "50"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert ".metadata" in error and "\n" not in error
+    metadata.write_bytes(kept)
     # Another base.
     info = json.loads((tmp_path / "moved/base/checkpoints/final/dmc.json").read_text())
     (tmp_path / "moved/base/checkpoints/final/dmc.json").write_text(json.dumps(info | {"step": 99}))

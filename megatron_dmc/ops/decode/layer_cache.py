@@ -142,7 +142,7 @@ class LayerCache:
             leaving = self._as_kept(Tokens(*(x[:, : columns - window] for x in both)))
             count = (held + lengths - window).clamp(min=0)
             far = kept.chunk(query[:, window:], leaving, count, scale, bias_channel)
-            out = torch.cat([out[:, :window], join(out[:, window:], lse[:, window:], *far)[0]], dim=1)
+            out[:, window:] = join(out[:, window:], lse[:, window:], *far)[0]
         return take(out, held[:, None] + torch.arange(seq, device=held.device))
 
     def _as_kept(self, leaving: Tokens) -> Tokens:
