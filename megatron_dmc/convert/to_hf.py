@@ -32,6 +32,7 @@ from megatron_dmc.training.checkpoint import (
 )
 from megatron_dmc.training.checkpoint_metadata import read_metadata
 from megatron_dmc.training.weights import (
+    check_has_merged,
     is_base_weight,
     is_decision,
     load_weights,
@@ -128,8 +129,8 @@ def _open(checkpoint: Path, output: Path) -> _Source:
     info = check_checkpoint(checkpoint)
     recipe = saved_recipe(checkpoint, info)
     dmc = recipe.dmc if recipe.merges else None
-    if dmc is not None and all(phase.kind in ("pretrain", "zero_out") for phase in recipe.phases[: info.phase + 1]):
-        raise ConfigError(f"{checkpoint} was saved before its run began to merge; name a later checkpoint")
+    if dmc is not None:
+        check_has_merged(checkpoint, recipe, info)
     return _Source(checkpoint, info, recipe, dmc, _stored_dtype(checkpoint))
 
 

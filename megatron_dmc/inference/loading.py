@@ -12,7 +12,7 @@ from megatron_dmc.training.arguments import Recipe, recipe_from_dict
 from megatron_dmc.training.checkpoint import CheckpointInfo, check_checkpoint
 from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_dmc.training.weights import is_dmc_checkpoint, load_weights
+from megatron_dmc.training.weights import check_has_merged, is_dmc_checkpoint, load_weights
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,4 @@ def require_merging(loaded: LoadedModel, folder: str | Path) -> None:
     """Raises ConfigError for a model that never learned to merge."""
     if not loaded.merges:
         raise ConfigError(f"{folder} is a base model without decisions; name a checkpoint of a retrofit")
-    begun = loaded.recipe.phases[: loaded.info.phase + 1]
-    if not any(phase.kind in ("compress", "solidify") for phase in begun):
-        raise ConfigError(f"{folder} was saved before its run began to merge; name a later checkpoint")
+    check_has_merged(folder, loaded.recipe, loaded.info)

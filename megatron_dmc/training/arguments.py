@@ -39,6 +39,11 @@ class PhaseConfig:
     lr_warmup_steps: int = 0
     start_compression_ratio: float = 1.0  # of kind compress: the target rises from here
 
+    @property
+    def merges(self) -> bool:
+        """Whether decisions are made and carried out."""
+        return self.kind in ("compress", "solidify")
+
 
 @dataclass(frozen=True)
 class DistillationConfig:

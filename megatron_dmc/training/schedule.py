@@ -38,7 +38,7 @@ def plan_step(phases: Sequence[PhaseConfig], dmc: DMCConfig, step: int) -> StepP
         step -= phases[index].steps
         index += 1
     phase = phases[index]
-    merging = phase.kind in ("compress", "solidify")
+    merging = phase.merges
     scale = max(0.0, 1 - step / (FADE_FRACTION * phase.steps)) if phase.kind == "zero_out" else 1.0
     return StepPlan(index, phase, step, merging, _target(phase, dmc, step) if merging else None, scale)
 

@@ -78,6 +78,12 @@ def is_dmc_checkpoint(info: CheckpointInfo) -> bool:
     return recipe_from_dict(info.recipe).merges
 
 
+def check_has_merged(folder: str | Path, recipe: Recipe, info: CheckpointInfo) -> None:
+    """Raises ConfigError for a retrofit's checkpoint from before its first merging phase: its decisions mean nothing."""
+    if not any(phase.merges for phase in recipe.phases[: info.phase + 1]):
+        raise ConfigError(f"{folder} was saved before its run began to merge; name a later checkpoint")
+
+
 def check_fits(folder: str | Path, recipe: Recipe, base: str | Path | None = None) -> CheckpointInfo:
     """Whether a checkpoint is whole and its weights mean in this recipe's model what they meant in their own.
 
