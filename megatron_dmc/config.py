@@ -21,7 +21,8 @@ class DMCConfig:
         decision_source: where the logits of alpha (merge) and omega (weight) come from. ``neuron`` (the paper): the last
             channel of key and query. ``projection``: a linear map of the layer's normed attention input, starting at zero.
         decision_bias: c. The logits start at a = -c (append) and b = +c (full weight).
-        decision_scale: s, multiplies the projection's output: s W h. Under Adam it acts as a learning-rate multiplier of W.
+        decision_scale: s, multiplies the projection's output: s (W h + beta). Under Adam it acts as a learning-rate
+            multiplier of W and beta.
         temperature: tau of the Gumbel-sigmoid that relaxes alpha in training.
         local_window: w, tokens that stay raw: a decision is carried out when its token is w tokens old. 0: at once (the
             paper).

@@ -103,10 +103,17 @@ _LAYER = (
     ),
 )
 # Only of decision_source ``projection``. Rows per KV head: its alpha logit, then its omega logit.
-_DECISION = _single(
-    "decoder.layers.{layer}.self_attention.decision.weight",
-    "model.layers.{layer}.self_attn.decision.weight",
-    lambda m: (2 * m.num_query_groups, m.hidden_size),
+_DECISION = (
+    _single(
+        "decoder.layers.{layer}.self_attention.decision.weight",
+        "model.layers.{layer}.self_attn.decision.weight",
+        lambda m: (2 * m.num_query_groups, m.hidden_size),
+    ),
+    _single(
+        "decoder.layers.{layer}.self_attention.decision.bias",
+        "model.layers.{layer}.self_attn.decision.bias",
+        lambda m: (2 * m.num_query_groups,),
+    ),
 )
 _FINAL_NORM = _single("decoder.final_layernorm.weight", "model.norm.weight", _vector)
 # Not where it is tied to the embedding.
@@ -117,10 +124,9 @@ def rows(model: ModelConfig, dmc: DMCConfig | None) -> Iterator[Row]:
     """The table written out for one model; ``dmc`` None: the base model."""
     yield _EMBEDDING
     for layer in range(model.num_layers):
-        for row in _LAYER:
+        decides = dmc is not None and dmc.decision_source == "projection"
+        for row in _LAYER + (_DECISION if decides else ()):
             yield row.of_layer(layer)
-        if dmc is not None and dmc.decision_source == "projection":
-            yield _DECISION.of_layer(layer)
     yield _FINAL_NORM
     if not model.share_embeddings_and_output_weights:
         yield _OUTPUT

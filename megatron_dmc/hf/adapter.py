@@ -85,9 +85,10 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
 
 
 def _check_shapes(own: str, config: Any) -> None:
-    shape = [2 * config.num_key_value_heads, config.hidden_size]
-    layers = range(config.num_hidden_layers)
-    found, expected = _shapes(own), {f"model.layers.{i}.self_attn.decision.weight": shape for i in layers}
+    rows = 2 * config.num_key_value_heads
+    shapes = {"weight": [rows, config.hidden_size], "bias": [rows]}
+    names = ((i, name) for i in range(config.num_hidden_layers) for name in shapes)
+    found, expected = _shapes(own), {f"model.layers.{i}.self_attn.decision.{name}": shapes[name] for i, name in names}
     for name in sorted({*expected, *found}):
         if found.get(name) != expected.get(name):
             raise ValueError(

@@ -29,7 +29,7 @@ from megatron_dmc.ops.states import attention_states
 
 
 class DecisionProjection(nn.Linear):
-    """W of the `projection` source, rows (a_0, b_0, a_1, b_1, ...); zero at first, so that nothing merges."""
+    """W and beta of the `projection` source, rows (a_0, b_0, a_1, b_1, ...); zero at first, so that nothing merges."""
 
 
 class DMCLlamaAttention(nn.Module):
@@ -47,7 +47,7 @@ class DMCLlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         if not self.neuron:
-            self.decision = DecisionProjection(config.hidden_size, 2 * kv_heads, bias=False)
+            self.decision = DecisionProjection(config.hidden_size, 2 * kv_heads)
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, lengths: Tensor | None
@@ -145,6 +145,7 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DecisionProjection):
             init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
 
 class DMCLlamaModel(DMCLlamaPreTrainedModel):

@@ -119,7 +119,7 @@ class DMCSelfAttention(SelfAttention):
                 2 * config.num_query_groups,
                 config=config,
                 init_method=torch.nn.init.zeros_,
-                bias=False,
+                bias=True,
                 gather_output=False,
                 skip_bias_add=False,
                 tp_group=self.pg_collection.tp,

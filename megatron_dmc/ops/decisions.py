@@ -24,10 +24,10 @@ def neuron_logits(query: Tensor, key: Tensor, bias: float) -> tuple[Tensor, Tens
 
 
 def projection_logits(projected: Tensor, bias: float, scale: float) -> tuple[Tensor, Tensor]:
-    """[a_t, b_t] = s W h_t + (-c, +c).
+    """[a_t, b_t] = s (W h_t + beta) + (-c, +c).
 
     Args:
-        projected: W h, [batch, seq, 2 * kv_heads], interleaved per KV head: a_0, b_0, a_1, b_1, ...
+        projected: W h + beta, [batch, seq, 2 * kv_heads], interleaved per KV head: a_0, b_0, a_1, b_1, ...
         bias: c.
         scale: s.
 

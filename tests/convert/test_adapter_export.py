@@ -82,8 +82,8 @@ def test_merged_it_is_the_model_that_was_trained(
     adapter = save_adapter(dmc)
     export_hf(adapter.checkpoint, tmp_path / "merged")
     merged, base = tensors(tmp_path / "merged"), tensors(adapter.llama)
-    decisions = {name for name in merged if name.endswith("decision.weight")}
-    assert len(decisions) == 2 and merged.keys() == base.keys() | decisions
+    decisions = {name for name in merged if ".decision." in name}
+    assert len(decisions) == 4 and merged.keys() == base.keys() | decisions
     assert all(torch.equal(merged[name], base[name]) for name in base)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     positions = torch.arange(37).expand_as(TOKENS)
@@ -114,7 +114,7 @@ def test_with_its_base_it_is_the_merged_model(
         "adapter.safetensors"
     }
     assert set(load_file(tmp_path / "adapter" / "adapter.safetensors")) == {
-        f"model.layers.{layer}.self_attn.decision.weight" for layer in range(2)
+        f"model.layers.{layer}.self_attn.decision.{name}" for layer in range(2) for name in ("weight", "bias")
     }
     for auto in (AutoModelForCausalLM, AutoModel):
         merged = auto.from_pretrained(tmp_path / "merged", trust_remote_code=True)
@@ -241,7 +241,7 @@ def test_folders_that_are_not_what_they_should_be(save_adapter: Callable[..., Ad
     weights = load_file(folder / "adapter.safetensors")
     save_file({name: weight[1:] for name, weight in weights.items()}, folder / "adapter.safetensors")
     refused(
-        r"model.layers.0.self_attn.decision.weight has shape \[3, 32\], config.json asks for \[4, 32\]",
+        r"model.layers.0.self_attn.decision.bias has shape \[3\], config.json asks for \[4\]",
         folder,
         base=adapter.llama,
     )

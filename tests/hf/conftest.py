@@ -52,6 +52,7 @@ def make_model() -> Callable[..., DMCLlamaForCausalLM]:
                     attention.k_proj.weight.view(-1, attention.head_dim, SIZES["hidden_size"])[:, -1] *= 100
                 else:
                     attention.decision.weight.normal_(std=20.0)
+                    attention.decision.bias.normal_()
         return model
 
     return make

@@ -67,8 +67,9 @@ def test_generates_on_from_a_cache(projection_model, prompt):
     first = projection_model.generate(prompt, **OPTIONS)
     question = torch.cat([first.sequences, prompt[:, :7]], dim=1)
     cache = copy.deepcopy(first.past_key_values)
-    continued = projection_model.generate(question, past_key_values=cache, **OPTIONS)
-    assert_same_generation(continued, projection_model.generate(question, **OPTIONS))
+    options = OPTIONS | {"attention_mask": torch.ones_like(question)}
+    continued = projection_model.generate(question, past_key_values=cache, **options)
+    assert_same_generation(continued, projection_model.generate(question, **options))
     assert continued.past_key_values is cache
     assert first.past_key_values.columns == 64  # the copy was another one
 
@@ -76,14 +77,15 @@ def test_generates_on_from_a_cache(projection_model, prompt):
 def test_several_continuations_of_one_cache(projection_model, prompt):
     first = projection_model.generate(prompt, **OPTIONS)
     question = torch.cat([first.sequences, prompt[:, :7]], dim=1)
-    options = OPTIONS | {"num_beams": 3, "past_key_values": first.past_key_values}
+    options = OPTIONS | {"num_beams": 3, "attention_mask": torch.ones_like(question)}
+    cached = options | {"past_key_values": first.past_key_values}
     with pytest.raises(
         ValueError, match="past_key_values holds 3 sequences, got 9; give it as many with its batch_repeat"
     ):
-        projection_model.generate(question, **options)
+        projection_model.generate(question, **cached)
     first.past_key_values.batch_repeat_interleave(3)
-    continued = projection_model.generate(question, **options).sequences
-    assert torch.equal(continued, projection_model.generate(question, **OPTIONS | {"num_beams": 3}).sequences)
+    continued = projection_model.generate(question, **cached).sequences
+    assert torch.equal(continued, projection_model.generate(question, **options).sequences)
 
 
 def test_chunked_prefill_by_generate(projection_model, left_padded):

@@ -32,7 +32,8 @@ def patched(base_model):
     """A base model in DMC's clothes: what a retrofit starts from."""
     model = DMCLlamaForCausalLM(DMCLlamaConfig(**base_model.config.to_diff_dict() | {"model_type": "dmc_llama"}))
     missing, unexpected = model.load_state_dict(base_model.state_dict(), strict=False)
-    assert {name.split(".", 3)[3] for name in missing} == {"self_attn.decision.weight"} and not unexpected
+    assert {name.split(".", 3)[3] for name in missing} == {"self_attn.decision.weight", "self_attn.decision.bias"}
+    assert not unexpected
     return model.eval()
 
 
@@ -202,10 +203,10 @@ def test_configuration_refuses(setting, message):
 
 
 def test_patched_checkpoint_starts_at_zero(base_model: LlamaForCausalLM, tmp_path, prompt):
-    """from_pretrained on a plain Llama's weights gives decision weights of exactly 0, not random ones."""
+    """from_pretrained on a plain Llama's weights gives a projection of exactly 0, not a random one."""
     base_model.save_pretrained(tmp_path)
     config = DMCLlamaConfig(**base_model.config.to_diff_dict() | {"model_type": "dmc_llama"})
     model = DMCLlamaForCausalLM.from_pretrained(tmp_path, config=config)
-    assert all(not layer.self_attn.decision.weight.any() for layer in model.model.layers)
+    assert not any(parameter.any() for layer in model.model.layers for parameter in layer.self_attn.decision.parameters())
     with torch.no_grad():
         torch.testing.assert_close(model(prompt).logits, base_model(prompt).logits, **CLOSE)

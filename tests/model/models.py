@@ -29,7 +29,8 @@ def random_model(dmc: DMCConfig | None, seed: int = 0, **config: Any) -> GPTMode
     with torch.no_grad():
         for layer in dmc_layers(model) if dmc is not None else ():
             if dmc.decision_source == "projection":
-                layer.decision.weight.normal_(std=3.0, generator=generator)
+                for parameter in layer.decision.parameters():
+                    parameter.normal_(std=3.0, generator=generator)
             else:
                 rows = layer.linear_qkv.weight.view(SIZES.num_query_groups, -1, SIZES.head_dim, SIZES.hidden_size)
                 rows[:, :-1, -1].normal_(std=3.0, generator=generator)

@@ -123,7 +123,8 @@ def test_fresh_projection_is_its_base_to_the_last_bit() -> None:
     patched = random_model(DMCConfig())
     with torch.no_grad():
         for layer in dmc_layers(patched):
-            layer.decision.weight.zero_()
+            for parameter in layer.decision.parameters():
+                parameter.zero_()
     missing = patched.load_state_dict(base.state_dict(), strict=False)
     assert all(".decision." in name for name in missing.missing_keys)
     ids = tokens(2, 200)

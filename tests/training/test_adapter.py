@@ -57,7 +57,8 @@ def test_only_decisions_learn(data: Path, tmp_path: Path, weight: float, recompu
         else:
             assert torch.equal(weight_now, base[name]), name
     held = sum(tensor.numel() for group in trainer.optimizer.param_groups for tensor in group["params"])
-    assert held == sum(layer.decision.weight.numel() for layer in dmc_layers(trainer.model[0]))
+    decisions = (layer.decision.parameters() for layer in dmc_layers(trainer.model[0]))
+    assert held == sum(parameter.numel() for layer in decisions for parameter in layer)
     gradients = sum(buffer.grad_data.numel() for buffer in trainer.model[0].buffers)
     assert gradients <= held + 1024  # the buffer's padding
 
