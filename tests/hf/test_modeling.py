@@ -207,6 +207,8 @@ def test_patched_checkpoint_starts_at_zero(base_model: LlamaForCausalLM, tmp_pat
     base_model.save_pretrained(tmp_path)
     config = DMCLlamaConfig(**base_model.config.to_diff_dict() | {"model_type": "dmc_llama"})
     model = DMCLlamaForCausalLM.from_pretrained(tmp_path, config=config)
-    assert not any(parameter.any() for layer in model.model.layers for parameter in layer.self_attn.decision.parameters())
+    assert not any(
+        parameter.any() for layer in model.model.layers for parameter in layer.self_attn.decision.parameters()
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(prompt).logits, base_model(prompt).logits, **CLOSE)
