@@ -17,11 +17,14 @@ FLOOR_STAMP := $(FLOOR)/.done-$(TRANSFORMERS_FLOOR)
 # What that version needs and today's transformers rules out.
 FLOOR_NEEDS := huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 certifi
 
+SLURM_PROGRAMS := munged slurmctld slurmd sbatch srun
+SLURM_PACKAGES := munge slurmctld slurmd slurm-client
+
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help setup quickstart recipes test bench gpu-check transformers-floor clean
+.PHONY: help setup quickstart recipes test bench gpu-check cluster-check slurm transformers-floor clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
@@ -30,6 +33,8 @@ help:
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
+	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU"
+	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
 	@echo "make clean               remove caches and build output (keeps $(VENV) and runs)"
 
@@ -53,7 +58,7 @@ quickstart: setup
 recipes: setup
 	$(BIN)/python examples/recipes/run.py $(SMOKE_FLAG)
 
-test: setup transformers-floor
+test: setup transformers-floor slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -67,6 +72,20 @@ bench: setup
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py
+
+cluster-check: setup
+	$(BIN)/python -m megatron_dmc.cluster_check $(CHECK_ARGS)
+
+# Never fails: without these programs the tests of the launchers are skipped.
+slurm:
+	@export PATH="$$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive; \
+	    missing=$$(for name in $(SLURM_PROGRAMS); do command -v $$name >/dev/null || echo $$name; done); \
+	    [[ -n $$missing ]] || exit 0; \
+	    [[ $$(id -u) == 0 ]] && root= || root="sudo -n -E"; \
+	    command -v apt-get >/dev/null && $$root true 2>/dev/null && echo "installing $(SLURM_PACKAGES)" && \
+	    $$root apt-get update -qq >/dev/null && \
+	    $$root apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null 2>&1 || \
+	    echo "make slurm: needs apt-get and root (or sudo without a password); the tests of the launchers are skipped"
 
 transformers-floor: $(FLOOR_STAMP)
 

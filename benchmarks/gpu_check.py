@@ -133,12 +133,16 @@ def attention_forms(sizes: Sizes) -> dict[str, dict[str, Any]]:
 
 def check_attention(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     rows = []
+    starts = torch.zeros(1, sizes.check_seq, dtype=torch.bool, device=device)
+    starts[:, [sizes.check_seq // 5, sizes.check_seq // 2, sizes.check_seq // 2 + 1]] = True
+    kinds = {"soft": (False, None), "hard": (True, None), "soft, packed documents": (False, starts)}
     for name, options in attention_forms(sizes).items():
-        for hard in (False, True):
+        for kind, (hard, document_starts) in kinds.items():
+            attend = functools.partial(windowed_dmc_attention, **options, document_starts=document_starts)
             rows += compare(
-                f"{name}, {'hard' if hard else 'soft'}",
-                functools.partial(windowed_dmc_attention, **options),
-                functools.partial(windowed_dmc_attention, **options, backend="naive"),
+                f"{name}, {kind}",
+                attend,
+                functools.partial(attend, backend="naive"),
                 attention_inputs(1, sizes.check_seq, sizes, device, hard, options["bias_channel"] is not None),
                 ATTENTION_INPUTS,
             )

@@ -21,7 +21,10 @@ def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
     from megatron_dmc.training.data import heldout_windows
 
     loaded = load_model(Path("checkpoints", checkpoint))
-    windows = heldout_windows("data/valid", loaded.recipe.data.sequence_length, loaded.tokenizer)
+    data = loaded.recipe.data
+    windows = heldout_windows(
+        "data/valid", data.sequence_length, loaded.tokenizer, reset_at_documents=data.reset_at_documents
+    )
     result = evaluate(loaded, windows, limit=SMOKE_WINDOWS if smoke else WINDOWS)
     row: dict[str, Any] = {
         "checkpoint": checkpoint,

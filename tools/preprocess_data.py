@@ -1,24 +1,30 @@
-"""Text to a megatron-core indexed dataset: ``python tools/preprocess_data.py --help``."""
+"""Text or chat data to a megatron-core indexed dataset: ``python tools/preprocess_data.py --help``."""
 
 import argparse
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.config import ConfigError
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokenize text into PREFIX.bin, PREFIX.idx and PREFIX.json.")
+    parser = argparse.ArgumentParser(
+        description="Tokenize text into PREFIX.bin, PREFIX.idx and PREFIX.json; with --chat conversations, and into "
+        "PREFIX.mask.bin and PREFIX.mask.idx which of their tokens are the assistant's."
+    )
     parser.add_argument(
         "--input",
         required=True,
         action="append",
         metavar="PATH",
         help="a folder (.md, .py, .rst, .txt and .jsonl files in it; links to folders are not followed), a text file "
-        '(one document), or a .jsonl file with "text" in every line; may be repeated',
+        '(one document), or a .jsonl file with "text" in every line; with --chat a .jsonl file, or a folder of them; '
+        "may be repeated",
     )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", metavar="FOLDER", help="a folder that holds tokenizer.json")
@@ -28,6 +34,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="VOCAB",
         help="train a byte-level BPE of this size on the training documents, into PREFIX_tokenizer/",
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help='every line is a conversation, {"messages": [{"role": "user", "content": "..."}, ...]}: the tokenizer\'s chat '
+        "template writes it, and the loss is on the assistant's tokens only (needs transformers)",
+    )
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template instead of the tokenizer's own")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the dataset without its suffixes")
     parser.add_argument(
         "--valid-fraction",
@@ -47,13 +60,18 @@ def preprocess(options: argparse.Namespace) -> None:
     # Here, so that --help needs no torch, and so that megatron-core's remarks on missing GPU packages can be left out.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-        from megatron_dmc.training.data import build_indexed_dataset, iter_documents, split_documents
+        from megatron_dmc.training import data
         from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
+    if options.chat and options.train_tokenizer is not None:
+        raise ConfigError("--chat needs --tokenizer: a newly trained tokenizer has no chat template")
+    if options.chat_template is not None and not options.chat:
+        raise ConfigError("--chat-template is for --chat; add that, or leave it out")
     prefixes = [options.output]
     if options.valid_fraction != 0.0:
         prefixes = [f"{options.output}_train", f"{options.output}_valid"]
     tokenizer_folder = Path(options.tokenizer or f"{options.output}_tokenizer")
-    outputs = [Path(prefix + suffix) for prefix in prefixes for suffix in (".bin", ".idx", ".json")]
+    suffixes = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
+    outputs = [Path(prefix + suffix) for prefix in prefixes for suffix in suffixes]
     if options.train_tokenizer is not None:
         outputs += [tokenizer_folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     existing = next((path for path in outputs if path.exists()), None)
@@ -61,20 +79,29 @@ def preprocess(options: argparse.Namespace) -> None:
         raise ConfigError(f"{existing} exists; choose another --output or add --overwrite")
     # before the text is read: a bad tokenizer should not take an hour to show
     tokenizer = load_tokenizer(tokenizer_folder) if options.train_tokenizer is None else None
-    documents = chain.from_iterable(iter_documents(path) for path in options.input)
-    parts: Sequence[Iterable[str]]
+    documents: Iterable[Any]
+    if options.chat:
+        assert tokenizer is not None
+        template = data.load_chat_template(tokenizer, options.chat_template)
+        conversations = chain.from_iterable(data.iter_conversations(path) for path in options.input)
+        documents = map(template.render, data.usable_conversations(conversations, tokenizer.special_tokens))
+    else:
+        documents = chain.from_iterable(data.iter_documents(path) for path in options.input)
+    parts: Sequence[Iterable[Any]]
     if tokenizer is not None and options.valid_fraction == 0.0:
         parts = [documents]
     else:
-        train, valid = split_documents(documents, options.valid_fraction, options.seed)
+        text_of = attrgetter("text") if options.chat else str
+        train, valid = data.split_documents(documents, options.valid_fraction, options.seed, text_of)
         parts = [train, valid][: len(prefixes)]
     if tokenizer is None:
         tokenizer = train_tokenizer(parts[0], options.train_tokenizer, tokenizer_folder)
         print(f"{tokenizer_folder}: {tokenizer.vocab_size} tokens")
     for prefix, part in zip(prefixes, parts, strict=True):
-        counts = build_indexed_dataset(part, tokenizer, prefix)
+        counts = (data.build_chat_dataset if options.chat else data.build_indexed_dataset)(part, tokenizer, prefix)
+        learned = f" ({counts.trained_tokens} of the assistant)" if options.chat else ""
         print(
-            f"{prefix}: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes "
+            f"{prefix}: {counts.documents} documents, {counts.tokens} tokens{learned}, {counts.bytes} bytes "
             f"({counts.bytes_per_token:.3f} bytes per token)"
         )
 

@@ -110,7 +110,8 @@ def draw(results: dict[str, Any]) -> Figure:
     cost.set_ylabel("nats per byte over the control")
     cost.set_title("what a ratio costs, held-out text")
     cost.grid(alpha=0.3)
-    cost.legend(fontsize=8)
+    # Between the rows with all weights trained and those of a frozen base.
+    cost.legend(fontsize=8, ncol=2, loc="center", bbox_to_anchor=(0.5, 0.45))
 
     styles = {2: ":", 4: "--", 8: "-"}
     for operation, color in COLORS.items():
@@ -126,10 +127,11 @@ def draw(results: dict[str, Any]) -> Figure:
                 label = f"{operation}, target {ratio}"
                 windows.plot(*zip(*points, strict=True), style, marker="o", color=color, label=label)
     windows.set_xscale("symlog", base=4, linthresh=1)
+    windows.xaxis.set_major_formatter("{x:.0f}")
     windows.set_xlabel("local_window (tokens)")
     windows.set_title("what the window is worth (projection)")
     windows.grid(alpha=0.3)
-    windows.legend(fontsize=8)
+    windows.legend(fontsize=8, handlelength=4)
     return figure
 
 

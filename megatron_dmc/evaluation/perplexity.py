@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dmc.config import ConfigError
 from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.model.compression_loss import compression_ratio
+from megatron_dmc.model.documents import pack_documents
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.data import HeldoutWindows
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token; loss_per_byte: nats per byte, at the
+    """loss: nats per token that counts in it, ``tokens`` of them; loss_per_byte: nats per byte, at the
     whole held-out text's bytes per token; layer_head_ratio: noise-free [layers, kv_heads]."""
 
     loss: float
@@ -32,7 +34,11 @@ class Evaluation:
 def evaluate(
     loaded: LoadedModel, windows: HeldoutWindows, *, batch_size: int = 8, limit: int | None = None
 ) -> Evaluation:
-    """Runs the model in eval mode (binary decisions, no noise) over the windows, or the first ``limit`` of them."""
+    """Runs the model in eval mode (binary decisions, no noise) over the windows, or the first ``limit`` of them.
+
+    Raises:
+        ConfigError: where no token there counts in the loss.
+    """
     layers = dmc_layers(loaded.model)
     for layer in layers:
         layer.statistics.reset()
@@ -41,9 +47,15 @@ def evaluate(
     for begin in range(0, count, batch_size):
         rows = [windows[i] for i in range(begin, min(begin + batch_size, count))]
         batch = {name: torch.stack([row[name] for row in rows]).to(loaded.device) for name in rows[0]}
-        losses = loaded.model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        total += float(losses.double().sum())
-        tokens += losses.numel()
+        starts = batch.get("document_starts")
+        packed = None if starts is None else pack_documents(starts)
+        losses = loaded.model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed
+        )
+        total += float((losses.double() * batch["loss_mask"]).sum())
+        tokens += int(batch["loss_mask"].sum())
+    if not tokens:
+        raise ConfigError(f"no token of the first {count} held-out windows counts in the loss; read more of them")
     loss = total / tokens
     per_byte = loss / windows.bytes_per_token
     if not loaded.merges:

@@ -19,7 +19,7 @@ MANIFEST = {
     "megatron_dmc.ops.attention": "ops_attention",
     "megatron_dmc.ops.attention.diagonal": "ops_attention_diagonal",
     "megatron_dmc.ops.attention.documents": "ops_attention_documents",
-    "megatron_dmc.ops.attention.eviction": "ops_attention_eviction",
+    "megatron_dmc.ops.attention.faded": "ops_attention_faded",
     "megatron_dmc.ops.attention.flash": "ops_attention_flash",
     "megatron_dmc.ops.attention.naive": "ops_attention_naive",
     "megatron_dmc.ops.attention.sliding": "ops_attention_sliding",

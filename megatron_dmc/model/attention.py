@@ -1,9 +1,11 @@
 """Self-attention whose keys and values are merged into slots, as a megatron-core module."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -12,8 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, count_decisions
-from megatron_dmc.ops.attention import windowed_dmc_attention
+from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, carried_out, count_decisions
+from megatron_dmc.model.documents import TokenPlaces, token_places
+from megatron_dmc.ops.attention import Documents, causal_attention, windowed_dmc_attention
+from megatron_dmc.ops.attention.context_parallel import context_parallel_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
     hard_logits,
@@ -22,6 +26,8 @@ from megatron_dmc.ops.decisions import (
     projection_logits,
 )
 from megatron_dmc.ops.noise import logistic_noise
+from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.pooling.context_parallel import context_parallel_pool
 from megatron_dmc.ops.rotary import rotate, rotation
 from megatron_dmc.ops.states import attention_states
 
@@ -42,14 +48,29 @@ class StepContext:
 
 
 class DMCCoreAttention(MegatronModule):
-    """Causal attention on rotated [batch, seq, heads, head_dim]: plain, or over slot states when there are merge logits."""
+    """Causal attention on rotated [batch, seq, heads, head_dim]: plain, or over slot states when there are merge logits.
+
+    Under context parallelism on this rank's two chunks of the sequence; ``cp_comm_type`` says how ranks exchange keys
+    (``all_gather``, the default, or ``a2a``, see ``context_parallel_attention``).
+    """
 
     def __init__(
-        self, config: TransformerConfig, *, softmax_scale: float | None = None, dmc: DMCConfig | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        *,
+        softmax_scale: float | None = None,
+        dmc: DMCConfig | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.dmc = dmc
+        self.group = _context_group(config, pg_collection)
+        if self.group is not None and cp_comm_type not in (None, "all_gather", "a2a"):
+            raise NotImplementedError(f"cp_comm_type must be all_gather or a2a, got {cp_comm_type!r}")
+        self.exchange = cast(Literal["all_gather", "a2a"], cp_comm_type or "all_gather")
 
     def forward(
         self,
@@ -59,20 +80,21 @@ class DMCCoreAttention(MegatronModule):
         pooled_key: Tensor | None = None,
         pooled_value: Tensor | None = None,
         merge_logits: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        if self.dmc is not None and pooled_key is not None and pooled_value is not None and merge_logits is not None:
-            return windowed_dmc_attention(
-                query,
-                key,
-                value,
-                pooled_key,
-                pooled_value,
-                merge_logits,
-                local_window=self.dmc.local_window,
-                operation=self.dmc.operation,
-                softmax_scale=self.softmax_scale,
-                bias_channel=-1 if self.dmc.decision_source == "neuron" else None,
-            )
+        settings: dict[str, Any] = {"softmax_scale": self.softmax_scale}
+        if self.dmc is not None and merge_logits is not None:
+            settings["local_window"], settings["operation"] = self.dmc.local_window, self.dmc.operation
+            settings["bias_channel"] = -1 if self.dmc.decision_source == "neuron" else None
+        if self.group is not None:
+            states = query, key, value, pooled_key, pooled_value, merge_logits
+            settings |= {"group": self.group, "exchange": self.exchange}
+            return context_parallel_attention(*states, documents=documents, **settings)
+        if pooled_key is not None and pooled_value is not None and merge_logits is not None:
+            states = query, key, value, pooled_key, pooled_value, merge_logits
+            return windowed_dmc_attention(*states, document_starts=documents, **settings)
+        if documents is not None:
+            return causal_attention(query, key, value, document_starts=documents, **settings)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -89,7 +111,8 @@ class DMCSelfAttention(SelfAttention):
 
     ``attention_mask`` carries no mask: attention is causal by construction, and no s x s mask is ever built. In training
     it carries the global sample indices, int64 [batch], that the decisions' noise is keyed by: megatron-core hands it to
-    every layer and every pipeline stage, through activation checkpointing, as an explicit argument.
+    every layer and every pipeline stage, through activation checkpointing, as an explicit argument. ``packed_seq_params``
+    holds packed documents (see ``pack_documents``): no merge and no attention across their boundaries.
 
     Args:
         dmc: None for the base model: plain causal attention, no new parameters.
@@ -108,6 +131,8 @@ class DMCSelfAttention(SelfAttention):
         self.dmc = dmc
         self.step = StepContext()
         self.statistics = DecisionStatistics()
+        # The ranks that share a sequence; None: this rank has all of it.
+        self.context_group = _context_group(config, self.pg_collection)
         rank = self.pg_collection.tp.rank()
         heads = self.num_query_groups_per_partition
         # Global numbers of this rank's KV heads.
@@ -142,19 +167,24 @@ class DMCSelfAttention(SelfAttention):
         inference_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [seq, batch, hidden] (normed) -> output [seq, batch, hidden] and its bias (None)."""
-        if packed_seq_params is not None or attention_bias is not None or key_value_states is not None:
-            raise NotImplementedError("DMC attention takes no packed sequences, attention bias or cross-attention")
+        if attention_bias is not None or key_value_states is not None:
+            raise NotImplementedError("DMC attention takes no attention bias and no cross-attention")
         if rotary_pos_emb is None:
             raise NotImplementedError("DMC attention needs rotary position embedding")
+        if inference_context is not None and (self.context_group is not None or packed_seq_params is not None):
+            raise NotImplementedError("the compressed cache takes no packed sequences and no context parallelism")
         query, key, value = (x.transpose(0, 1) for x in self.get_query_key_value_tensors(hidden_states))
         angles = (rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb).transpose(0, 1)
+        places = token_places(packed_seq_params, len(query), query.shape[1], self.context_group)
+        if places.documents is not None:
+            angles = angles[0, places.in_document.to(angles.device)]
 
         if self.dmc is None or not self.step.merging:
             if inference_context is not None:
                 raise NotImplementedError("the compressed cache needs a model that merges")
             cos, sin = rotation(angles, query.dtype)
             query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
-            out = self._attend(query, key, value)
+            out = self._attend(query, key, value, documents=places.documents)
         else:
             a, b = self._decision_logits(hidden_states, query, key)
             omega = omega_from_logits(b)
@@ -165,7 +195,7 @@ class DMCSelfAttention(SelfAttention):
                 out = inference_context.attend(self.layer_number, query, key, value, a, omega, angles)
             else:
                 cos, sin = rotation(angles, query.dtype)
-                out = self._merge_and_attend(query, key, value, a, omega, cos, sin, attention_mask)
+                out = self._merge_and_attend(query, key, value, a, omega, cos, sin, attention_mask, places)
         return self.linear_proj(out.transpose(0, 1).flatten(2))
 
     def _decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,17 +223,18 @@ class DMCSelfAttention(SelfAttention):
         cos: Tensor,
         sin: Tensor,
         sample_index: Tensor | None,
+        places: TokenPlaces,
     ) -> Tensor:
         assert self.dmc is not None
         if self.training:
-            merge_logits = (a + self._noise(a, sample_index)) / self.dmc.temperature
+            merge_logits = (a + self._noise(a, sample_index, places.positions)) / self.dmc.temperature
         else:
             merge_logits = hard_logits(a)
         alpha = torch.sigmoid(merge_logits)
-        counts = count_decisions(merge_logits.detach(), a.detach(), self.dmc.local_window)
+        acts = carried_out(places.in_document, places.remaining, self.dmc.local_window).to(a.device, non_blocking=True)
+        counts = count_decisions(merge_logits.detach(), a.detach(), acts)
         if self.training:
-            # The first token's alpha is 0 by definition, and the window's tokens end this text raw: no gradient.
-            free = alpha[:, 1 : max(alpha.shape[1] - self.dmc.local_window, 1)]
+            free = alpha.masked_fill(~acts[..., None], 0)
             value = CompressionLoss.apply(value, free, counts, self.statistics, self.step.alpha_gradient)
         else:
             self.statistics.add(counts)
@@ -219,10 +250,12 @@ class DMCSelfAttention(SelfAttention):
             operation=self.dmc.operation,
             window_size=self.dmc.window_size,
             clear_last_channel=self.dmc.decision_source == "neuron",
+            document_starts=places.starts,
+            merge=pool if self.context_group is None else partial(context_parallel_pool, group=self.context_group),
         )
-        return self._attend(*states, merge_logits)
+        return self._attend(*states, merge_logits, documents=places.documents)
 
-    def _noise(self, a: Tensor, sample_index: Tensor | None) -> Tensor:
+    def _noise(self, a: Tensor, sample_index: Tensor | None, positions: Tensor) -> Tensor:
         assert self.dmc is not None
         if sample_index is None or sample_index.dtype != torch.int64 or sample_index.shape != a.shape[:1]:
             raise ValueError(
@@ -230,7 +263,7 @@ class DMCSelfAttention(SelfAttention):
             )
         # DMC-C takes one decision for all heads: one noise.
         heads = range(1) if self.dmc.per_layer else self.kv_heads
-        return logistic_noise(self.dmc.seed, sample_index, self.layer_number - 1, heads, torch.arange(a.shape[1]))
+        return logistic_noise(self.dmc.seed, sample_index, self.layer_number - 1, heads, positions)
 
     def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding, with the last channel scaled before and after it in phase zero_out."""
@@ -239,11 +272,12 @@ class DMCSelfAttention(SelfAttention):
         scale = F.pad(x.new_ones(x.shape[-1] - 1), (0, 1), value=self.step.channel_scale)
         return rotate(x * scale, cos, sin) * scale
 
-    def _attend(self, *tensors: Tensor) -> Tensor:
+    def _attend(self, *tensors: Tensor, documents: Documents | None) -> Tensor:
+        attend = self.core_attention if documents is None else partial(self.core_attention, documents=documents)
         if self.checkpoint_core_attention and self.training:
             # The logits need a gradient: checkpointing is exact only if they are an argument.
-            return tensor_parallel.checkpoint(self.core_attention, False, *tensors)
-        return self.core_attention(*tensors)
+            return tensor_parallel.checkpoint(attend, False, *tensors)
+        return attend(*tensors)
 
     @torch.no_grad()
     def clear_decision_channel(self) -> None:
@@ -254,3 +288,8 @@ class DMCSelfAttention(SelfAttention):
                 # [group][q ... q k v][head_dim]
                 rows = parameter.view(self.num_query_groups_per_partition, -1, head_dim, *parameter.shape[1:])
                 rows[:, :-1, -1] = 0
+
+
+def _context_group(config: TransformerConfig, pg_collection: Any) -> dist.ProcessGroup | None:
+    """The ranks that share a sequence; None: one rank has all of it."""
+    return pg_collection.cp if config.context_parallel_size > 1 else None

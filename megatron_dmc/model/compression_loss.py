@@ -31,15 +31,23 @@ class DecisionStatistics:
         self.counts = None
 
 
-def count_decisions(merge_logits: Tensor, noise_free_logits: Tensor, local_window: int = 0) -> Tensor:
-    """int64 [3, kv_heads] from logits [batch, seq, kv_heads].
+def carried_out(positions: Tensor, remaining: Tensor, local_window: int) -> Tensor:
+    """Whose decision is carried out within its text. The first token never merges, the last window stays raw.
 
-    All tokens count. The first never merges, and the last ``local_window`` have not yet when the text ends: each of them
-    takes a cache entry of its own.
+    Args:
+        positions: the tokens' places in their texts.
+        remaining: how many tokens of the text stand behind each.
     """
-    end = max(merge_logits.shape[1] - local_window, 1)
+    return (positions > 0) & (remaining >= local_window)
+
+
+def count_decisions(merge_logits: Tensor, noise_free_logits: Tensor, carried_out: Tensor) -> Tensor:
+    """int64 [3, kv_heads] from logits [batch, seq, kv_heads] and bool [batch or 1, seq].
+
+    All tokens count; those whose decision is not carried out take a cache entry of their own.
+    """
     tokens = torch.full_like(merge_logits[0, 0], merge_logits[..., 0].numel(), dtype=torch.int64)
-    noisy, noise_free = ((x[:, 1:end] > 0).sum(dim=(0, 1)) for x in (merge_logits, noise_free_logits))
+    noisy, noise_free = (((x > 0) & carried_out[..., None]).sum(dim=(0, 1)) for x in (merge_logits, noise_free_logits))
     return torch.stack([noisy, noise_free, tokens])
 
 

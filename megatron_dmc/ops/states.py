@@ -1,6 +1,7 @@
 """From keys and values before rotary embedding to what attention runs on: raw keys nearby and slot states farther off."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ def attention_states(
     operation: Literal["merge", "evict"],
     window_size: int | None,
     clear_last_channel: bool,
+    document_starts: Tensor | None = None,
+    merge: Callable[..., Any] = pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The first five arguments of windowed_dmc_attention.
 
@@ -34,6 +37,8 @@ def attention_states(
         cos, sin: broadcastable to [batch, seq, 1, head_dim].
         local_window, operation, window_size: see DMCConfig.
         clear_last_channel: keep the last channel of query and keys at zero through the rotation (the ``neuron`` source).
+        document_starts: bool [batch, seq], true where a document begins.
+        merge: pool, or a form of it for a part of the sequence.
     """
 
     def rotated(x: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def attention_states(
     if operation == "evict":
         key = rotated(key)
         return query, key, value, key, value
-    pooled_key, pooled_value = pool(key, value, alpha, omega, window_size=window_size)
+    pooled_key, pooled_value = merge(key, value, alpha, omega, window_size=window_size, document_starts=document_starts)
     pooled_key = rotated(pooled_key)
     if local_window == 0:
         return query, pooled_key, pooled_value, pooled_key, pooled_value

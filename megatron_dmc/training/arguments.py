@@ -25,6 +25,7 @@ class DataConfig:
     sequence_length: int = MISSING
     cache: str = MISSING  # a folder for the dataset indices
     seed: int = 1234
+    reset_at_documents: bool = False  # positions, attention and merging begin anew at every packed document
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"  # see context_parallel_attention
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap: bool = False  # gradient reduction and parameter gathering behind the backward and forward pass
@@ -90,6 +92,7 @@ class CheckpointConfig:
     load_base: str | None = None  # weights-only start: a checkpoint folder of this project
     save_interval: int = 500  # steps between full checkpoints; 0: only at the end
     keep_last: int = 2  # full checkpoints kept
+    async_save: bool = False  # written while training goes on, from a copy in the host's memory
     save_every_integer_ratio: bool = True
 
 
@@ -314,32 +317,102 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def _check_parallel(recipe: Recipe) -> None:
-    model, parallel = recipe.model, recipe.parallel
+    """Everything about a layout but what depends on the number of processes."""
+    model, parallel, sequence_length = recipe.model, recipe.parallel, recipe.data.sequence_length
     tp, pp, vpp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
     )
+    if parallel.sequence_parallel and tp == 1:
+        raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
     if model.num_query_groups % tp:
         raise ConfigError(
             f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups "
-            f"({model.num_query_groups}): a KV head and its decisions live on one rank"
+            f"({model.num_query_groups}): a KV head and its decisions live on one rank; {_tensor_sizes(recipe)}"
+        )
+    if model.ffn_hidden_size % tp:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size ({tp}) must divide model.ffn_hidden_size ({model.ffn_hidden_size}); "
+            f"{_tensor_sizes(recipe)}"
         )
     if model.vocab_size % tp:
         raise ConfigError(
             f"model.vocab_size ({model.vocab_size}) must be divisible by parallel.tensor_model_parallel_size ({tp}); "
-            "pad the vocabulary"
+            f"pad the vocabulary, or {_tensor_sizes(recipe)}"
         )
     if vpp is not None and pp == 1:
-        raise ConfigError("parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size ({vpp}) needs pipeline_model_parallel_size > 1; set it to null"
+        )
+    if vpp == 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline_model_parallel_size must be >= 2, or null for no virtual stages, got 1"
+        )
     if model.num_layers % (pp * (vpp or 1)):
         raise ConfigError(
-            f"model.num_layers ({model.num_layers}) must be divisible by the pipeline's {pp * (vpp or 1)} stages"
+            f"model.num_layers ({model.num_layers}) must be divisible by the pipeline's {pp * (vpp or 1)} stages "
+            f"(pipeline_model_parallel_size {pp} x virtual_pipeline_model_parallel_size {vpp or 1}); "
+            f"numbers of stages that work: {_listed(_divisors(model.num_layers))}"
         )
     if parallel.context_parallel_size > 1:
-        raise ConfigError("parallel.context_parallel_size > 1 is not supported yet; set it to 1")
-    if parallel.sequence_parallel and tp == 1:
-        raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
+        _check_context_parallel(recipe)
+    if parallel.sequence_parallel and sequence_length % (tp * parallel.context_parallel_size):
+        raise ConfigError(
+            f"data.sequence_length ({sequence_length}) must be divisible by tensor_model_parallel_size x "
+            f"context_parallel_size ({tp * parallel.context_parallel_size}) under parallel.sequence_parallel; "
+            f"{_tensor_sizes(recipe)}"
+        )
+
+
+def _tensor_sizes(recipe: Recipe) -> str:
+    """The tensor-parallel sizes that a model allows, for a message."""
+    model, parallel = recipe.model, recipe.parallel
+    lengths = recipe.data.sequence_length if parallel.sequence_parallel else 0
+    sizes = [
+        size
+        for size in _divisors(model.num_query_groups)
+        if not any(
+            x % size for x in (model.ffn_hidden_size, model.vocab_size, lengths // parallel.context_parallel_size)
+        )
+    ]
+    return f"tensor-parallel sizes that work: {_listed(sizes)}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _check_context_parallel(recipe: Recipe) -> None:
+    parallel, tp, cp = (
+        recipe.parallel,
+        recipe.parallel.tensor_model_parallel_size,
+        recipe.parallel.context_parallel_size,
+    )
+    length, heads = recipe.data.sequence_length, recipe.model.num_query_groups // tp
+    # Two chunks per rank, and under sequence parallelism tensor-parallel ranks share them.
+    step = 2 * cp if not parallel.sequence_parallel else math.lcm(2 * cp, tp * cp)
+    if length % step:
+        below = f"{length - length % step} or " if length >= step else ""
+        raise ConfigError(
+            f"data.sequence_length ({length}) must be divisible by {step} for parallel.context_parallel_size {cp}: it is cut "
+            f"into {2 * cp} chunks; use {below}{length - length % step + step}, or another context_parallel_size"
+        )
+    if parallel.cp_comm_type == "a2a" and heads % cp:
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise ConfigError(
+            f"parallel.cp_comm_type a2a needs parallel.context_parallel_size ({cp}) to divide the {heads} KV heads of a "
+            f"tensor-parallel rank; use a context_parallel_size of {sizes}, or cp_comm_type all_gather"
+        )
+    if recipe.dmc.window_size is not None and recipe.merges:
+        raise ConfigError(
+            f"dmc.window_size ({recipe.dmc.window_size}) must be null for parallel.context_parallel_size > 1: a "
+            "truncated slot has no carry from rank to rank; set window_size to null, or context_parallel_size to 1"
+        )
 
 
 def _check_phases(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> None:

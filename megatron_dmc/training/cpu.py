@@ -1,4 +1,4 @@
-"""What megatron-core asks of a GPU, answered by the CPU: the one place in this project that patches anything.
+"""What megatron-core asks of a GPU and its libraries, answered without: the one place here that patches anything.
 
 megatron-core names CUDA in its code (``device="cuda"``, ``torch.cuda.synchronize()``, ``param.type() ==
 "torch.cuda.FloatTensor"``) in many places that otherwise need no GPU. Where there is none, :func:`install` makes those
@@ -11,7 +11,7 @@ attribute (on one core, torch 2.13), and it holds for one thread only. These cos
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,24 @@ def install() -> None:
     _patch_tensor()
     _patch_cuda_functions()
     _patch_random_state()
+
+
+def install_adam() -> None:
+    """Makes megatron-core build :class:`GroupAdamW` as it builds FusedAdam; call it before an optimizer is built.
+
+    Does nothing where Transformer Engine or Apex is installed. Where neither is, with a GPU or without, megatron-core
+    takes torch's AdamW, whose state its reshardable formats cannot hold; with this one it runs the same lines as with
+    FusedAdam.
+    """
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megatron_dmc.training.adam import GroupAdamW
+
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron_optimizer.Adam = distrib_optimizer.Adam = GroupAdamW
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _patch_factories() -> None:
@@ -102,6 +120,17 @@ def _patch_cuda_functions() -> None:
     for name in ("current_stream", "default_stream", "Stream", "Event"):
         setattr(torch.cuda, name, type(name, (_AlwaysDone,), {}))
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
+
+
+@contextlib.contextmanager
+def tensors_on(device: torch.device) -> Iterator[None]:
+    """Inside, what megatron-core makes for itself is made on ``device`` (the meta device, say); after :func:`install`."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = before
 
 
 def _patch_random_state() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.distillation_loss import distillation_loss
+from megatron_dmc.model.documents import PackedDocuments, pack_documents
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import DistillationConfig
 
@@ -19,11 +20,18 @@ Batch = dict[str, Tensor]
 Output = tuple[Tensor, Any]
 
 
+def on_this_context_rank(batch: Batch) -> Batch:
+    """[b, s] -> this context-parallel rank's tokens [b, s / ranks]; samples' numbers and document_starts as they are."""
+    tokens = {name: x for name, x in batch.items() if name not in ("sample_index", "document_starts")}
+    return {**batch, **get_batch_on_this_cp_rank(tokens)}
+
+
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Output:
     """Without a teacher. For get_forward_backward_func."""
     batch = next(batches)
     # The attention mask argument carries the samples' numbers, see DMCSelfAttention.
-    losses = model(batch["tokens"], batch["position_ids"], batch["sample_index"], labels=batch["labels"])
+    inputs = batch["tokens"], batch["position_ids"], batch["sample_index"]
+    losses = model(*inputs, labels=batch["labels"], packed_seq_params=_packed(batch))
     return losses, partial(_language_model_loss, loss_mask=batch["loss_mask"])
 
 
@@ -56,9 +64,10 @@ class DistillationStep:
         # Both streams of the stage before, on all but the first.
         received = get_attr_wrapped_model(model, "decoder").input_tensor
         student_input, teacher_input = (None, None) if received is None else received.chunk(2, dim=1)
+        packed = _packed(batch)
         with torch.no_grad(), _Unmerged(teacher):
-            taught = _run(teacher, batch, teacher_input)
-        out = _run(model, batch, student_input)
+            taught = _run(teacher, batch, packed, teacher_input)
+        out = _run(model, batch, packed, student_input)
         if not get_attr_wrapped_model(model, "post_process"):
             return torch.cat([out, taught], dim=1), None
         # Sequence first, as the output layer makes and wants it: from a gradient in another order its backward pass would make
@@ -95,10 +104,16 @@ class _Unmerged:
             layer.step = step
 
 
-def _run(model: torch.nn.Module, batch: Batch, received: Tensor | None) -> Tensor:
+def _packed(batch: Batch) -> PackedDocuments | None:
+    """Where documents begin, if the batch says so; else its samples are one text each."""
+    starts = batch.get("document_starts")
+    return None if starts is None else pack_documents(starts)
+
+
+def _run(model: torch.nn.Module, batch: Batch, packed: PackedDocuments | None, received: Tensor | None) -> Tensor:
     """Hidden states [seq, batch, hidden], or on the last stage logits [batch, seq, vocabulary / tensor-parallel ranks]."""
     get_attr_wrapped_model(model, "set_input_tensor")(received)
-    return model(batch["tokens"], batch["position_ids"], batch["sample_index"])
+    return model(batch["tokens"], batch["position_ids"], batch["sample_index"], packed_seq_params=packed)
 
 
 def _language_model_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

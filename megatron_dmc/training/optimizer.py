@@ -7,11 +7,13 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_dmc.training import cpu
 from megatron_dmc.training.arguments import PhaseConfig, Recipe
 
 
 def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
     """Adam over fp32 main parameters; learning rates are the phases' business."""
+    cpu.install_adam()
     training, parallel = recipe.training, recipe.parallel
     highest = max(phase.lr for phase in recipe.phases)
     config = OptimizerConfig(
@@ -28,7 +30,23 @@ def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> 
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap and parallel.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, list(model_chunks))
+    optimizer = get_megatron_optimizer(config, list(model_chunks))
+    _count_padding_as_data(model_chunks)
+    return optimizer
+
+
+def _count_padding_as_data(model_chunks: Sequence[Any]) -> None:
+    """Lets the distributed optimizer save the right numbers where a gradient buffer has several buckets.
+
+    For its reshardable format megatron-core (0.16 to 0.19) takes the padding behind every bucket out of a copy of the
+    buffer, and then cuts each parameter's state out of that copy at the offsets it had with the padding: all parameters
+    behind the first padded bucket are saved wrong, silently. These sizes are read nowhere else.
+    """
+    for chunk in model_chunks:
+        for buffer in chunk.buffers:
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def phase_scheduler(
@@ -56,6 +74,17 @@ def phase_scheduler(
     return scheduler
 
 
+def gather_parameters(model_chunks: Sequence[Any]) -> None:
+    """Brings the weights up to date on every rank; call it where they are used otherwise than by a training step.
+
+    With ``overlap_param_gather`` a rank has the last step's result for its own shard only, until the next training step's
+    forward pass has gathered the others'.
+    """
+    for chunk in model_chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def restart_optimizer(optimizer: MegatronOptimizer) -> None:
     """Adam afresh, as the authors start every phase: main parameters from the model's, no moments, step 0.
 
@@ -65,9 +94,7 @@ def restart_optimizer(optimizer: MegatronOptimizer) -> None:
     for inner in _inner_optimizers(optimizer):
         inner.state.clear()
         for group in inner.param_groups:
-            # Fused Adams count steps in the group.
-            if "step" in group:
-                group["step"] = 0
+            group["step"] = 0
 
 
 def _inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_dmc.config import ConfigError
@@ -15,13 +15,14 @@ from megatron_dmc.training.checkpoint import (
     CheckpointInfo,
     check_checkpoint,
     load_checkpoint,
-    prepare_optimizer_for_load,
     publish,
     read_latest,
-    restore_adam_steps,
-    save_checkpoint,
 )
+from megatron_dmc.training.checkpoint_background import BackgroundWriter
+from megatron_dmc.training.checkpoint_save import stage_checkpoint, write_checkpoint
 from megatron_dmc.training.data.indexed_dataset import content_digest
+from megatron_dmc.training.optimizer import gather_parameters
+from megatron_dmc.training.optimizer_state import OptimizerState
 from megatron_dmc.training.weights import (
     adapter_base,
     base_folder,
@@ -31,14 +32,6 @@ from megatron_dmc.training.weights import (
     only_decisions,
     saved_recipe,
     set_model_state,
-)
-
-# What the optimizer's state is cut by; the last three only where it is distributed.
-_OPTIMIZER_LAYOUT = (
-    "use_distributed_optimizer",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
 )
 
 
@@ -59,13 +52,27 @@ class RunStore:
         if recipe.trains_adapter and recipe.checkpoint.load_base is not None:
             self.base = adapter_base(recipe.checkpoint.load_base, self.root)
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
-        self.metadata = {
-            # The one form that megatron-core both saves and loads with torch's Adam.
-            "distrib_optim_sharding_type": "dp_reshardable",
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
+        self.background = BackgroundWriter() if recipe.checkpoint.async_save else None
+
+    def __enter__(self) -> "RunStore":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The last checkpoint is whole, or has failed, before a run ends."""
+        if kind is None:
+            self.wait()
+        elif self.background is not None:
+            self.background.close()
+
+    def wait(self) -> None:
+        """Until every checkpoint is whole; raises CheckpointError on all ranks if a save in the background has failed."""
+        if self.background is not None:
+            self.background.wait()
+
+    def poll(self) -> None:
+        """Raises CheckpointError on all ranks if a save in the background has failed; between two steps."""
+        if self.background is not None:
+            self.background.poll()
 
     def load(self) -> tuple[int, float]:
         """Resumes from ``latest``, else starts from ``load_base``, else from the initial weights.
@@ -83,12 +90,6 @@ class RunStore:
             load_weights(self.recipe.checkpoint.load_base, self.model, self.recipe)
         return 0, 0.0
 
-    def _state(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """The model's and the optimizer's sharded state; an adapter's leaves the frozen base out."""
-        state = model_state(self.model, self.metadata)
-        optimizer = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=self.metadata)
-        return {**self._learned(state), "optimizer": optimizer}
-
     def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
         return only_decisions(state) if self.recipe.trains_adapter else state
 
@@ -102,14 +103,15 @@ class RunStore:
         self._check_same_run(folder, info)
         if info.base is not None and self.base is not None:
             load_weights(base_folder(folder, info, folder / self.base["folder"]), self.model, self.recipe)
-        prepare_optimizer_for_load(self.optimizer)
-        state = self._state(is_loading=True)
-        state["merge_fraction"] = 0.0
-        state = load_checkpoint(folder, state, expected_model=self.recipe.to_dict()["model"])
+        state = model_state(self.model)
+        optimizer = OptimizerState(self.optimizer, state, is_loading=True)
+        state = load_checkpoint(
+            folder,
+            {**self._learned(state), **optimizer.state_dict(), "merge_fraction": 0.0},
+            expected_model=self.recipe.to_dict()["model"],
+        )
         set_model_state(self.model, state, is_base_weight if self.recipe.trains_adapter else None)
-        with torch.no_grad():
-            self.optimizer.load_state_dict(state["optimizer"])
-        restore_adam_steps(self.optimizer)
+        optimizer.load(state)
         return info.step, state["merge_fraction"]
 
     def _check_same_run(self, folder: Path, info: CheckpointInfo) -> None:
@@ -117,9 +119,8 @@ class RunStore:
         mine, saved = self.recipe.to_dict(), saved_recipe(folder, info).to_dict()
         for section, names in (
             ("training", ("train", "global_batch_size", "bf16")),
-            ("data", ("sequence_length", "seed", "train")),
+            ("data", ("sequence_length", "seed", "train", "reset_at_documents")),
             ("dmc", tuple(mine["dmc"])),
-            ("parallel", _OPTIMIZER_LAYOUT if mine["parallel"]["use_distributed_optimizer"] else _OPTIMIZER_LAYOUT[:1]),
         ):
             for name in names:
                 if saved[section][name] != mine[section][name]:
@@ -144,18 +145,33 @@ class RunStore:
             )
 
     def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:
+        gather_parameters(self.model)
         self._save(name, self._learned(model_state(self.model)), self._info("weights", step, phase, ratio))
 
     def save_full(self, step: int, phase: int, ratio: float | None, merge_fraction: float) -> None:
-        """Saves everything a resume needs, then moves ``latest`` to it."""
-        name = f"step_{step:08d}"
-        state = self._state()
-        state["merge_fraction"] = merge_fraction
-        self._save(name, state, self._info("full", step, phase, ratio))
-        publish(self.root, name, self.recipe.checkpoint.keep_last)
+        """Saves everything a resume needs, in any layout; ``latest`` is moved to it when it is whole."""
+        gather_parameters(self.model)
+        state = model_state(self.model)
+        optimizer = OptimizerState(self.optimizer, state)
+        state = {**self._learned(state), **optimizer.state_dict(), "merge_fraction": merge_fraction}
+        self._save(f"step_{step:08d}", state, self._info("full", step, phase, ratio))
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
-        save_checkpoint(self.root, name, state, info, self.recipe.data.tokenizer)
+        """Writes a checkpoint now, or in the background: then training may go on as soon as this returns."""
+        if self.background is not None:
+            # Before the copies are made: host memory holds one checkpoint at a time.
+            self.background.wait()
+        staged = stage_checkpoint(state, copies=self.background is not None)
+
+        def write(group: dist.ProcessGroup | None = None) -> None:
+            write_checkpoint(self.root, name, staged, info, self.recipe.data.tokenizer, group)
+            if info.kind == "full":
+                publish(self.root, name, self.recipe.checkpoint.keep_last, group)
+
+        if self.background is None:
+            write()
+        else:
+            self.background.start(write)
 
     def _info(self, kind: Literal["full", "weights"], step: int, phase: int, ratio: float | None) -> CheckpointInfo:
         return CheckpointInfo(

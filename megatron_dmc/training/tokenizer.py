@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,29 @@ class Tokenizer:
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`tokenize` of every text, in parallel threads."""
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """How the special tokens are spelled."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    def tokenize_rendered(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """For texts in which the spelling of a special token means that token, as a chat template writes them.
+
+        Returns:
+            For every text its token ids, and the characters [begin, end) that each token stands for.
+        """
+        encodings = self._rendered_backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    @cached_property
+    def _rendered_backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        # it may take white space out of a token's characters
+        backend.post_processor = None
+        return backend
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special tokens appear as they are spelled."""

@@ -10,27 +10,26 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.enums import ModelType
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.config import ConfigError
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
-from megatron_dmc.model.gpt import build_model, dmc_layers, transformer_config
+from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config
 from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
 from megatron_dmc.training.distributed import seed_weights
-from megatron_dmc.training.forward_step import DistillationStep, forward_step
+from megatron_dmc.training.forward_step import DistillationStep, forward_step, on_this_context_rank
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
-from megatron_dmc.training.optimizer import build_optimizer, phase_scheduler, restart_optimizer
+from megatron_dmc.training.optimizer import build_optimizer, gather_parameters, phase_scheduler, restart_optimizer
 from megatron_dmc.training.progress import TrainingProgress
 from megatron_dmc.training.run_state import RunStore, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
+from megatron_dmc.training.signals import StopRequest
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
-from megatron_dmc.training.weights import check_fits, check_teacher, is_decision, load_teacher
+from megatron_dmc.training.weights import check_fits, check_teacher, load_teacher
 
 
 class TrainingError(RuntimeError):
@@ -42,16 +41,18 @@ class StepResult:
     """Means and sums over a step's global batch, the same on every rank.
 
     Attributes:
-        loss: LM loss, nats per token.
+        loss: LM loss, nats per token; NaN where no token counts (chat data whose batch holds no assistant's words).
         distillation_loss: nats per token; 0 without a teacher.
         tokens: that count in the losses.
         counts: [3, layers, kv_heads], see DecisionStatistics.
+        stop: whether any rank was asked to stop.
     """
 
     loss: float
     distillation_loss: float
     tokens: float
     counts: Tensor
+    stop: bool = False
     grad_norm: float = 0.0
 
     @property
@@ -70,10 +71,17 @@ class StepResult:
 
 
 class Trainer:
-    """One run of a recipe on this process's share of the model. torch.distributed must be initialized."""
+    """One run of a recipe on this process's share of the model. torch.distributed must be initialized.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Attributes:
+        step: steps done.
+        stopped: whether ``run`` ended early because a rank was asked to; the run is saved and can go on.
+    """
+
+    def __init__(self, recipe: Recipe, stop_request: StopRequest | None = None) -> None:
         self.recipe = recipe
+        self.stop_request = stop_request or StopRequest()
+        self.stopped = False
         if torch.cuda.is_available() and recipe.merges and not recipe.training.bf16:
             raise ConfigError("training.bf16 is false, but attention on a GPU needs bfloat16; set training.bf16=true")
         check_writable(Path(recipe.checkpoint.directory))
@@ -105,44 +113,27 @@ class Trainer:
     # Building
 
     def _check_batch(self) -> None:
-        training = self.recipe.training
+        training, parallel = self.recipe.training, self.recipe.parallel
         replicas = parallel_state.get_data_parallel_world_size()
-        if training.global_batch_size % (training.micro_batch_size * replicas):
+        round_size = training.micro_batch_size * replicas
+        # Interleaved stages take micro-batches in groups as large as the pipeline is long.
+        interleaves = parallel.virtual_pipeline_model_parallel_size is not None
+        group = parallel.pipeline_model_parallel_size if interleaves else 1
+        if training.global_batch_size % (round_size * group):
+            pipeline = f" x interleaved pipeline stages ({group})" if interleaves else ""
+            sizes = [round_size * group * (training.global_batch_size // (round_size * group) + i) for i in (0, 1)]
             raise ConfigError(
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
-                f"({training.micro_batch_size}) x data-parallel replicas ({replicas})"
+                f"({training.micro_batch_size}) x data-parallel replicas ({replicas}){pipeline}; sizes near it that work: "
+                f"{', '.join(str(size) for size in sizes if size)}"
             )
 
     def _build_model(self) -> list[torch.nn.Module]:
-        recipe, training, parallel = self.recipe, self.recipe.training, self.recipe.parallel
-        kinds: dict[str, dict[str, Any]] = {
-            "none": {},
-            "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-            "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        }
-        stages = parallel.virtual_pipeline_model_parallel_size
-        self.config = transformer_config(
-            recipe.model,
-            bf16=training.bf16,
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=stages,
-            context_parallel_size=parallel.context_parallel_size,
-            sequence_parallel=parallel.sequence_parallel,
-            # The default peer-to-peer flags give wrong losses on gloo with interleaved stages.
-            overlap_p2p_comm=stages is not None,
-            batch_p2p_comm=stages is None,
-            **kinds[training.recompute],
-        )
-        chunks = self._build_chunks(recipe.dmc if recipe.merges else None)
+        recipe, parallel = self.recipe, self.recipe.parallel
+        self.config = megatron_config(recipe)
+        chunks = build_chunks(recipe, self.config, recipe.dmc if recipe.merges else None)
         if recipe.trains_adapter:
-            for chunk in chunks:
-                for name, parameter in chunk.named_parameters():
-                    parameter.requires_grad_(is_decision(name))
-                # Full recomputation gives gradients to a layer whose input has one only, and the first layer's has none.
-                for module in chunk.modules():
-                    if isinstance(module, LanguageModelEmbedding):
-                        module.register_forward_hook(_require_gradient)
+            freeze_base(chunks)
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             grad_reduce_in_fp32=True,
@@ -158,21 +149,6 @@ class Trainer:
             self.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         return list(wrapped)
 
-    def _build_chunks(self, dmc: DMCConfig | None) -> list[torch.nn.Module]:
-        """This rank's parts of the model (virtual pipeline stages); ``dmc`` None: the base's."""
-        recipe, stages = self.recipe, self.recipe.parallel.virtual_pipeline_model_parallel_size
-        use_engine = {"auto": None, "local": False, "transformer_engine": True}[recipe.training.transformer_impl]
-        chunks: list[torch.nn.Module] = []
-        for stage in [None] if stages is None else range(stages):
-            chunk: Any = build_model(recipe.model, dmc, self.config, vp_stage=stage, use_transformer_engine=use_engine)
-            if torch.cuda.is_available():
-                chunk.cuda()
-            if recipe.training.bf16:
-                chunk = Float16Module(self.config, chunk)
-            chunk.model_type = ModelType.encoder_or_decoder
-            chunks.append(chunk)
-        return chunks
-
     def _build_forward_step(self) -> Any:
         """What get_forward_backward_func calls for every micro-batch of training."""
         recipe = self.recipe
@@ -180,7 +156,7 @@ class Trainer:
             return forward_step
         if recipe.teacher is None:
             return DistillationStep(recipe.distillation, self.model, None)
-        teachers = self._build_chunks(None)
+        teachers = build_chunks(recipe, self.config, None)
         for teacher in teachers:
             teacher.eval().requires_grad_(False)
         load_teacher(recipe.teacher, teachers, recipe)
@@ -193,6 +169,8 @@ class Trainer:
 
     def run(self) -> StepResult | None:
         """Trains to the end of the recipe (or ``training.exit_after_steps``); resumes from ``latest`` if there is one.
+
+        A request to stop is carried out at the end of a step: a full checkpoint is saved, and ``stopped`` is set.
 
         Returns:
             The last evaluation on held-out samples, or None without held-out data.
@@ -211,9 +189,11 @@ class Trainer:
                 recipe.total_steps, done_steps=self.step, enabled=writes and recipe.monitor.progress_bar
             ) as progress,
             _monitor(recipe, self.step, writes) as monitor,
+            self.store,
         ):
             scheduler: Any = None
-            while self.step < last_step:
+            while self.step < last_step and not self.stopped:
+                self.store.poll()
                 plan = plan_step(recipe.phases, recipe.dmc, self.step)
                 if scheduler is None or plan.step_in_phase == 0:
                     if plan.step_in_phase == 0:
@@ -244,11 +224,17 @@ class Trainer:
                         self.store.save_weights(f"cr_{ratio}", self.step, plan.phase_index, result.ratio(noisy=False))
                 if last:
                     self.store.save_weights("final", self.step, plan.phase_index, result.ratio(noisy=False))
-                if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step):
+                self.stopped = result.stop and self.step < last_step
+                if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step or self.stopped):
                     # First: a resumed run writes no point before its checkpoint again.
                     if monitor is not None:
                         monitor.flush()
                     self.store.save_full(self.step, plan.phase_index, result.ratio(noisy=False), self.merge_fraction)
+                if self.stopped:
+                    self.store.wait()
+                    progress.message(
+                        f"asked to stop: saved after step {self.step}; the same command goes on from there"
+                    )
         return evaluation
 
     def _train_step(self, plan: StepPlan) -> StepResult:
@@ -266,7 +252,8 @@ class Trainer:
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
         result.grad_norm = float(grad_norm)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and updated):
+        finite = math.isfinite(result.loss) or not result.tokens
+        if not (finite and math.isfinite(result.grad_norm) and updated):
             raise TrainingError(
                 f"step {self.step + 1} has loss {result.loss} and gradient norm {result.grad_norm}: training diverged; lower "
                 f"phases[{plan.phase_index}].lr and resume from the last checkpoint"
@@ -274,12 +261,12 @@ class Trainer:
         return result
 
     def _micro_batches(self, data: SampleDataset, first_sample: int) -> list[dict[str, Tensor]]:
-        """This replica's share of the global batch; which samples it holds is a function of their global numbers alone."""
+        """This rank's share of the global batch; which samples it holds is a function of their global numbers alone."""
         size = self.recipe.training.micro_batch_size
         replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         rounds = self.recipe.training.global_batch_size // (size * replicas)
         begins = [first_sample + (i * replicas + replica) * size for i in range(rounds)]
-        return [_to_device(global_batch(data, range(begin, begin + size))) for begin in begins]
+        return [_to_device(on_this_context_rank(global_batch(data, range(begin, begin + size)))) for begin in begins]
 
     def _alpha_gradient(self, plan: StepPlan, micro_batches: list[dict[str, Tensor]]) -> float:
         """What every alpha of this step gets: the hinge's slope -lambda / (alphas of the global batch) while the gate is open.
@@ -290,7 +277,7 @@ class Trainer:
             return 0.0
         recipe = self.recipe
         valid = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
-        dist.all_reduce(valid, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(valid, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         alphas = (
             recipe.model.num_layers
             * recipe.model.num_query_groups
@@ -315,7 +302,7 @@ class Trainer:
         return [output["sums"] for output in outputs]
 
     def _reduce(self, outputs: list[Tensor]) -> StepResult:
-        """The step's one message: losses of the last stage and decision counts of every layer, summed over all ranks."""
+        """The step's one message: losses of the last stage, decision counts of every layer, and requests to stop, summed."""
         model = self.recipe.model
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         counts = torch.zeros(3, model.num_layers, model.num_query_groups, dtype=torch.float64, device=device)
@@ -326,10 +313,17 @@ class Trainer:
         losses = torch.zeros(3, dtype=torch.float64, device=device)
         if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
             losses += torch.stack(outputs).sum(0)
-        message = torch.cat([counts.flatten(), losses])
+        stop = losses.new_tensor([self.stop_request.received is not None])
+        message = torch.cat([counts.flatten(), losses, stop])
         dist.all_reduce(message)
-        total, apart, tokens = message[-3:].tolist()
-        return StepResult(total / tokens, apart / tokens, tokens, message[:-3].view_as(counts).cpu())
+        total, apart, tokens, stops = message[-4:].cpu()
+        return StepResult(
+            float(total / tokens),
+            float(apart / tokens),
+            float(tokens),
+            message[:-4].view_as(counts).cpu(),
+            stop=bool(stops > 0),
+        )
 
     def _clear_decision_channel(self) -> None:
         for layer in self._layers():
@@ -338,7 +332,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, plan: StepPlan) -> StepResult | None:
-        """Loss and noise-free decisions on the held-out samples; None without any. The plan says whether anything merges."""
+        """Loss and noise-free decisions on the held-out samples; None without any, or if none of their tokens counts.
+
+        The plan says whether anything merges.
+        """
         if self.valid_data is None:
             return None
         per_batch = self.recipe.training.global_batch_size
@@ -348,6 +345,7 @@ class Trainer:
         for layer in self._layers():
             layer.step = StepContext(plan.merging, plan.channel_scale)
             layer.statistics.reset()
+        gather_parameters(self.model)
         for chunk in self.model:
             chunk.eval()
         outputs = []
@@ -357,7 +355,7 @@ class Trainer:
         result = self._reduce(outputs)
         for chunk in self.model:
             chunk.train()
-        return result
+        return result if result.tokens else None
 
     def _record(self, plan: StepPlan, result: StepResult, learning_rate: float, seconds: float) -> StepRecord:
         recipe = self.recipe
@@ -373,7 +371,7 @@ class Trainer:
             distillation_loss=result.distillation_loss if recipe.distills else None,
             learning_rate=learning_rate,
             grad_norm=result.grad_norm,
-            tokens_per_second=result.tokens / seconds,
+            tokens_per_second=recipe.training.global_batch_size * recipe.data.sequence_length / seconds,
             memory_bytes=measure_memory_bytes(),
             consumed_samples=samples,
             consumed_tokens=samples * recipe.data.sequence_length,
@@ -383,10 +381,6 @@ class Trainer:
             target_compression_ratio=plan.target_compression_ratio,
             layer_head_ratio=result.layer_head_ratio,
         )
-
-
-def _require_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,12 +27,12 @@ _BLOCK_BYTES = 1 << 16
 _BLOCKS_PER_FILE = 4
 
 
-def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+def model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """The model's sharded state dict; tensors are named globally, whatever the layout."""
     chunks = [_without_wrapper(chunk) for chunk in model_chunks]
     if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=metadata)}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+        return {"model": chunks[0].sharded_state_dict()}
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
 
 
 def set_model_state(

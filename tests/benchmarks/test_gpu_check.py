@@ -63,5 +63,7 @@ def test_all_checks_pass_at_toy_size_on_a_cpu() -> None:
         {line.strip().split("  ")[0] for line in part.splitlines()}
         for part in done.stdout.split("forward + backward, bf16")
     )
-    assert checks >= {f"{form}, {decisions}" for form in forms for decisions in ("soft", "hard")} | {"pooling"}
+    assert checks >= {
+        f"{form}, {decisions}" for form in forms for decisions in ("soft", "hard", "soft, packed documents")
+    } | {"pooling"}
     assert times >= {*forms, "pooling", "step, projection"}

@@ -1,75 +1,83 @@
-"""The same retrofit in two processes: losses, ratios and gradient norms do not depend on the layout."""
+"""Every layout computes the same retrofit: the cluster check's runs, on gloo.
 
-import os
-import socket
-import subprocess
-import sys
+Only what is selected is run, so that ``-m quick`` is quick.
+"""
+
 from pathlib import Path
+from typing import Any
 
 import pytest
-from toy import recipe_values, scalars, write_recipe, write_text
+from torch import Tensor
+
+from megatron_dmc.cluster_check.cases import CASES, Case, run_folder
+from megatron_dmc.cluster_check.launch import run_layouts
+from megatron_dmc.cluster_check.layouts import REFERENCE, Layout, all_layouts
+from megatron_dmc.cluster_check.report import make_report
+from megatron_dmc.inference.loading import load_model
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = {
-    "dp2": [],
-    "tp2": ["parallel.tensor_model_parallel_size=2"],
-    "tp2-sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
-    "pp2": ["parallel.pipeline_model_parallel_size=2"],
-}
-TAGS = (
-    "loss/lm",
-    "compression_ratio/noisy",
-    "compression_ratio/noise_free",
-    "train/gradient_norm",
-)
-# What is trained, and with it what travels through the layout.
-KINDS = {
-    "full": [],
-    "window-distilled": ["dmc.local_window=4", "distillation.weight=0.5", "distillation.top_k=20"],
-    "evict-adapter-distilled": [
-        *("dmc.local_window=4", "dmc.operation=evict", "training.train=adapter", "training.recompute=full"),
-        *("distillation.weight=1", "distillation.direction=reverse"),
-    ],
-}
+LAYOUTS = {layout.name: layout for layout in all_layouts()}
+PROJECTION = CASES[0]
+QUICK_LAYOUTS = ("micro-batch 1", "TP2+SP", "PP2xVPP2", "DP2, distributed optimizer, overlap")
+QUICK_CASES = ("projection", "neuron")
+# Adam's step is 1e-3: weights that are one step old would show.
+WEIGHT_TOLERANCE = 1e-4
 
 
-def run(recipe: Path, processes: int, overrides: list[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    command += ["-m", "megatron_dmc", "retrofit", str(recipe), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def parameters() -> list[Any]:
+    pairs = [(layout, case) for layout in LAYOUTS.values() for case in CASES if layout.name != REFERENCE]
+    return [
+        pytest.param(
+            layout,
+            case,
+            id=f"{layout.name}-{case.name}",
+            marks=[pytest.mark.quick] if layout.name in QUICK_LAYOUTS and case.name in QUICK_CASES else [],
+        )
+        for layout, case in pairs
+    ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, initial weights, and the runs of one process."""
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder of all runs that the selected tests look at."""
+    selected = [item.callspec.params for item in request.session.items if item.path == request.node.path]
+    layouts = [LAYOUTS[REFERENCE]] + [x for x in LAYOUTS.values() if x in [chosen["layout"] for chosen in selected]]
+    cases = [case for case in CASES if case in [chosen["case"] for chosen in selected]]
     folder = tmp_path_factory.mktemp("layouts")
-    write_text(folder)
-    run(recipe(folder, "base"), 1, ["phases=[{kind: pretrain, steps: 1, lr: 1e-3}]", "checkpoint.load_base=null"])
-    for kind, overrides in KINDS.items():
-        run(recipe(folder, f"one-{kind}"), 1, overrides)
+    failures = run_layouts(folder, layouts, cases, 8)
+    assert not failures
     return folder
 
 
-def recipe(folder: Path, name: str) -> Path:
-    phases = [{"kind": "compress", "steps": 5, "lr": 1e-3, "start_compression_ratio": 2.0}]
-    values = recipe_values(folder, folder / name, phases, temperature=0.5)
-    values["data"]["sequence_length"] = 32
-    values["model"]["init_method_std"] = 0.2
-    values["training"]["micro_batch_size"] = 1
-    values["checkpoint"]["load_base"] = str(folder / "base" / "checkpoints" / "final")
-    return write_recipe(folder / name, values)
+@pytest.mark.parametrize(("layout", "case"), parameters())
+def test_layout_equals_one_process(runs: Path, layout: Layout, case: Case) -> None:
+    (row,) = make_report(runs, [LAYOUTS[REFERENCE], layout], [case], {}, {})["rows"]
+    assert row["outcome"] == "same", row
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(folder: Path, layout: str, kind: str) -> None:
-    name = f"{layout}-{kind}"
-    run(recipe(folder, name), 2, LAYOUTS[layout] + KINDS[kind])
-    for tag in TAGS if kind == "full" else (*TAGS, "loss/distillation"):
-        assert scalars(folder / name, tag) == pytest.approx(scalars(folder / f"one-{kind}", tag), rel=5e-5), tag
+@pytest.fixture(scope="module")
+def expected_weights(runs: Path, one_process: None) -> dict[str, Tensor]:
+    final = run_folder(runs, PROJECTION, LAYOUTS[REFERENCE]) / "checkpoints" / "final"
+    return dict(load_model(final).model.named_parameters())
+
+
+@pytest.mark.parametrize("case", [PROJECTION], ids=["projection"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(x, id=x.name, marks=[pytest.mark.quick] if x.name in QUICK_LAYOUTS else [])
+        for x in LAYOUTS.values()
+        if x.processes > 1
+    ],
+)
+def test_saved_weights_are_those_of_the_last_step(
+    runs: Path, expected_weights: dict[str, Tensor], layout: Layout, case: Case
+) -> None:
+    saved = run_folder(runs, case, layout) / "checkpoints" / "final"
+    if not saved.exists():
+        pytest.skip("this layout did not run")
+    weights = dict(load_model(saved).model.named_parameters())
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        assert float((weight - expected_weights[name]).abs().max()) < WEIGHT_TOLERANCE, name

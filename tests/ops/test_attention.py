@@ -144,9 +144,10 @@ def test_enormous_logits_are_binary_decisions() -> None:
 
 
 def test_log_sum_exp() -> None:
-    inputs = slots(33, heads=8, logits="mixed")
-    _, lse = diagonal_forward(*inputs, 0.25, None)
-    _, expected = naive.dmc_attention(*inputs, 0.25)
+    query, key, value, logits = slots(33, heads=8, logits="mixed")
+    following = F.pad(logits[:, 1:], (0, 0, 0, 1), value=-INFINITY)
+    _, lse = diagonal_forward(query, key, value, following, 0.25, None)
+    _, expected = naive.dmc_attention(query, key, value, logits, 0.25)
     torch.testing.assert_close(lse, expected, rtol=1e-12, atol=1e-12)
     out, lse = diagonal_forward(*slots(33, heads=8, dtype=torch.bfloat16), 0.25, None)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and lse.shape == (2, 33, 8)

@@ -96,3 +96,23 @@ def test_bad_dmc_settings_name_field_value_and_remedy(settings: dict[str, object
 def test_bad_settings_name_field_and_value(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(EXAMPLES / "quickstart" / "recipe.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.sequence_length=1026"],
+            r"sequence_length \(1026\) must be divisible by 4 .* use 1024 or 1028, or another",
+        ),
+        (
+            ["parallel.cp_comm_type=a2a", "parallel.context_parallel_size=4"],
+            "a2a needs .* use a context_parallel_size of 1, 2",
+        ),
+        (["dmc.window_size=12"], r"window_size \(12\) must be null for parallel.context_parallel_size > 1"),
+    ],
+)
+def test_context_parallel_layouts_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
+    sizes = ["model.num_query_groups=2", "model.max_position_embeddings=4096", "data.sequence_length=1024"]
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(EXAMPLES / "quickstart" / "recipe.yaml", [*sizes, "parallel.context_parallel_size=2", *overrides])

@@ -25,13 +25,14 @@ from megatron_dmc.training.checkpoint import (
     CheckpointInfo,
     check_checkpoint,
     load_checkpoint,
-    prepare_optimizer_for_load,
     prune,
+    publish,
     read_latest,
-    restore_adam_steps,
     save_checkpoint,
     update_latest,
 )
+from megatron_dmc.training.checkpoint_background import BackgroundWriter
+from megatron_dmc.training.checkpoint_save import StagedCheckpoint, stage_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -360,25 +361,56 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-class Adam:
-    """The part of megatron-core's distributed optimizer that the two helpers touch, over a real torch optimizer."""
-
-    def __init__(self, step_of_group: int) -> None:
-        self.parameter = torch.nn.Parameter(torch.zeros(2))
-        self.optimizer = torch.optim.AdamW([self.parameter])
-        self.optimizer.param_groups[0]["step"] = step_of_group
-
-    def _init_optimizer_states_with_dummy_values(self) -> None:
-        self.parameter.grad = torch.zeros(2)
-        self.optimizer.step()
+def test_a_staged_checkpoint_is_what_was_there_when_it_was_staged(tmp_path: Path) -> None:
+    living = state(3.0)
+    tensors = [living["model"][name].data for name in ("weight", "half", "count")]
+    staged = stage_checkpoint(living, copies=True)
+    for tensor in tensors:
+        tensor.fill_(-1)
+    write_checkpoint(tmp_path, "step_3", staged, INFO)
+    loaded = load_checkpoint(tmp_path / "step_3", state())["model"]
+    assert [float(loaded[name].max()) for name in ("weight", "half", "count")] == [3.0] * 3
 
 
-def test_adam_steps_come_from_the_group() -> None:
-    part = Adam(step_of_group=40)
-    prepare_optimizer_for_load(part)
-    assert part.optimizer.state[part.parameter]["step"] == 1
-    restore_adam_steps(part)
-    assert part.optimizer.state[part.parameter]["step"] == 40
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    background, may_write = BackgroundWriter(), threading.Event()
+
+    def write(group: dist.ProcessGroup) -> None:
+        assert may_write.wait(60)
+        save_in_background(tmp_path, "step_1", staged, group)
+
+    staged = stage_checkpoint(state(1.0), copies=True)
+    background.start(write)
+    background.poll()
+    sums = torch.ones(1)
+    dist.all_reduce(sums)
+    assert not (tmp_path / "step_1").exists() and read_latest(tmp_path) is None
+    may_write.set()
+    background.wait()
+    assert load_checkpoint(tmp_path / str(read_latest(tmp_path)), state())["step"] == 1
+
+
+def test_a_failure_in_the_background_is_raised_at_the_next_poll(tmp_path: Path) -> None:
+    background = BackgroundWriter()
+    broken = state(2.0)
+    broken["nested"]["function"] = time.sleep
+    staged = stage_checkpoint(broken, copies=True)
+    background.start(lambda group: save_in_background(tmp_path, "step_2", staged, group))
+    with pytest.raises(CheckpointError, match=r"cannot save .*time\.sleep") as raised:
+        while True:
+            background.poll()
+    assert "\n" not in str(raised.value)
+    assert hidden(tmp_path) == [] and not (tmp_path / "step_2").exists() and read_latest(tmp_path) is None
+    # Reported once; the next one is written.
+    staged = stage_checkpoint(state(3.0), copies=True)
+    background.start(lambda group: save_in_background(tmp_path, "step_3", staged, group))
+    background.wait()
+    assert read_latest(tmp_path) == "step_3"
+
+
+def save_in_background(root: Path, name: str, staged: StagedCheckpoint, group: dist.ProcessGroup) -> None:
+    write_checkpoint(root, name, staged, INFO, group=group)
+    publish(root, name, 1, group)
 
 
 def start(scenario: str, root: Path, rank: int = 0) -> subprocess.Popen[str]:
@@ -392,8 +424,9 @@ def start(scenario: str, root: Path, rank: int = 0) -> subprocess.Popen[str]:
     )
 
 
-def test_a_kill_while_saving_harms_nothing_and_is_cleaned_up(tmp_path: Path) -> None:
-    process = start("kill", tmp_path)
+@pytest.mark.parametrize("scenario", ["kill", "kill-background"])
+def test_a_kill_while_saving_harms_nothing_and_is_cleaned_up(tmp_path: Path, scenario: str) -> None:
+    process = start(scenario, tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
     assert [name for name in hidden(tmp_path) if name.startswith(".step_2.tmp-")], "nothing was being written"
@@ -404,8 +437,9 @@ def test_a_kill_while_saving_harms_nothing_and_is_cleaned_up(tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-def test_two_ranks_save_and_fail_together(tmp_path: Path) -> None:
-    processes = [start("two", tmp_path, rank) for rank in range(2)]
+@pytest.mark.parametrize("scenario", ["two", "two-background"])
+def test_two_ranks_save_and_fail_together(tmp_path: Path, scenario: str) -> None:
+    processes = [start(scenario, tmp_path, rank) for rank in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     lines = [next(line for line in output.splitlines() if line.startswith("ERROR ")) for output in outputs]
@@ -419,10 +453,19 @@ def test_two_ranks_save_and_fail_together(tmp_path: Path) -> None:
     assert loaded["step"] == 1
 
 
-def kill_while_saving(root: Path) -> None:
+def save(root: Path, name: str, sharded_state_dict: dict[str, Any], background: BackgroundWriter | None) -> None:
+    """And makes it the latest."""
+    staged = stage_checkpoint(sharded_state_dict, copies=background is not None)
+    if background is None:
+        write_checkpoint(root, name, staged, INFO)
+        publish(root, name, 2)
+    else:
+        background.start(lambda group: save_in_background(root, name, staged, group))
+
+
+def kill_while_saving(root: Path, background: BackgroundWriter | None) -> None:
     """Saves step_1, then dies of SIGKILL with step_2 half written."""
-    save_checkpoint(root, "step_1", state(1.0), INFO)
-    update_latest(root, "step_1")
+    save(root, "step_1", state(1.0), background)
 
     def kill_when_data_is_there() -> None:
         while not any(root.glob(".step_2.tmp-*/*.distcp")):
@@ -432,23 +475,29 @@ def kill_while_saving(root: Path) -> None:
     large = state(2.0)
     large["model"]["large"] = ShardedTensor.from_rank_offsets("large", torch.zeros(16_000_000), replica_id=0)
     threading.Thread(target=kill_when_data_is_there, daemon=True).start()
-    save_checkpoint(root, "step_2", large, INFO)
+    save(root, "step_2", large, background)
+    if background is not None:
+        background.wait()
 
 
-def save_on_two_ranks(root: Path, rank: int) -> None:
+def save_on_two_ranks(root: Path, rank: int, background: BackgroundWriter | None) -> None:
     """Saves step_1 from both ranks; then rank 1 alone cannot write, and both ranks must say so."""
 
     def sharded(columns: int, value: float) -> dict[str, Any]:
         shard = torch.full((2, columns), value)
         return {"weight": ShardedTensor.from_rank_offsets("weight", shard, (0, rank, 2), replica_id=0), "step": 1}
 
-    folder = save_checkpoint(root, "step_1", sharded(3, 1.0 + rank), INFO)
-    loaded = load_checkpoint(folder, sharded(3, 0.0))
+    save(root, "step_1", sharded(3, 1.0 + rank), background)
+    if background is not None:
+        background.wait()
+    loaded = load_checkpoint(root / "step_1", sharded(3, 0.0))
     assert torch.equal(loaded["weight"], torch.full((2, 3), 1.0 + rank))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
-        save_checkpoint(root, "step_2", sharded(50_000, 0.0), INFO)
+        save(root, "step_2", sharded(50_000, 0.0), background)
+        if background is not None:
+            background.wait()
     except CheckpointError as error:
         print("ERROR", error)
 
@@ -459,9 +508,11 @@ if __name__ == "__main__":
     scenario, root, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     group = root.with_name(root.name + "-group")
     group.mkdir(exist_ok=True)
-    join_group(group, rank, 2 if scenario == "two" else 1)
-    if scenario == "two":
-        save_on_two_ranks(root, rank)
+    kind, _, is_behind = scenario.partition("-")
+    join_group(group, rank, 2 if kind == "two" else 1)
+    background = BackgroundWriter() if is_behind else None
+    if kind == "two":
+        save_on_two_ranks(root, rank, background)
     else:
-        kill_while_saving(root)
+        kill_while_saving(root, background)
     dist.destroy_process_group()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from chats import chat_tokenizer, conversations, message, naive_document, write_chats
 from texts import TEXTS, full_disk
 
 from megatron_dmc.training.data.indexed_dataset import read_index
@@ -93,3 +94,49 @@ def test_help_needs_no_package():
     command = [sys.executable, "-S", str(TOOL), "--help"]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--valid-fraction" in done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    return chat_tokenizer(tmp_path_factory.mktemp("chat_tokenizer")).folder
+
+
+def test_chat(tmp_path, chat_folder, capsys):
+    chats = conversations(30)
+    path = write_chats(tmp_path / "chat.jsonl", [*chats, [message("user", "nobody answers")]])
+    arguments = ["--chat", "--input", path, "--tokenizer", str(chat_folder), "--output", str(tmp_path / "data")]
+    assert preprocess_data.main([*arguments, "--valid-fraction", "0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokenizer = load_tokenizer(chat_folder)
+    learned = 0
+    for name, line in zip(("train", "valid"), lines, strict=True):
+        counts = json.loads((tmp_path / f"data_{name}.json").read_text())
+        learned += counts["trained_tokens"]
+        assert f"{counts['documents']} documents, {counts['tokens']} tokens ({counts['trained_tokens']} of" in line
+    assert learned == sum(sum(naive_document(tokenizer, chat)[1]) for chat in chats)
+    assert preprocess_data.main(arguments) == 0 and read_index(str(tmp_path / "data")).documents == 30
+
+
+@pytest.mark.parametrize(
+    ("lines", "changed", "message"),
+    [
+        ('{"text": "a"}', {}, 'chat.jsonl:1 is not an object with a list "messages"'),
+        ('{"messages": [{"role": "user", "content": "a"}]}', {}, "there is no document to write"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', {"--valid-fraction": "0.5"}, "is not cut"),
+        ("", {"--tokenizer": "{plain}"}, "has no chat template"),
+        ("", {"--chat-template": "missing.jinja"}, "chat template missing.jinja cannot be read"),
+        ("", {"--chat": None, "--chat-template": "a.jinja"}, "--chat-template is for --chat"),
+        ("", {"--tokenizer": None, "--train-tokenizer": "300"}, "--chat needs --tokenizer"),
+        ('{"messages": []}', {"--chat": None}, "(conversations are read with --chat)"),
+    ],
+)
+def test_bad_chat_input_is_one_line(tmp_path, chat_folder, tokenizer, capsys, lines, changed, message):
+    (tmp_path / "chat.jsonl").write_text(lines)
+    options = {"--chat": "", "--input": str(tmp_path / "chat.jsonl"), "--output": str(tmp_path / "data")}
+    options |= {"--tokenizer": str(chat_folder)} | changed
+    words = [word for pair in options.items() if pair[1] is not None for word in pair if word]
+    words = [word.replace("{plain}", str(tokenizer.folder)) for word in words]
+    assert preprocess_data.main(words) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped")]
+    assert len(error) == 1 and message in error[0]
+    assert os.listdir(tmp_path) == ["chat.jsonl"]

@@ -1,17 +1,15 @@
 """Attention over all intermediate states of all slots (paper, section 3.2), with an optional window of raw keys."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from megatron_dmc.ops.attention import naive
-from megatron_dmc.ops.attention.diagonal import DiagonalAttention
-from megatron_dmc.ops.attention.documents import attend_documents
-from megatron_dmc.ops.attention.windowed import WindowedAttention
+from megatron_dmc.ops.attention.documents import Documents
+from megatron_dmc.ops.attention.windowed import Form, States, attend_whole
 
-__all__ = ["dmc_attention", "windowed_dmc_attention"]
+__all__ = ["Documents", "causal_attention", "dmc_attention", "windowed_dmc_attention"]
 
 
 def dmc_attention(
@@ -22,7 +20,7 @@ def dmc_attention(
     *,
     softmax_scale: float | None = None,
     bias_channel: int | None = None,
-    document_starts: Tensor | None = None,
+    document_starts: Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Query i sees slot state j <= i with score q_i . k~_j / sqrt(d) + [j < i] log(1 - alpha_{j+1}).
@@ -39,7 +37,8 @@ def dmc_attention(
         softmax_scale: 1 / sqrt(head_dim) by default.
         bias_channel: a channel that is zero in query and key and may carry the bias (the ``neuron`` source); its
             gradient is zero. None: every channel counts.
-        document_starts: bool [batch, seq], true at the first token of a document: no attention across.
+        document_starts: bool [batch, seq], true at the first token of a document: no attention across. Or the same as
+            Documents, made once for many layers.
         backend: "auto" or "torch"; "naive" is the oracle with its dense s x s bias.
 
     Returns:
@@ -53,9 +52,23 @@ def dmc_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     tensors = query, key, value, merge_logits
     if backend == "naive":
-        return naive.dmc_attention(*tensors, scale, document_starts)[0]
+        return naive.dmc_attention(*tensors, scale, _as_starts(document_starts, query))[0]
     _check_backend(backend)
-    return _attend(DiagonalAttention.apply, tensors, (scale, bias_channel), document_starts)
+    states = query, None, None, key, value, merge_logits
+    return _attend(states, Form(0, "merge", scale, bias_channel), document_starts)
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    document_starts: Tensor | Documents | None = None,
+) -> Tensor:
+    """Plain causal attention to all keys of a document; arguments as dmc_attention's."""
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    return _attend((query, key, value, None, None, None), Form(0, None, scale, None), document_starts)
 
 
 def windowed_dmc_attention(
@@ -70,7 +83,7 @@ def windowed_dmc_attention(
     operation: Literal["merge", "evict"] = "merge",
     softmax_scale: float | None = None,
     bias_channel: int | None = None,
-    document_starts: Tensor | None = None,
+    document_starts: Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention where a decision is carried out when its token is ``local_window`` tokens old (algorithm.md, section 7).
@@ -112,28 +125,30 @@ def windowed_dmc_attention(
         )
     _check(query, merge_logits, key, value, pooled_key, pooled_value)
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    tensors = query, key, value, pooled_key, pooled_value, merge_logits
     if backend == "naive":
-        return naive.windowed_dmc_attention(*tensors, local_window, operation, scale, document_starts)[0]
+        tensors = query, key, value, pooled_key, pooled_value, merge_logits
+        return naive.windowed_dmc_attention(
+            *tensors, local_window, operation, scale, _as_starts(document_starts, query)
+        )[0]
     _check_backend(backend)
-    settings = local_window, operation, scale, bias_channel
-    return _attend(WindowedAttention.apply, tensors, settings, document_starts)
+    far = (pooled_key, pooled_value) if operation == "merge" else (None, None)
+    states = query, key, value, *far, merge_logits
+    return _attend(states, Form(local_window, operation, scale, bias_channel), document_starts)
 
 
-def _attend(
-    function: Callable[..., tuple[Tensor, Tensor]],
-    tensors: tuple[Tensor, ...],
-    settings: tuple[Any, ...],
-    document_starts: Tensor | None,
-) -> Tensor:
-    """``function`` on whole rows, or on the documents of all rows; the merge logits are the last of the tensors."""
-    if document_starts is None or not bool(document_starts[:, 1:].any()):
-        return function(*tensors, *settings)[0]
-    starts = document_starts.clone()
-    starts[:, 0] = True
-    # The ignored first logits must not leak out of the padding behind a document, where its first token stands in.
-    merge_logits = tensors[-1].masked_fill(starts[..., None], float("-inf"))
-    return attend_documents(lambda *rows: function(*rows, *settings), starts, (*tensors[:-1], merge_logits))[0]
+def _attend(states: States, form: Form, document_starts: Tensor | Documents | None) -> Tensor:
+    """``attend_whole``; rows of one document each need no boundaries."""
+    if isinstance(document_starts, Tensor):
+        several = bool(document_starts[:, 1:].any())
+        document_starts = Documents.from_starts(document_starts) if several else None
+    return attend_whole(states, form._replace(documents=document_starts))
+
+
+def _as_starts(document_starts: Tensor | Documents | None, query: Tensor) -> Tensor | None:
+    """bool [batch, seq]"""
+    if isinstance(document_starts, Documents):
+        return document_starts.starts.view(query.shape[:2])
+    return document_starts
 
 
 def _check(query: Tensor, merge_logits: Tensor, key: Tensor, *others: Tensor) -> None:

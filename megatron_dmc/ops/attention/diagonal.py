@@ -5,36 +5,48 @@ exp(s_ii) = (1 - alpha_{i+1}) exp(s_ii) + alpha_{i+1} exp(s_ii), is one positive
 u_i = log alpha_{i+1} + s_ii. Sums and weights are positive: nothing cancels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.ops.attention.flash import HIDDEN, flash_backward, flash_forward
+from megatron_dmc.ops.attention.documents import Documents
+from megatron_dmc.ops.attention.flash import fading_bias, flash_backward, flash_forward
 
 
-class KeyGradients(NamedTuple):
+class FarGradients(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    merge_logits: Tensor
+    fading: Tensor | None
 
 
 def diagonal_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    merge_logits: Tensor,
+    fading: Tensor,
     softmax_scale: float,
     bias_channel: int | None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [batch, seq, heads, head_dim] and log-sum-exp [batch, seq, heads]; arguments as dmc_attention's."""
+    """out [batch, seq, heads, head_dim] and log-sum-exp [batch, seq, heads].
+
+    Args:
+        query, key, value: as dmc_attention's.
+        fading: l_{j+1}, the merge logit of the token after key j, [batch, seq, kv_heads] in float32 or wider.
+    """
     kv_heads = key.shape[2]
-    following = _next_logits(merge_logits).to(torch.promote_types(query.dtype, torch.float32))
-    key_bias = F.logsigmoid(-following).clamp(min=HIDDEN)
     out, lse = flash_forward(
-        query, key, value, key_bias, causal=True, softmax_scale=softmax_scale, bias_channel=bias_channel
+        query,
+        key,
+        value,
+        fading_bias(fading),
+        causal=True,
+        softmax_scale=softmax_scale,
+        bias_channel=bias_channel,
+        documents=documents,
     )
     grouped_query, grouped_out, lse = (
         _per_group(query, kv_heads),
@@ -42,7 +54,7 @@ def diagonal_forward(
         _per_group(lse, kv_heads),
     )
     own = softmax_scale * (grouped_query * key[..., None, :]).sum(-1, dtype=lse.dtype)
-    own += F.logsigmoid(following)[..., None]
+    own += F.logsigmoid(fading)[..., None]
     joined = torch.logaddexp(lse, own)
     # lerp: out + w (value - out), the own slot's weight w = exp(own - joined)
     weight = torch.exp(own - joined).to(out.dtype)[..., None]
@@ -55,16 +67,15 @@ def diagonal_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    merge_logits: Tensor,
+    fading: Tensor,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
     bias_channel: int | None,
-) -> KeyGradients:
+    documents: Documents | None = None,
+) -> FarGradients:
     """The gradients, given the final out and lse of a softmax that may have been joined with further terms."""
     kv_heads = key.shape[2]
-    following = _next_logits(merge_logits).to(lse.dtype)
-    key_bias = F.logsigmoid(-following).clamp(min=HIDDEN)
     d_query, d_key, d_value, d_bias = flash_backward(
         grad_out,
         query,
@@ -72,15 +83,16 @@ def diagonal_backward(
         value,
         out,
         lse,
-        key_bias,
+        fading_bias(fading),
         causal=True,
         softmax_scale=softmax_scale,
         bias_channel=bias_channel,
+        documents=documents,
     )
     assert d_bias is not None
     grouped_query, grouped_grad = _per_group(query, kv_heads), _per_group(grad_out, kv_heads)
     own = softmax_scale * (grouped_query * key[..., None, :]).sum(-1, dtype=lse.dtype)
-    own += F.logsigmoid(following)[..., None]
+    own += F.logsigmoid(fading)[..., None]
     probability = torch.exp(own - _per_group(lse, kv_heads))
     # p_i (dout_i . v_i - dout_i . out_i)
     difference = value[..., None, :] - _per_group(out, kv_heads)
@@ -99,36 +111,8 @@ def diagonal_backward(
     _per_group(d_query, kv_heads).addcmul_(scaled, key[..., None, :])
 
     # 1 - alpha as a sigmoid of its own: the difference has no digits left where alpha is near 1.
-    d_following = d_score.sum(-1) * torch.sigmoid(-following) - d_bias * torch.sigmoid(following)
-    d_logits = F.pad(d_following[:, :-1], (0, 0, 1, 0)).to(merge_logits.dtype)
-    return KeyGradients(d_query, d_key, d_value, d_logits)
-
-
-class DiagonalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        merge_logits: Tensor,
-        softmax_scale: float,
-        bias_channel: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = diagonal_forward(query, key, value, merge_logits, softmax_scale, bias_channel)
-        ctx.save_for_backward(query, key, value, merge_logits, out, lse)
-        ctx.settings = softmax_scale, bias_channel
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*diagonal_backward(grads[0], *ctx.saved_tensors, *ctx.settings), None, None)
-
-
-def _next_logits(merge_logits: Tensor) -> Tensor:
-    """l_{j+1}; nothing comes after the last token. [B, S, KV]"""
-    return F.pad(merge_logits[:, 1:], (0, 0, 0, 1), value=float("-inf"))
+    d_fading = d_score.sum(-1) * torch.sigmoid(-fading) - d_bias * torch.sigmoid(fading)
+    return FarGradients(d_query, d_key, d_value, d_fading)
 
 
 def _per_group(x: Tensor, kv_heads: int) -> Tensor:

@@ -7,11 +7,13 @@ is added for the occasion.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_dmc.ops.attention.documents import Documents, by_documents
 
 # exp(-1e4) is 0 in every dtype, and -1e4 itself is exact enough in bf16 and fp16. An infinite bias would empty row 0.
 HIDDEN = -1e4
@@ -26,6 +28,11 @@ class Gradients(NamedTuple):
     key_bias: Tensor | None
 
 
+def fading_bias(logits: Tensor) -> Tensor:
+    """log(1 - sigmoid(logits)), which hides a key whose logit is infinite."""
+    return F.logsigmoid(-logits).clamp(min=HIDDEN)
+
+
 def flash_forward(
     query: Tensor,
     key: Tensor,
@@ -35,6 +42,7 @@ def flash_forward(
     causal: bool,
     softmax_scale: float,
     bias_channel: int | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q . k + key_bias) v on a stock flash kernel: no s x s tensor, K and V never expanded.
 
@@ -44,12 +52,22 @@ def flash_forward(
         key_bias: [batch, seq_k, kv_heads], finite (HIDDEN hides a key), or None.
         causal: query i sees keys j <= i (seq_q == seq_k).
         bias_channel: a channel that is zero in query and key.
+        documents: only with ``causal``: of tokens [1, tokens, ...], no document sees another.
 
     Returns:
         out [batch, seq_q, heads, head_dim] in query's dtype; log-sum-exp [batch, seq_q, heads], at least float32.
     """
     if query.is_cuda:
-        return cuda_forward(query, key, value, key_bias, causal, softmax_scale, bias_channel)
+        return cuda_forward(query, key, value, key_bias, causal, softmax_scale, bias_channel, documents=documents)
+    if documents is not None:
+
+        def rows(
+            _: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return flash_forward(query, key, value, key_bias, causal=causal, softmax_scale=softmax_scale)
+
+        out, lse = by_documents(documents, rows, query, key, value, key_bias)
+        return out, lse
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads_first(query, key, value), 0.0, causal, attn_mask=_mask(query, key_bias), scale=softmax_scale
     )
@@ -68,6 +86,7 @@ def flash_backward(
     causal: bool,
     softmax_scale: float,
     bias_channel: int | None = None,
+    documents: Documents | None = None,
 ) -> Gradients:
     """The kernel's gradients, given out and lse that may include terms which this kernel never saw.
 
@@ -75,7 +94,22 @@ def flash_backward(
     result is this part's exact share (as in ring attention, Liu et al., arXiv 2310.01889).
     """
     if query.is_cuda:
-        return cuda_backward(grad_out, query, key, value, out, lse, key_bias, causal, softmax_scale, bias_channel)
+        return cuda_backward(
+            grad_out, query, key, value, out, lse, key_bias, causal, softmax_scale, bias_channel, documents=documents
+        )
+    if documents is not None:
+
+        def rows(inside: Tensor, *tensors: Any) -> Gradients:
+            *states, key_bias = tensors
+            return flash_backward(
+                *unpadded(inside, *states),
+                key_bias,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                bias_channel=bias_channel,
+            )
+
+        return Gradients(*by_documents(documents, rows, grad_out, query, key, value, out, lse, key_bias))
     head_dim = query.shape[-1]
     if key_bias is None:
         wide, channel = (grad_out, query, key, value, out), None
@@ -95,6 +129,14 @@ def flash_backward(
         scale=softmax_scale,
     )
     return _split_bias([g.transpose(1, 2) for g in grads], channel, head_dim, 1.0)
+
+
+def unpadded(
+    inside: Tensor, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A backward pass's arguments, so that what is not ``inside`` [rows, seq] gets and gives no gradient."""
+    grad_out = grad_out.masked_fill(~inside[..., None, None], 0)
+    return grad_out, query, key, value, out, lse.masked_fill(~inside[..., None], float("inf"))
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -167,6 +209,7 @@ def cuda_forward(
     softmax_scale: float,
     bias_channel: int | None,
     window: int | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As flash_forward; with a window, query i sees keys i - window < j <= i."""
     _check_cuda(query)
@@ -174,20 +217,18 @@ def cuda_forward(
     if key_bias is not None:
         query, key, _, _ = _carry_bias(query, key, key_bias, softmax_scale, bias_channel)
         value = F.pad(value, (0, query.shape[-1] - head_dim))
+    tensors, places = _places(documents, query, key, value)
     out, lse, *_ = aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        None,
-        None,
-        query.shape[1],
-        key.shape[1],
+        *tensors,
+        *places,
         0.0,
         causal,
         False,
         scale=softmax_scale,
         **_window_sizes(window),
     )
+    if documents is not None:
+        out, lse = out[None], lse[None]
     return out[..., :head_dim], lse.transpose(1, 2)
 
 
@@ -203,6 +244,7 @@ def cuda_backward(
     softmax_scale: float,
     bias_channel: int | None,
     window: int | None = None,
+    documents: Documents | None = None,
 ) -> Gradients:
     """As flash_backward, with cuda_forward's window."""
     _check_cuda(query)
@@ -213,17 +255,11 @@ def cuda_backward(
         extra = (0, query.shape[-1] - head_dim)
         value, grad_out, out = F.pad(value, extra), F.pad(grad_out, extra), F.pad(out, extra)
     no_dropout = torch.zeros((), dtype=torch.uint64, device=query.device)
+    lse = lse.transpose(1, 2)  # [batch, heads, seq], or [heads, tokens]
+    tensors, places = _places(documents, grad_out.contiguous(), query, key, value, out.contiguous(), lse.contiguous())
     grads = aten._flash_attention_backward(
-        grad_out.contiguous(),
-        query,
-        key,
-        value,
-        out.contiguous(),
-        lse.transpose(1, 2).contiguous(),
-        None,
-        None,
-        query.shape[1],
-        key.shape[1],
+        *tensors,
+        *places,
         0.0,
         causal,
         no_dropout,
@@ -231,4 +267,15 @@ def cuda_backward(
         scale=softmax_scale,
         **_window_sizes(window),
     )
+    if documents is not None:
+        grads = [x[None] for x in grads]
     return _split_bias(grads, channel, head_dim, 1 / (softmax_scale * carrier))
+
+
+def _places(documents: Documents | None, *tensors: Tensor) -> tuple[list[Tensor], list[Any]]:
+    """The kernel's tensors, and its (cum_seq_q, cum_seq_k, max_q, max_k)."""
+    if documents is None:
+        query, key = tensors[:2] if len(tensors) == 3 else tensors[1:3]
+        return list(tensors), [None, None, query.shape[1], key.shape[1]]
+    ends, longest = documents.cu_seqlens, documents.longest
+    return [x[0] for x in tensors], [ends, ends, longest, longest]

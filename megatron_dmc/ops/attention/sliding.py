@@ -6,11 +6,13 @@ that it can see, and one small band mask serves all rows. Only the first block h
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_backward, flash_forward
+from megatron_dmc.ops.attention.documents import Documents, by_documents
+from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_backward, flash_forward, unpadded
 
 # Shorter blocks keep the CPU kernel waiting.
 SHORTEST_BLOCK = 32
@@ -25,7 +27,12 @@ aten = torch.ops.aten
 
 
 def sliding_forward(
-    query: Tensor, key: Tensor, value: Tensor, window: int, softmax_scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    softmax_scale: float,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q_i . k_j) v_j over i - window < j <= i.
 
@@ -33,15 +40,23 @@ def sliding_forward(
         query: [batch, seq, heads, head_dim].
         key, value: [batch, seq, kv_heads, head_dim].
         window: >= 1.
+        documents: of tokens [1, tokens, ...], no document sees another.
 
     Returns:
         out [batch, seq, heads, head_dim], log-sum-exp [batch, seq, heads].
     """
     seq = query.shape[1]
     if window >= seq:
-        return flash_forward(query, key, value, None, causal=True, softmax_scale=softmax_scale)
+        return flash_forward(query, key, value, None, causal=True, softmax_scale=softmax_scale, documents=documents)
     if query.is_cuda:
-        return cuda_forward(query, key, value, None, True, softmax_scale, None, window)
+        return cuda_forward(query, key, value, None, True, softmax_scale, None, window, documents)
+    if documents is not None:
+
+        def rows(_: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return sliding_forward(query, key, value, window, softmax_scale)
+
+        out, lse = by_documents(documents, rows, query, key, value)
+        return out, lse
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     for blocks, band in _groups(query, window):
@@ -62,13 +77,22 @@ def sliding_backward(
     lse: Tensor,
     window: int,
     softmax_scale: float,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, given out and lse that may include terms from outside the window."""
     seq = query.shape[1]
+    tensors = grad_out, query, key, value, out, lse
     if window >= seq:
-        return flash_backward(grad_out, query, key, value, out, lse, None, causal=True, softmax_scale=softmax_scale)[:3]
+        return flash_backward(*tensors, None, causal=True, softmax_scale=softmax_scale, documents=documents)[:3]
     if query.is_cuda:
-        return cuda_backward(grad_out, query, key, value, out, lse, None, True, softmax_scale, None, window)[:3]
+        return cuda_backward(*tensors, None, True, softmax_scale, None, window, documents)[:3]
+    if documents is not None:
+
+        def by_rows(inside: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return sliding_backward(*unpadded(inside, *tensors), window, softmax_scale)
+
+        d_query, d_key, d_value = by_documents(documents, by_rows, *tensors)
+        return d_query, d_key, d_value
     d_query, d_key, d_value = query.new_empty(query.shape), torch.zeros_like(key), torch.zeros_like(value)
     for blocks, band in _groups(query, window):
         d_queries, d_keys, d_values = aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,6 +1,7 @@
 """What is kept of the tokens whose decisions have been carried out: merged into slots, or the tokens that stay."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dmc.ops.attention.diagonal import diagonal_forward
@@ -107,7 +108,8 @@ class MergedSlots(Slots):
         alpha = torch.cat([merges[:, None], new.alpha[:, 1:]], dim=1)
         key, value = self.sums.chunk(new.key, new.value, alpha, new.omega, lengths)
         key = self._rotate(key, new)
-        out, lse = diagonal_forward(query, key, value, hard_logits(alpha.float()), scale, bias_channel)
+        following = F.pad(hard_logits(alpha[:, 1:].float()), (0, 0, 0, 1), value=float("-inf"))
+        out, lse = diagonal_forward(query, key, value, following, scale, bias_channel)
         past = self._past(query, scale, bias_channel)
         if past is not None:
             out, lse = join(out, lse, *past)

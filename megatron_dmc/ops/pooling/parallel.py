@@ -8,13 +8,13 @@ from torch import Tensor
 from megatron_dmc.ops.pooling.scan import linear_scan
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """[batch, seq, kv_heads, ...] -> [batch * kv_heads, seq, ...]"""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _unrows(x: Tensor, kv_heads: int) -> Tensor:
-    """The inverse of _rows."""
+def unrows(x: Tensor, kv_heads: int) -> Tensor:
+    """The inverse of rows."""
     return x.unflatten(0, (-1, kv_heads)).transpose(1, 2)
 
 
@@ -40,7 +40,7 @@ class Pool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """initial [rows, 2 * head_dim] is N_{-1}, initial_weight [rows] z_{-1}; returns the last N and z too."""
         wide = torch.promote_types(key.dtype, torch.float32)
-        alpha_rows, omega_rows = _rows(alpha).to(wide), _rows(omega).to(wide)
+        alpha_rows, omega_rows = rows(alpha).to(wide), rows(omega).to(wide)
         before = None if initial_weight is None else initial_weight[:, None]
         weight = linear_scan(alpha_rows, omega_rows[..., None], before)[..., 0]
         share = omega_rows / weight
@@ -48,11 +48,11 @@ class Pool(torch.autograd.Function):
             [torch.zeros_like(weight[:, :1]) if before is None else before, weight[:, :-1]], dim=1
         )
         keep = alpha_rows * previous_weight / weight
-        inputs = torch.cat([_rows(key) * share[..., None], _rows(value) * share[..., None]], dim=-1)
+        inputs = torch.cat([rows(key) * share[..., None], rows(value) * share[..., None]], dim=-1)
         mean = None if initial is None or before is None else torch.where(before > 0, initial / before, 0)
         pooled = linear_scan(keep, inputs, mean)
         last = pooled[:, -1] * weight[:, -1:]
-        pooled = _unrows(pooled.to(key.dtype), key.shape[2])
+        pooled = unrows(pooled.to(key.dtype), key.shape[2])
         ctx.save_for_backward(key, value, alpha_rows, share, keep, weight, previous_weight, pooled, mean)
         ctx.dtypes = alpha.dtype, omega.dtype
         pooled_key, pooled_value = pooled.split(key.shape[-1], dim=-1)
@@ -63,8 +63,8 @@ class Pool(torch.autograd.Function):
         grad_key, grad_value, grad_last, grad_last_weight = grads
         key, value, alpha, share, keep, weight, previous_weight, pooled, mean = ctx.saved_tensors
         kv_heads, head_dim = key.shape[2:]
-        pooled = _rows(pooled)
-        grad_pooled = torch.cat([_rows(grad_key), _rows(grad_value)], dim=-1).to(weight.dtype)
+        pooled = rows(pooled)
+        grad_pooled = torch.cat([rows(grad_key), rows(grad_value)], dim=-1).to(weight.dtype)
         grad_weight = -(grad_pooled * pooled).sum(-1) / weight
         grad_weight[:, -1] += grad_last_weight
         grad_pooled[:, -1] += weight[:, -1:] * grad_last
@@ -75,13 +75,13 @@ class Pool(torch.autograd.Function):
         from_previous = torch.cat([(h[:, :1] * before[:, None]).sum(-1), (h[:, 1:] * pooled[:, :-1]).sum(-1)], dim=1)
         grad_alpha = previous_weight * (from_previous / weight + grad_weight)
         h_key, h_value = h.split(head_dim, dim=-1)
-        grad_omega = ((h_key * _rows(key)).sum(-1) + (h_value * _rows(value)).sum(-1)) / weight + grad_weight
+        grad_omega = ((h_key * rows(key)).sum(-1) + (h_value * rows(value)).sum(-1)) / weight + grad_weight
         alpha_dtype, omega_dtype = ctx.dtypes
         return (
-            _unrows((share[..., None] * h_key).to(key.dtype), kv_heads),
-            _unrows((share[..., None] * h_value).to(value.dtype), kv_heads),
-            _unrows(grad_alpha.to(alpha_dtype), kv_heads),
-            _unrows(grad_omega.to(omega_dtype), kv_heads),
+            unrows((share[..., None] * h_key).to(key.dtype), kv_heads),
+            unrows((share[..., None] * h_value).to(value.dtype), kv_heads),
+            unrows(grad_alpha.to(alpha_dtype), kv_heads),
+            unrows(grad_omega.to(omega_dtype), kv_heads),
             None if mean is None else (alpha[:, :1] / weight[:, :1]) * h[:, 0],
             None if mean is None else alpha[:, 0] * grad_weight[:, 0],
         )

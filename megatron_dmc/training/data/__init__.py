@@ -1,6 +1,8 @@
-"""Text to megatron-core datasets: documents, their split, indexed datasets on disk, samples, and held-out windows."""
+"""Text and chat data to megatron-core datasets: documents, their split, datasets on disk, samples, held-out windows."""
 
-from megatron_dmc.training.data.build import build_indexed_dataset
+from megatron_dmc.training.data.build import build_chat_dataset, build_indexed_dataset
+from megatron_dmc.training.data.chat import iter_conversations, usable_conversations
+from megatron_dmc.training.data.chat_template import load_chat_template
 from megatron_dmc.training.data.documents import iter_documents, standard_library_documents
 from megatron_dmc.training.data.heldout import HeldoutWindows, heldout_windows
 from megatron_dmc.training.data.samples import SampleDataset, build_datasets, global_batch
@@ -9,11 +11,15 @@ from megatron_dmc.training.data.split import split_documents
 __all__ = [
     "HeldoutWindows",
     "SampleDataset",
+    "build_chat_dataset",
     "build_datasets",
     "build_indexed_dataset",
     "global_batch",
     "heldout_windows",
+    "iter_conversations",
     "iter_documents",
+    "load_chat_template",
     "split_documents",
     "standard_library_documents",
+    "usable_conversations",
 ]

@@ -6,6 +6,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.config import ConfigError
 
@@ -36,7 +37,7 @@ def iter_documents(path: str | Path) -> Iterator[str]:
     """
     path = Path(path)
     if path.is_dir():
-        documents = _read_files(_text_files(path), skip_undecodable=True)
+        documents = _read_files(text_files(path), skip_undecodable=True)
     elif not path.exists():
         raise ConfigError(f"data {path} does not exist; name a folder, a text file or a .jsonl file")
     elif not path.is_file() or path.suffix.lower() not in (*TEXT_SUFFIXES, JSON_LINES_SUFFIX):
@@ -62,7 +63,7 @@ def standard_library_documents() -> Iterator[str]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = [
         file
-        for file in (_text_files(folder, _SKIPPED_FOLDERS | _TEST_FOLDERS) if folder.is_dir() else [])
+        for file in (text_files(folder, _SKIPPED_FOLDERS | _TEST_FOLDERS) if folder.is_dir() else [])
         # what the build wrote down about its machine is no source
         if file.suffix == ".py" and not file.name.startswith("_sysconfigdata")
     ]
@@ -71,7 +72,9 @@ def standard_library_documents() -> Iterator[str]:
     yield from _read_files(files, skip_undecodable=True)
 
 
-def _text_files(folder: Path, skipped: frozenset[str] = _SKIPPED_FOLDERS) -> list[Path]:
+def text_files(folder: Path, skipped: frozenset[str] = _SKIPPED_FOLDERS) -> list[Path]:
+    """What :func:`iter_documents` reads in a folder, in its order."""
+
     def fail(error: OSError) -> None:
         raise ConfigError(f"data folder {error.filename} cannot be read: {error.strerror}")
 
@@ -122,7 +125,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read_json_lines(path: Path) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a ``.jsonl`` file with their lines' numbers; empty lines are skipped.
+
+    Raises:
+        ConfigError: (while iterating) a file that cannot be read, or a line that is not JSON.
+    """
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -130,9 +138,15 @@ def _read_json_lines(path: Path) -> Iterator[str]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{number} is not JSON: {error}") from None
+        yield number, value
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    for number, value in json_lines(path):
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise ConfigError(f'{path}:{number} is not an object with a string "text"; every line must be')
+            hint = " (conversations are read with --chat)" if isinstance(value, dict) and "messages" in value else ""
+            raise ConfigError(f'{path}:{number} is not an object with a string "text"; every line must be{hint}')
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -1,9 +1,12 @@
-"""Reading and checking an indexed dataset: ``prefix.bin``, ``prefix.idx`` and ``prefix.json``. Unpickles nothing."""
+"""Reading and checking an indexed dataset: ``prefix.bin``, ``prefix.idx`` and ``prefix.json``. Unpickles nothing.
+
+Chat data has a loss mask beside its tokens: an indexed dataset ``prefix.mask`` of uint8, 1 where a token is learned.
+"""
 
 import hashlib
 import json
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy
@@ -17,6 +20,7 @@ from megatron_dmc.training.tokenizer import Tokenizer
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DIGESTED_BLOCKS, _BLOCK_BYTES = 256, 4096
+MASK_SUFFIX = ".mask"
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class DatasetCounts:
         tokens: all of them, one end-of-document token per document included.
         bytes: UTF-8 bytes of the text.
         vocabulary: digest of the tokenizer's vocabulary.
+        trained_tokens: how many of the tokens count in the loss, of a dataset with a loss mask; None: all.
     """
 
     documents: int
     tokens: int
     bytes: int
     vocabulary: str
+    trained_tokens: int | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -119,7 +125,10 @@ def read_counts(prefix: str, index: DatasetIndex) -> DatasetCounts | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        counts = DatasetCounts(**{field.name: values[field.name] for field in fields(DatasetCounts)})
+        counts = DatasetCounts(
+            **{field.name: values[field.name] for field in fields(DatasetCounts) if field.default is MISSING},
+            trained_tokens=values.get("trained_tokens"),
+        )
         matches = counts.bytes > 0 and (counts.documents, counts.tokens) == (index.documents, index.tokens)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         matches = False
@@ -133,25 +142,32 @@ def token_stream(prefix: str, index: DatasetIndex) -> numpy.ndarray:
     return numpy.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
 
 
+def has_loss_mask(prefix: str) -> bool:
+    """Whether a loss mask stands beside the tokens: ``prefix.mask.bin`` and ``prefix.mask.idx``."""
+    return Path(f"{prefix}{MASK_SUFFIX}.idx").is_file()
+
+
 def content_digest(prefix: str) -> str:
     """Tells a dataset from another that was built under the same name.
 
-    SHA-256 over the index and 256 evenly spread blocks of ``prefix.bin`` (all of a file up to 1 MiB): terabytes take no
-    longer than their index.
+    SHA-256 over the index and 256 evenly spread blocks of ``prefix.bin`` (all of a file up to 1 MiB), and those of a loss
+    mask: terabytes take no longer than their index.
 
     Raises:
         ConfigError: as :func:`read_index`.
     """
-    index = read_index(prefix)
-    content = token_stream(prefix, index).view(numpy.uint8)
-    digest = hashlib.sha256(index.digest.encode())
-    for start in numpy.linspace(0, max(len(content) - _BLOCK_BYTES, 0), _DIGESTED_BLOCKS, dtype=numpy.int64):
-        digest.update(content[start : start + _BLOCK_BYTES].tobytes())
+    digest = hashlib.sha256()
+    for part in (prefix, prefix + MASK_SUFFIX) if has_loss_mask(prefix) else (prefix,):
+        index = read_index(part)
+        content = token_stream(part, index).view(numpy.uint8)
+        digest.update(index.digest.encode())
+        for start in numpy.linspace(0, max(len(content) - _BLOCK_BYTES, 0), _DIGESTED_BLOCKS, dtype=numpy.int64):
+            digest.update(content[start : start + _BLOCK_BYTES].tobytes())
     return digest.hexdigest()
 
 
 def check_dataset(prefix: str, tokenizer: Tokenizer, sequence_length: int) -> DatasetIndex:
-    """Checks a dataset's files, that it has one full sample, and that it was written by this tokenizer.
+    """Checks a dataset's files, its loss mask's, that it has one full sample, and that this tokenizer wrote it.
 
     Where ``prefix.json`` is missing all tokens are scanned for ids that the tokenizer does not have.
 
@@ -172,7 +188,23 @@ def check_dataset(prefix: str, tokenizer: Tokenizer, sequence_length: int) -> Da
         raise ConfigError(
             f"dataset {prefix} was built with another tokenizer than {tokenizer.folder}; build it again with this one"
         )
+    _check_loss_mask(prefix, index, counts)
     return index
+
+
+def _check_loss_mask(prefix: str, index: DatasetIndex, counts: DatasetCounts | None) -> None:
+    masked = has_loss_mask(prefix)
+    if counts is not None and (counts.trained_tokens is not None) != masked:
+        state = "stands beside it, which says nothing of one" if masked else "is missing, which it counts on"
+        raise ConfigError(f"{prefix}.json: the loss mask {prefix}{MASK_SUFFIX}.idx {state}; build the dataset again")
+    if not masked:
+        return
+    mask = read_index(prefix + MASK_SUFFIX)
+    if mask.dtype is not numpy.uint8 or not numpy.array_equal(mask.sequence_lengths, index.sequence_lengths):
+        raise ConfigError(
+            f"{prefix}{MASK_SUFFIX}.idx is not the loss mask of {prefix}.idx ({mask.documents} documents and {mask.tokens} "
+            f"values for {index.documents} documents and {index.tokens} tokens); build the dataset again"
+        )
 
 
 def _check_tokens(prefix: str, stream: numpy.ndarray, tokenizer: Tokenizer) -> None:

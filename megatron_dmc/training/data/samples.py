@@ -11,17 +11,18 @@ from typing import Any, Protocol
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_dmc.training.arguments import DataConfig
 from megatron_dmc.training.data.index_cache import index_cache
 from megatron_dmc.training.data.indexed_dataset import DatasetIndex, check_dataset
+from megatron_dmc.training.data.packing import PackedDataset
 from megatron_dmc.training.tokenizer import Tokenizer
 
 
 class SampleDataset(Protocol):
-    """What :func:`global_batch` reads: GPTDataset, BlendedDataset and HeldoutWindows."""
+    """What :func:`global_batch` reads: PackedDataset, BlendedDataset and HeldoutWindows."""
 
     def __len__(self) -> int: ...
 
@@ -31,11 +32,11 @@ class SampleDataset(Protocol):
 def build_datasets(
     data: DataConfig, tokenizer: Tokenizer, train_samples: int, valid_samples: int
 ) -> tuple[SampleDataset, SampleDataset | None]:
-    """The run's samples: a GPTDataset, or a BlendedDataset of several in proportion to their tokens.
+    """The run's samples: a PackedDataset, or a BlendedDataset of several in proportion to their tokens.
 
     torch.distributed must be initialized, and every rank must call: rank 0 writes the indices to ``data.cache``, which
     all ranks must see, and the others read them. Documents are packed one after another; positions and attention run
-    on across their ends.
+    on across their ends, unless ``data.reset_at_documents``.
 
     Args:
         train_samples: of the whole run; text is repeated (and shuffled anew) as often as needed. The order of samples
@@ -61,7 +62,8 @@ def global_batch(dataset: SampleDataset, samples: Sequence[int]) -> dict[str, to
     """The samples with these GLOBAL indices, stacked; b of them, each s tokens long.
 
     Returns:
-        int64 ``tokens``, ``labels``, ``position_ids`` [b, s], float32 ``loss_mask`` [b, s], int64 ``sample_index`` [b].
+        int64 ``tokens``, ``labels``, ``position_ids`` [b, s], float32 ``loss_mask`` [b, s], int64 ``sample_index`` [b];
+        with ``data.reset_at_documents`` also bool ``document_starts`` [b, s], true at every row's first token.
 
     Raises:
         IndexError: for an index outside the dataset.
@@ -70,9 +72,9 @@ def global_batch(dataset: SampleDataset, samples: Sequence[int]) -> dict[str, to
         if not 0 <= sample < len(dataset):
             raise IndexError(f"sample {sample} is outside the dataset's {len(dataset)} samples")
     rows = [dataset[sample] for sample in samples]
-    batch = {
-        name: torch.stack([row[name] for row in rows]) for name in ("tokens", "labels", "loss_mask", "position_ids")
-    }
+    # a blend's rows also name the part that they came from
+    names = [name for name in rows[0] if name != "dataset_id"]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in names}
     return {**batch, "sample_index": torch.tensor(samples, dtype=torch.int64)}
 
 
@@ -89,7 +91,7 @@ def _build_split(
         per_split = [size if one is split else 0 for one in Split]
         with index_cache(data.cache, [index]) as cache:
             config = _dataset_config(data, tokenizer, cache, split, prefix)
-            builder = BlendedMegatronDatasetBuilder(GPTDataset, per_split, _on_every_rank, config)
+            builder = BlendedMegatronDatasetBuilder(PackedDataset, per_split, _on_every_rank, config)
             datasets.append(builder.build()[split.value])
     if len(datasets) == 1:
         return datasets[0]
@@ -111,8 +113,8 @@ def _dataset_config(data: DataConfig, tokenizer: Tokenizer, cache: str, split: S
         blend_per_split=[([prefix], None) if one is split else None for one in Split],
         path_to_cache=cache,
         tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
+        reset_position_ids=data.reset_at_documents,
+        reset_attention_mask=data.reset_at_documents,
+        eod_mask_loss=data.reset_at_documents,
         create_attention_mask=False,
     )

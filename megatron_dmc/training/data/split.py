@@ -2,23 +2,32 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from megatron_dmc.config import ConfigError
 
+Document = TypeVar("Document")
 
-def split_documents(documents: Iterable[str], valid_fraction: float, seed: int = 1234) -> tuple[list[str], list[str]]:
+
+def split_documents(
+    documents: Iterable[Document], valid_fraction: float, seed: int = 1234, text_of: Callable[[Document], str] = str
+) -> tuple[list[Document], list[Document]]:
     """Parts documents into training and held-out ones, by document, the same way every time.
 
     Documents are visited in the order of a seeded hash of their text, and each that still fits into ``valid_fraction``
     of all bytes is held out; equal documents stay on one side. If none fits, the shortest is held out. A single
     document is cut: its last lines are held out.
 
+    Args:
+        text_of: a document's text, where it is more than that.
+
     Returns:
         (training, held out), each in the given order; all of it is held in memory.
 
     Raises:
-        ConfigError: for a fraction outside [0, 1), or a text too short to be cut.
+        ConfigError: for a fraction outside [0, 1), a text too short to be cut, or a single document
+            that is more than its text.
     """
     if not 0.0 <= valid_fraction < 1.0:
         raise ConfigError(f"the held-out fraction must be in [0, 1), got {valid_fraction}")
@@ -27,20 +36,23 @@ def split_documents(documents: Iterable[str], valid_fraction: float, seed: int =
         return documents, []
     sizes: Counter[str] = Counter()
     for document in documents:
-        sizes[document] += len(document.encode())
+        sizes[text_of(document)] += len(text_of(document).encode())
     if len(sizes) == 1:
-        return _cut(documents[0], valid_fraction)
+        [only] = sizes
+        if not isinstance(documents[0], str):
+            raise ConfigError("the only document is a conversation, which is not cut; add more, or hold out nothing")
+        return _cut(only, valid_fraction)  # type: ignore[return-value]
     budget = valid_fraction * sizes.total()
     held_out: set[str] = set()
-    for document in sorted(sizes, key=lambda text: hashlib.blake2b(f"{seed} {text}".encode()).digest()):
-        if sizes[document] <= budget:
-            budget -= sizes[document]
-            held_out.add(document)
+    for text in sorted(sizes, key=lambda text: hashlib.blake2b(f"{seed} {text}".encode()).digest()):
+        if sizes[text] <= budget:
+            budget -= sizes[text]
+            held_out.add(text)
     if not held_out:
         held_out.add(min(sizes, key=lambda text: (sizes[text], text)))
     return (
-        [document for document in documents if document not in held_out],
-        [document for document in documents if document in held_out],
+        [document for document in documents if text_of(document) not in held_out],
+        [document for document in documents if text_of(document) in held_out],
     )
 
 

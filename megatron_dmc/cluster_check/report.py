@@ -1,0 +1,140 @@
+"""What a cluster check found: a table for the terminal, JSON, and a section of a page."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dmc.cluster_check.cases import Case, run_folder
+from megatron_dmc.cluster_check.compare import FLIPS, TOLERANCES, compare
+from megatron_dmc.cluster_check.layouts import REFERENCE, Layout
+
+Report = dict[str, Any]
+
+
+def make_report(
+    folder: Path,
+    layouts: Sequence[Layout],
+    cases: Sequence[Case],
+    failures: Mapping[tuple[str, str], str],
+    left_out: Mapping[str, str],
+) -> Report:
+    """Plain values: the machine, the tolerances, and a row per layout and case.
+
+    Args:
+        failures: runs that broke, by names of layout and case, with the reason.
+        left_out: layouts that were not run, with the reason.
+    """
+    reference = next(layout for layout in layouts if layout.name == REFERENCE)
+    rows: list[dict[str, Any]] = []
+    for layout in layouts:
+        for case in cases:
+            row = {"layout": layout.name, "processes": layout.processes, "case": case.name}
+            path = run_folder(folder, case, layout) / "result.json"
+            if layout.name in left_out:
+                rows.append(row | {"outcome": "left out", "reason": left_out[layout.name]})
+            elif (layout.name, case.name) in failures or not path.exists():
+                why = failures.get((layout.name, case.name), "not run, because another case of this layout broke")
+                rows.append(row | {"outcome": "failed", "reason": why})
+            elif "refused" in (result := json.loads(path.read_text())):
+                rows.append(row | {"outcome": "left out", "reason": result["refused"]})
+            elif layout.name != REFERENCE:
+                expected = json.loads((run_folder(folder, case, reference) / "result.json").read_text())
+                difference = compare(result["steps"], expected["steps"], _precision(case))
+                outcome = "same" if difference.allowed else "different"
+                rows.append(row | {"outcome": outcome, "precision": _precision(case), **vars(difference)})
+    return {"machine": _machine(), "tolerances": TOLERANCES, "flips": FLIPS, "rows": rows}
+
+
+def is_good(report: Report) -> bool:
+    """Nothing differs and nothing broke; what cannot run here does not count."""
+    return all(row["outcome"] in ("same", "left out") for row in report["rows"])
+
+
+def table(report: Report) -> list[str]:
+    """Markdown lines: worst relative difference by layout and case."""
+    names = list(dict.fromkeys(row["case"] for row in report["rows"]))
+    lines = ["| layout | processes | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for layout in dict.fromkeys(row["layout"] for row in report["rows"]):
+        cells = {row["case"]: row for row in report["rows"] if row["layout"] == layout}
+        processes = next(iter(cells.values()))["processes"]
+        lines.append(f"| {layout} | {processes} | " + " | ".join(_cell(cells.get(name)) for name in names) + " |")
+    return lines
+
+
+def remarks(report: Report) -> list[str]:
+    """One line for whatever is not simply the same."""
+    lines = []
+    for row in report["rows"]:
+        name = f"{row['layout']}, {row['case']}"
+        if row["outcome"] == "left out":
+            lines.append(f"{row['layout']} is left out: {row['reason']}")
+        elif row["outcome"] == "failed":
+            lines.append(f"{name} failed: {row['reason']}")
+        elif row["outcome"] == "different":
+            lines.append(
+                f"{name} differs: {row['quantity']} of step {row['step']} by {row['relative']:.1e}, and {row['flips']} of "
+                f"{row['decisions']} decisions"
+            )
+    return list(dict.fromkeys(lines))
+
+
+def write_section(report: Report, page: Path, heading: str) -> None:
+    """Replaces what stands between a heading of a Markdown page and the next of its kind."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    begin = lines.index(heading) + 1
+    marks = heading.split(" ")[0] + " "
+    end = next((i for i in range(begin, len(lines)) if lines[i].startswith(marks)), len(lines))
+    section = ["", *_introduction(report), "", *table(report), ""]
+    notes = remarks(report)
+    if notes:
+        section += [*(f"- {note}" for note in notes), ""]
+    page.write_text("\n".join(lines[:begin] + section + lines[end:]).rstrip() + "\n", encoding="utf-8")
+
+
+def _introduction(report: Report) -> list[str]:
+    limits = ", ".join(
+        f"{tolerance:.0e} and {report['flips'][precision]:.1%} of the decisions in {precision}"
+        for precision, tolerance in report["tolerances"].items()
+    )
+    return [
+        f"Written by `make cluster-check` on {report['machine']}.",
+        "Largest relative difference from one process over all steps, of losses, ratios and gradient norm. In brackets the",
+        "decisions that came out differently, where any did. Allowed are",
+        f"{limits}.",
+    ]
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["outcome"] in ("left out", "failed"):
+        return str(row["outcome"]).upper() if row["outcome"] == "failed" else "left out"
+    flips = f" ({row['flips']})" if row["flips"] else ""
+    difference = "0" if row["relative"] == 0 else f"{row['relative']:.1e}"
+    return f"{difference}{flips}" if row["outcome"] == "same" else f"**{difference}{flips} DIFFERENT**"
+
+
+def _precision(case: Case) -> str:
+    return "bf16" if case.bf16 else "fp32"
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
+        engine = _version("transformer-engine")
+        where += f", Transformer Engine {engine}" if engine else ", without Transformer Engine"
+    else:
+        where = f"a CPU ({platform.machine()}), gloo"
+    return f"{where}, torch {torch.__version__}, megatron-core {_version('megatron-core')}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,101 @@
+"""A sequence that is cut over the ranks of a context-parallel group, and its exchanges.
+
+As megatron-core cuts it: into 2 * ranks chunks, of which rank r holds chunks r and 2 * ranks - 1 - r, one after the other. In
+causal attention an early chunk is little work and a late one much; so all ranks have the same.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def chunk_numbers(group: dist.ProcessGroup) -> tuple[int, int]:
+    """The two chunks that this rank holds, of 2 * ranks."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    return rank, 2 * ranks - 1 - rank
+
+
+def local_positions(local_length: int, group: dist.ProcessGroup | None) -> Tensor:
+    """int64 [local_length]: which of the sequence's tokens this rank holds; None: all."""
+    if group is None or dist.get_world_size(group) == 1:
+        return torch.arange(local_length)
+    chunk = local_length // 2
+    return torch.cat([torch.arange(n * chunk, (n + 1) * chunk) for n in chunk_numbers(group)])
+
+
+def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[batch, seq / ranks, ...] of every rank -> [batch, seq, ...] in the sequence's order. Not differentiable."""
+    ranks = dist.get_world_size(group)
+    parts = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    early, late = parts.unflatten(0, (ranks, -1)).unflatten(2, (2, -1)).unbind(2)  # [ranks, batch, chunk, ...]
+    return torch.cat([early, late.flip(0)]).movedim(0, 1).flatten(1, 2)
+
+
+def sum_to_local(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The adjoint of gather_sequence: [batch, seq, ...] summed over the ranks -> this rank's [batch, seq / ranks, ...]."""
+    ranks = dist.get_world_size(group)
+    chunks = x.unflatten(1, (2 * ranks, -1)).movedim(1, 0)
+    parts = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=2).flatten(2, 3)
+    local = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(local, parts.flatten(0, 1), group=group)
+    return local
+
+
+class GatherSequence(torch.autograd.Function):
+    """gather_sequence with a gradient, summed over what all ranks make of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum_to_local(grads[0], ctx.group), None
+
+
+class SwapHeads(torch.autograd.Function):
+    """[batch, seq / ranks, heads, ...] -> [batch, seq, heads / ranks, ...]: a part of the sequence for a part of the heads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _to_heads(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _to_sequence(grads[0], ctx.group), None
+
+
+class SwapSequence(torch.autograd.Function):
+    """The inverse of SwapHeads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _to_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _to_heads(grads[0], ctx.group), None
+
+
+def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ranks = dist.get_world_size(group)
+    sent = x.unflatten(2, (ranks, -1)).movedim(2, 0).contiguous()  # [ranks, batch, seq / ranks, heads / ranks, ...]
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    early, late = received.unflatten(2, (2, -1)).unbind(2)
+    return torch.cat([early, late.flip(0)]).movedim(0, 1).flatten(1, 2)
+
+
+def _to_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ranks = dist.get_world_size(group)
+    chunks = x.unflatten(1, (2 * ranks, -1)).movedim(1, 0)
+    sent = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=2).flatten(2, 3)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.movedim(0, 2).flatten(2, 3)

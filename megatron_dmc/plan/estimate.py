@@ -1,0 +1,136 @@
+"""The plan of a recipe on so many nodes: memory, work, traffic, time and checkpoints."""
+
+from dataclasses import dataclass
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.plan.communication import Layout, StepTime, Traffic, data_messages, stage_traffic, step_time
+from megatron_dmc.plan.flops import Work, step_work
+from megatron_dmc.plan.gpus import GPU
+from megatron_dmc.plan.memory import Footprints, StageMemory, stage_memory, whole_model
+from megatron_dmc.training.arguments import Recipe
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run would be started on.
+
+    Attributes:
+        mfu: part of ``gpu.peak_flops`` that the model's operations reach while nothing waits.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    gpu: GPU
+    mfu: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}")
+        if not 0 < self.mfu <= 1:
+            raise ConfigError(f"--mfu must be in (0, 1], got {self.mfu:g}")
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`make_plan` found.
+
+    Attributes:
+        weights: of the whole model, its decisions included.
+        learned: those of them that are trained.
+        checkpoint_weights, checkpoint_full: bytes on the disk.
+    """
+
+    recipe: Recipe
+    cluster: Cluster
+    layout: Layout
+    stages: list[StageMemory]
+    weights: int
+    learned: int
+    work: Work
+    traffic: Traffic
+    time: StepTime
+    checkpoint_weights: int
+    checkpoint_full: int
+
+    @property
+    def fullest(self) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.total <= self.cluster.gpu.usable
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.training.global_batch_size * self.recipe.data.sequence_length
+
+    @property
+    def mfu(self) -> float:
+        """Of the whole step, waiting included."""
+        return self.work.model / (self.time.total * self.cluster.gpus * self.cluster.gpu.peak_flops)
+
+
+def find_layout(recipe: Recipe, cluster: Cluster) -> Layout:
+    """Raises ConfigError for a layout that the GPUs or the batch cannot be divided into."""
+    parallel, training = recipe.parallel, recipe.training
+    model_ranks = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    if cluster.gpus % model_ranks:
+        raise ConfigError(
+            f"parallel: tensor x pipeline x context = {model_ranks} must divide the number of GPUs ({cluster.nodes} nodes x "
+            f"{cluster.gpus_per_node} = {cluster.gpus}); change --nodes, or parallel"
+        )
+    replicas = cluster.gpus // model_ranks
+    together = training.micro_batch_size * replicas
+    if training.global_batch_size % together:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
+            f"({training.micro_batch_size}) x data-parallel replicas ({replicas}); change it, --nodes, or parallel"
+        )
+    micro_batches = training.global_batch_size // together
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size and micro_batches % stages:
+        raise ConfigError(
+            f"interleaved stages need micro-batches in multiples of parallel.pipeline_model_parallel_size ({stages}), got "
+            f"{micro_batches} per replica; change training.global_batch_size, or leave "
+            "virtual_pipeline_model_parallel_size out"
+        )
+    return Layout(cluster.gpus, cluster.gpus_per_node, replicas, micro_batches)
+
+
+def make_plan(recipe: Recipe, cluster: Cluster, footprints: Footprints | None = None) -> Plan:
+    """Plans a checked recipe; needs a process that is in no real world and sees no GPU.
+
+    Args:
+        footprints: those of plans made before, which this one may share.
+
+    Raises:
+        ConfigError: the layout does not fit the number of GPUs or the batch.
+    """
+    footprints = footprints or Footprints()
+    layout = find_layout(recipe, cluster)
+    stages = stage_memory(recipe, layout.world_size, footprints)
+    weights, learned = whole_model(recipe)
+    messages = [data_messages(recipe, stage, layout) for stage in stages]
+    layers = [stage.layers for stage in stages]
+    width = 2 if recipe.training.bf16 else 4
+    saved = learned if recipe.trains_adapter else weights
+    return Plan(
+        recipe=recipe,
+        cluster=cluster,
+        layout=layout,
+        stages=stages,
+        weights=weights,
+        learned=learned,
+        work=step_work(recipe),
+        traffic=stage_traffic(recipe, stages, layout, footprints),
+        time=step_time(recipe, layers, messages, layout, cluster.gpu, cluster.mfu, footprints),
+        checkpoint_weights=width * saved,
+        checkpoint_full=width * saved + (12 if recipe.training.bf16 else 8) * learned,
+    )

@@ -1,0 +1,108 @@
+"""Reading conversations: .jsonl files with messages and their roles."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.training.data.documents import JSON_LINES_SUFFIX, json_lines, text_files
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages: dicts with "role" and "content", and what else a template may read there; place: the file and line."""
+
+    messages: list[dict[str, Any]]
+    place: str
+
+
+def iter_conversations(path: str | Path) -> Iterator[Conversation]:
+    """The conversations of a ``.jsonl`` file, or of all such files in a folder: ``{"messages": [...]}`` in every line.
+
+    A message is an object with a "role" (system, user, assistant or tool) and a string "content"; its other fields are
+    handed to the chat template, other fields of the line are left out.
+
+    Raises:
+        ConfigError: (while iterating) a path that is missing, unreadable or holds no conversation, or a line that is
+            none. The message names the file and the line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [file for file in text_files(path) if file.suffix.lower() == JSON_LINES_SUFFIX]
+    elif not path.exists():
+        raise ConfigError(f"data {path} does not exist; name a .jsonl file or a folder")
+    elif not path.is_file() or path.suffix.lower() != JSON_LINES_SUFFIX:
+        raise ConfigError(
+            f"data {path} is neither a .jsonl file nor a folder; conversations are read from .jsonl files"
+        )
+    else:
+        files = [path]
+    found = False
+    for file in files:
+        for number, value in json_lines(file):
+            found = True
+            yield _conversation(value, f"{file}:{number}")
+    if not found:
+        raise ConfigError(f"data {path} holds no conversation; name a .jsonl file or a folder that does")
+
+
+def usable_conversations(
+    conversations: Iterable[Conversation], special_tokens: Iterable[str]
+) -> Iterator[Conversation]:
+    """Leaves out, with one warning per reason, the conversations that nothing good can be learned from.
+
+    Those are: no assistant turn; an assistant turn without text; a content that spells one of the tokenizer's special
+    tokens, which rendered text could not tell from the token itself (a message must not end its own turn).
+    """
+    special_tokens = tuple(special_tokens)
+    skipped: dict[str, list[str]] = {}
+    for conversation in conversations:
+        reason = _reason_to_skip(conversation, special_tokens)
+        if reason is None:
+            yield conversation
+        else:
+            skipped.setdefault(reason, []).append(conversation.place)
+    for reason, places in skipped.items():
+        logger.warning("skipped %d conversation(s) %s, the first is %s", len(places), reason, places[0])
+
+
+def _reason_to_skip(conversation: Conversation, special_tokens: tuple[str, ...]) -> str | None:
+    turns = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    if not turns:
+        return "without an assistant turn"
+    if not all(turn.strip() for turn in turns):
+        return "with an empty assistant turn"
+    if any(token in message["content"] for message in conversation.messages for token in special_tokens):
+        return "whose content spells a special token"
+    return None
+
+
+def _conversation(value: Any, place: str) -> Conversation:
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f'{place} is not an object with a list "messages" that is not empty; every line must be')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ConfigError(
+                f'{place} messages[{number}] is not an object with "role" and "content"; correct the line'
+            )
+        if message.get("role") not in ROLES:
+            raise ConfigError(
+                f"{place} messages[{number}].role must be one of {', '.join(ROLES)}, got {message.get('role')!r}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise ConfigError(
+                f"{place} messages[{number}].content must be a string, got {type(message.get('content')).__name__}"
+            )
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{place} holds half a surrogate pair, which is no character; correct the line") from None
+    return Conversation(messages, place)

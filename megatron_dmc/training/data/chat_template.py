@@ -1,0 +1,171 @@
+"""Conversations as a tokenizer's own chat template writes them, and which of the characters are the assistant's.
+
+The template is a Jinja program out of the tokenizer's folder. transformers runs it in Jinja's immutable sandbox, on plain
+strings, lists and dicts; nothing else of the folder is run or unpickled.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.training.data.chat import Conversation
+from megatron_dmc.training.tokenizer import Tokenizer
+
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# Code points that no text holds: Unicode keeps them for a program's own use.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """text: a whole conversation; spans: the characters [begin, end) in it that the model has to learn, in order."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """Renders conversations. Made by :func:`load_chat_template`.
+
+    Args:
+        source: the Jinja template.
+        variables: the special tokens that it may name (``bos_token`` and the like).
+        special_tokens: how all special tokens are spelled.
+        name: of the template in messages.
+    """
+
+    def __init__(self, source: str, variables: dict[str, Any], special_tokens: frozenset[str], name: str) -> None:
+        self.source = source
+        self.variables = variables
+        self.special_tokens = tuple(special_tokens)
+        self.name = name
+        self.marked_source = _GENERATION.sub(_marker, source)
+
+    def render(self, conversation: Conversation) -> RenderedChat:
+        """Where the template marks the assistant's part with ``{% generation %}``, that is it.
+
+        Otherwise it is what follows a turn's generation prompt, up to the token that ends the turn. That is exact where the
+        conversation up to a turn is rendered alike whether or not more follows; a template that rewrites turns (drops their
+        reasoning, say) is refused.
+
+        Raises:
+            ConfigError: the template refuses the conversation, or does not tell the assistant's part exactly.
+        """
+        text = self._run(self.source, conversation)
+        if self.marked_source != self.source:
+            spans = self._marked_spans(text, conversation)
+        else:
+            spans = self._turn_spans(text, conversation)
+        return RenderedChat(text, tuple(spans))
+
+    def _marked_spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
+        """From a second rendering in which characters of our own stand for the marks.
+
+        transformers counts what came before a block, and counts wrong where the block is inside a macro.
+        """
+        spans, plain, begin = [], "", None
+        for piece in re.split(f"([{_BEGIN}{_END}])", self._run(self.marked_source, conversation)):
+            if piece == _BEGIN and begin is None:
+                begin = len(plain)
+            elif piece == _END and begin is not None:
+                spans.append((begin, len(plain)))
+                begin = None
+            else:
+                plain += piece
+        if plain != text or begin is not None:
+            raise ConfigError(
+                f"{conversation.place}: {{% generation %}} in the chat template of {self.name} does not stand around text "
+                "that is written as it is; correct the template, or name another with --chat-template"
+            )
+        spans = [span for span in spans if span[0] < span[1]]
+        if not spans:
+            raise ConfigError(
+                f"{conversation.place}: the chat template of {self.name} has {{% generation %}}, but marks nothing here; "
+                "correct the template, or name another with --chat-template"
+            )
+        return spans
+
+    def _turn_spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
+        spans = []
+        for number, message in enumerate(conversation.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._run(self.source, conversation, number, prompts=True)
+            through = self._run(self.source, conversation, number + 1)
+            if not (text.startswith(through) and through.startswith(prompt)):
+                raise ConfigError(
+                    f"{conversation.place}: the chat template of {self.name} writes messages[{number}] differently at the "
+                    "end than inside, so the assistant's part is not exact; put {% generation %} ... {% endgeneration %} "
+                    "around it in a copy of the template and name that with --chat-template"
+                )
+            # what follows the token that ends a turn is the template's
+            end = len(through.rstrip()) if through.rstrip().endswith(self.special_tokens) else len(through)
+            spans.append((len(prompt), end))
+        return spans
+
+    def _run(self, source: str, conversation: Conversation, count: int | None = None, *, prompts: bool = False) -> str:
+        """The first ``count`` messages; ``prompts``: with what asks the model for the next turn."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                [conversation.messages[:count]],
+                chat_template=source,
+                add_generation_prompt=prompts,
+                **self.variables,
+            )
+        # A template can raise whatever Python can.
+        except Exception as error:
+            raise ConfigError(
+                f"{conversation.place}: the chat template of {self.name} fails on it: {_one_line(error)}; correct the line, "
+                "or name another template with --chat-template"
+            ) from None
+        [text], _ = rendered
+        return text
+
+
+def load_chat_template(tokenizer: Tokenizer, file: str | Path | None = None) -> ChatTemplate:
+    """The template of a tokenizer's folder, or another one out of a file.
+
+    Raises:
+        ConfigError: transformers is not installed, the folder names no template, or the file cannot be read.
+    """
+    try:
+        from transformers import PreTrainedTokenizerFast
+        from transformers.utils import chat_template_utils  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "chat data is rendered by transformers, which is not installed; pip install 'megatron-dmc[hf]'"
+        ) from None
+    try:
+        # This class by name, and not the one that the folder names: no code of the folder's is looked for.
+        settings = PreTrainedTokenizerFast.from_pretrained(str(tokenizer.folder), local_files_only=True)
+        variables, source = settings.special_tokens_map, settings.chat_template
+    except Exception as error:
+        raise ConfigError(f"tokenizer {tokenizer.folder} cannot be read by transformers: {_one_line(error)}") from None
+    if isinstance(source, dict):
+        source = source.get("default")
+    name = str(file or tokenizer.folder)
+    if file is not None:
+        try:
+            source = Path(file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat template {file} cannot be read: {_one_line(error)}") from None
+    if not source:
+        raise ConfigError(
+            f"tokenizer {tokenizer.folder} has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); name one with --chat-template"
+        )
+    return ChatTemplate(source, variables, tokenizer.special_tokens, name)
+
+
+def _marker(tag: re.Match[str]) -> str:
+    """Text at the place of a tag, with the tag's own say over the white space around it."""
+    left, ends, right = tag.groups()
+    return f"{{%{left} if true %}}{_END if ends else _BEGIN}{{% endif {right}%}}"
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).split("\n", maxsplit=1)[0]

@@ -1,0 +1,64 @@
+"""Runs jobs one after the other in the same processes; starting those takes longer than a toy run.
+
+A job: ``recipe`` and ``overrides``; ``start_from``: a folder of checkpoints that is first copied to the job's own;
+``only_saves``: nothing is trained, what was loaded is saved again in ``checkpoint.directory``/again. The first job that
+fails is the last.
+"""
+
+import json
+import multiprocessing
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dmc.cli import main
+from megatron_dmc.training import cpu
+from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.training.distributed import world
+from megatron_dmc.training.trainer import Trainer
+
+
+def run_job(recipe: str, overrides: list[str], start_from: str | None = None, only_saves: bool = False) -> int:
+    if start_from is not None:
+        if dist.get_rank() == 0:
+            shutil.copytree(start_from, load_recipe(recipe, overrides).checkpoint.directory)
+        dist.barrier()
+    return load_and_save(recipe, overrides) if only_saves else main(["retrofit", recipe, *overrides])
+
+
+def load_and_save(recipe: str, overrides: list[str]) -> int:
+    values = load_recipe(recipe, overrides)
+    with world(values.parallel):
+        store = Trainer(values).store
+        step, merge_fraction = store.load()
+        store.root = store.root / "again"
+        store.save_full(step, 0, None, merge_fraction)
+    return 0
+
+
+def run_in_group(job: dict[str, Any], store: str, rank: int) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    status = run_job(**job)
+    dist.destroy_process_group()
+    sys.exit(status)
+
+
+def run_jobs(path: Path, rank: int) -> None:
+    """Each in a fork of this process: its process groups, and the threads they hold, go with it."""
+    context = multiprocessing.get_context("fork")
+    for number, job in enumerate(json.loads(path.read_text())):
+        child = context.Process(target=run_in_group, args=(job, f"{path}.store-{number}", rank))
+        child.start()
+        child.join()
+        if child.exitcode != 0:
+            sys.exit(f"failed: {job}")
+
+
+if __name__ == "__main__":
+    cpu.install()
+    torch.set_num_threads(1)
+    run_jobs(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,167 @@
+"""A checkpoint of any layout loads in any other: the same state to the last bit, and the run goes on as if never stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
+from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+
+from megatron_dmc.cli import main
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
+
+PLAIN = "parallel.use_distributed_optimizer=false"
+LAYOUTS: dict[str, list[str]] = {
+    "one": [],
+    "one-plain": [PLAIN],
+    "dp2": ["parallel.overlap=true"],
+    "dp2-plain": [PLAIN],
+    "tp2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    "tp2-plain": ["parallel.tensor_model_parallel_size=2", PLAIN],
+    "pp2": ["parallel.pipeline_model_parallel_size=2"],
+    "pp2-vpp2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+}
+KINDS = {
+    "full": [],
+    "bf16": ["training.bf16=true"],
+    "adapter": ["training.train=adapter", "dmc.local_window=4", "distillation.weight=0.5"],
+    "tied": ["model.share_embeddings_and_output_weights=true", "checkpoint.load_base=null"],
+}
+# (kind, layout that saves after 4 of 6 steps, layout that goes on)
+RESUMED = [
+    ("full", "one", "tp2"),
+    ("full", "tp2", "pp2-vpp2"),
+    ("full", "dp2", "one"),
+    ("full", "pp2-vpp2", "dp2-plain"),
+    ("bf16", "dp2", "pp2"),
+    ("adapter", "pp2", "one"),
+]
+SAME = [("full", "pp2-vpp2"), ("bf16", "dp2")]
+# Nothing is trained after the load: what is saved again must be what was loaded.
+SAVED_AGAIN = [
+    *RESUMED,
+    ("full", "one-plain", "dp2"),
+    ("bf16", "dp2", "tp2-plain"),
+    ("bf16", "tp2-plain", "one"),
+    ("adapter", "pp2", "dp2"),
+    ("tied", "pp2", "dp2"),
+]
+TAGS = (
+    *("loss/lm", "compression_ratio/noisy", "compression_ratio/noise_free"),
+    *("train/gradient_norm", "train/learning_rate"),
+)
+TOLERANCE = {"full": 2e-5, "adapter": 2e-5, "bf16": 5e-3}
+
+
+def recipe(folder: Path, name: str) -> str:
+    phases = [
+        {"kind": "compress", "steps": 2, "lr": 1e-3, "start_compression_ratio": 2.0},
+        {"kind": "solidify", "steps": 4, "lr": 1e-3, "min_lr": 1e-4, "lr_decay_style": "cosine"},
+    ]
+    values = recipe_values(folder, folder / name, phases, temperature=0.5, decision_bias=0.3)
+    values["data"]["sequence_length"] = 32
+    values["model"] |= {"num_layers": 4, "init_method_std": 0.1}
+    # Adam's first steps would make whole ones of the rounding of gradients that are nearly zero.
+    values["training"] |= {"micro_batch_size": 1, "adam_eps": 1e-5}
+    values["checkpoint"] |= {"load_base": str(folder / "base" / "checkpoints" / "final"), "keep_last": 9}
+    values["monitor"] |= {"eval_samples": 0, "heatmap_interval": 0}
+    values["data"]["valid"] = []
+    return str(write_recipe(folder / name, values))
+
+
+def job(folder: Path, kind: str, *path: str, stops: bool = False, only_saves: bool = False) -> dict[str, Any]:
+    """One that runs a kind in the last layout of a path, and goes on from what the one before it saved."""
+    name = "-to-".join((kind, *path)) + ("-again" if only_saves else "-whole" if not stops and len(path) == 1 else "")
+    overrides = KINDS[kind] + LAYOUTS[path[-1]] + (["training.exit_after_steps=4"] if stops else [])
+    start = str(folder / f"{kind}-to-{path[0]}" / "checkpoints") if len(path) > 1 else None
+    return {"recipe": recipe(folder, name), "overrides": overrides, "start_from": start, "only_saves": only_saves}
+
+
+def run(jobs: list[dict[str, Any]], folder: Path) -> None:
+    """In two processes, all of them."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    package = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(folder / "jobs.json")]
+    logs = [folder / f"rank_{rank}.txt" for rank in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        for process in processes:
+            process.wait(timeout=900)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], logs[0].read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from run_jobs import run_job
+
+    folder = tmp_path_factory.mktemp("reshard")
+    write_text(folder)
+    base = ["phases=[{kind: pretrain, steps: 1, lr: 1e-3}]", "checkpoint.load_base=null"]
+    assert main(["retrofit", recipe(folder, "base"), *base]) == 0
+    resumed = {path: job(folder, *path) for path in [*RESUMED, *((kind, layout, layout) for kind, layout in SAME)]}
+    again = {path: job(folder, *path, only_saves=True) for path in SAVED_AGAIN}
+    saved = {path[:2]: job(folder, *path[:2], stops=True) for path in [*resumed, *again]}
+    whole = {path: job(folder, *path) for path in [*SAME, *((kind, "one") for kind in TOLERANCE)]}
+    alone: list[tuple[Any, dict[str, Any]]] = []
+    two: list[dict[str, Any]] = []
+    for path, one in [*saved.items(), *whole.items(), *resumed.items(), *again.items()]:
+        if path[-1].startswith("one"):
+            alone.append((path, one))
+        else:
+            two.append(one)
+    # In two processes they must have what one process saved, and the other way round.
+    for path, one in alone:
+        if len(path) == 2:
+            assert run_job(**one) == 0
+    run(two, folder)
+    for path, one in alone:
+        if len(path) == 3:
+            assert run_job(**one) == 0
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint, put together: weights, main parameters, moments."""
+    return {name: value for name, value in load_plain_tensors(str(folder)).items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("path", SAVED_AGAIN, ids="-to-".join)
+def test_every_number_is_carried(folder: Path, path: tuple[str, str, str]) -> None:
+    kind, saver, loader = path
+    before = folder / f"{kind}-to-{saver}" / "checkpoints" / "step_00000004"
+    again = folder / f"{kind}-to-{saver}-to-{loader}-again" / "checkpoints" / "again" / "step_00000004"
+    assert_same_tensors(tensors(again), tensors(before))
+    common = [torch.load(folder / "common.pt", weights_only=True) for folder in (before, again)]
+    assert common[0] == common[1]
+    assert common[0]["adam_step"] == 2 and 0 < common[0]["merge_fraction"] < 1
+
+
+@pytest.mark.parametrize("path", RESUMED, ids="-to-".join)
+def test_resumed_elsewhere_equals_never_stopped(folder: Path, path: tuple[str, str, str]) -> None:
+    kind, saver, loader = path
+    for tag in TAGS:
+        whole = scalars(folder / f"{kind}-to-one-whole", tag)
+        resumed = scalars(folder / f"{kind}-to-{saver}-to-{loader}", tag)
+        assert sorted(resumed) == [5, 6]
+        assert resumed == pytest.approx({step: whole[step] for step in (5, 6)}, rel=TOLERANCE[kind]), tag
+
+
+@pytest.mark.parametrize("path", SAME, ids="-".join)
+def test_resumed_in_the_same_layout_is_the_same_to_the_last_bit(folder: Path, path: tuple[str, str]) -> None:
+    kind, layout = path
+    whole = folder / f"{kind}-to-{layout}-whole" / "checkpoints" / "step_00000006"
+    resumed = folder / f"{kind}-to-{layout}-to-{layout}" / "checkpoints" / "step_00000006"
+    assert_same_tensors(tensors(resumed), tensors(whole))

@@ -1,0 +1,119 @@
+"""A signal stops a run after its step, on all ranks, and the run goes on as if it had not been stopped."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from toy import recipe_values, scalars, write_recipe, write_text
+
+from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.training.checkpoint import read_latest
+from megatron_dmc.training.signals import stop_request
+from megatron_dmc.training.trainer import Trainer
+
+# More steps than are taken before the signal comes.
+PHASES = [{"kind": "compress", "steps": 5000, "lr": 5e-3, "start_compression_ratio": 2.0}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_text(folder)
+    return folder
+
+
+def recipe(data: Path, folder: Path) -> Path:
+    return write_recipe(folder, recipe_values(data, folder, PHASES))
+
+
+@contextlib.contextmanager
+def training(recipe: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs a recipe; it does not outlive the block."""
+    command = [sys.executable, "-m", "megatron_dmc", "retrofit", str(recipe), "monitor.progress_bar=true", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_first_step(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "step 1/" in line:
+            return
+    pytest.fail("".join(lines))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_request() as request:
+        assert request.received is None
+        os.kill(os.getpid(), number)
+        assert request.received == number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("one_process")
+def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path: Path) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    with training(recipe(data, stopped)) as process:
+        wait_for_first_step(process)
+        process.send_signal(signal.SIGUSR1)
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 75, said
+    steps = len(scalars(stopped, "loss/lm"))
+    assert f"asked to stop: saved after step {steps}; the same command goes on" in said
+    assert read_latest(stopped / "checkpoints") == f"step_{steps:08d}"
+
+    for folder, more in ((stopped, 3), (whole, steps + 3)):
+        trainer = Trainer(load_recipe(recipe(data, folder), [f"training.exit_after_steps={more}"]))
+        trainer.run()
+        assert (trainer.step, trainer.stopped) == (steps + 3, False)
+    for tag in ("loss/lm", "compression_ratio/noisy", "train/gradient_norm"):
+        assert scalars(stopped, tag) == scalars(whole, tag)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_that_is_done_was_not_stopped(data: Path, tmp_path: Path) -> None:
+    with stop_request() as request:
+        request.receive(signal.SIGUSR1)
+        trainer = Trainer(load_recipe(recipe(data, tmp_path), ["phases.0.steps=1"]), request)
+        trainer.run()
+    assert not trainer.stopped
+    assert (tmp_path / "checkpoints" / "final" / "dmc.json").is_file()
+
+
+@pytest.mark.distributed
+def test_a_signal_to_one_slurm_task_stops_all_of_them_after_the_same_step(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    path, layout = recipe(data, tmp_path), "parallel.pipeline_model_parallel_size=2"
+    with (
+        training(path, layout, **step, SLURM_PROCID="0", SLURM_LOCALID="0") as first,
+        training(path, layout, **step, SLURM_PROCID="1", SLURM_LOCALID="1") as second,
+    ):
+        wait_for_first_step(first)
+        second.send_signal(signal.SIGUSR1)
+        said = [task.communicate(timeout=300)[1] for task in (first, second)]
+        assert [first.returncode, second.returncode] == [75, 75], said
+    assert "asked to stop" in said[0]
+    assert read_latest(tmp_path / "checkpoints") is not None
