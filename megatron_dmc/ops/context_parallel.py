@@ -30,15 +30,12 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     parts = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    early, late = parts.unflatten(0, (ranks, -1)).unflatten(2, (2, -1)).unbind(2)  # [ranks, batch, chunk, ...]
-    return torch.cat([early, late.flip(0)]).movedim(0, 1).flatten(1, 2)
+    return _in_order(parts.unflatten(0, (ranks, -1)))
 
 
 def sum_to_local(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The adjoint of gather_sequence: [batch, seq, ...] summed over the ranks -> this rank's [batch, seq / ranks, ...]."""
-    ranks = dist.get_world_size(group)
-    chunks = x.unflatten(1, (2 * ranks, -1)).movedim(1, 0)
-    parts = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=2).flatten(2, 3)
+    parts = _by_rank(x, dist.get_world_size(group))
     local = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(local, parts.flatten(0, 1), group=group)
     return local
@@ -88,14 +85,23 @@ def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     sent = x.unflatten(2, (ranks, -1)).movedim(2, 0).contiguous()  # [ranks, batch, seq / ranks, heads / ranks, ...]
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    early, late = received.unflatten(2, (2, -1)).unbind(2)
-    return torch.cat([early, late.flip(0)]).movedim(0, 1).flatten(1, 2)
+    return _in_order(received)
 
 
 def _to_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    ranks = dist.get_world_size(group)
-    chunks = x.unflatten(1, (2 * ranks, -1)).movedim(1, 0)
-    sent = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=2).flatten(2, 3)
+    sent = _by_rank(x, dist.get_world_size(group))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return received.movedim(0, 2).flatten(2, 3)
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """What every rank holds, [ranks, batch, seq / ranks, ...] -> the sequence, [batch, seq, ...]."""
+    early, late = parts.unflatten(2, (2, -1)).unbind(2)  # [ranks, batch, chunk, ...]
+    return torch.cat([early, late.flip(0)]).movedim(0, 1).flatten(1, 2)
+
+
+def _by_rank(x: Tensor, ranks: int) -> Tensor:
+    """The inverse of _in_order."""
+    chunks = x.unflatten(1, (2 * ranks, -1)).movedim(1, 0)
+    return torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=2).flatten(2, 3)

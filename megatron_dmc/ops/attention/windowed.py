@@ -127,11 +127,9 @@ class KeySums:
         """Of gather_keys' arguments key, value, far_key, far_value and merge_logits, each if it was given."""
         d_logits = None
         if merge_logits is not None and self.fading is not None:
-            d_fading = self.fading.result()
-            if self.operation == "merge":
-                d_logits = F.pad(d_fading[:, :-1], (0, 0, 1, 0)).to(merge_logits.dtype)
-            else:
-                d_logits = F.pad(d_fading[:, 1:], (0, 0, 1, 0)).to(merge_logits.dtype)
+            # The adjoint of gather_keys' padding; the first token's logit is never read.
+            kept = slice(None, -1) if self.operation == "merge" else slice(1, None)
+            d_logits = F.pad(self.fading.result()[:, kept], (0, 0, 1, 0)).to(merge_logits.dtype)
         return (
             *((None, None) if key is None else (self.key.result(), self.value.result())),
             *((None, None) if far_key is None else (self.far_key.result(), self.far_value.result())),
