@@ -7,7 +7,7 @@ from megatron_dmc.plan.communication import Layout, StepTime, Traffic, data_mess
 from megatron_dmc.plan.flops import Work, step_work
 from megatron_dmc.plan.gpus import GPU
 from megatron_dmc.plan.memory import Footprints, StageMemory, stage_memory, whole_model
-from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.training.arguments import Recipe, check_batch
 
 
 @dataclass(frozen=True)
@@ -77,30 +77,15 @@ class Plan:
 
 def find_layout(recipe: Recipe, cluster: Cluster) -> Layout:
     """Raises ConfigError for a layout that the GPUs or the batch cannot be divided into."""
-    parallel, training = recipe.parallel, recipe.training
-    model_ranks = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    model_ranks = recipe.parallel.model_ranks
     if cluster.gpus % model_ranks:
         raise ConfigError(
             f"parallel: tensor x pipeline x context = {model_ranks} must divide the number of GPUs ({cluster.nodes} nodes x "
             f"{cluster.gpus_per_node} = {cluster.gpus}); change --nodes, or parallel"
         )
     replicas = cluster.gpus // model_ranks
-    together = training.micro_batch_size * replicas
-    if training.global_batch_size % together:
-        raise ConfigError(
-            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
-            f"({training.micro_batch_size}) x data-parallel replicas ({replicas}); change it, --nodes, or parallel"
-        )
-    micro_batches = training.global_batch_size // together
-    stages = parallel.pipeline_model_parallel_size
-    if parallel.virtual_pipeline_model_parallel_size and micro_batches % stages:
-        raise ConfigError(
-            f"interleaved stages need micro-batches in multiples of parallel.pipeline_model_parallel_size ({stages}), got "
-            f"{micro_batches} per replica; change training.global_batch_size, or leave "
-            "virtual_pipeline_model_parallel_size out"
-        )
+    check_batch(recipe, replicas)
+    micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * replicas)
     return Layout(cluster.gpus, cluster.gpus_per_node, replicas, micro_batches)
 
 

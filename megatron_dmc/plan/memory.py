@@ -50,8 +50,7 @@ def stage_memory(recipe: Recipe, world_size: int, footprints: "Footprints") -> l
         footprints: of this recipe's layers; a search shares them between its candidates.
     """
     training, parallel = recipe.training, recipe.parallel
-    stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
-    replicas = world_size // (stages * tensor * parallel.context_parallel_size)
+    stages, replicas = parallel.pipeline_model_parallel_size, world_size // parallel.model_ranks
     micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
     shards = replicas * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     found = []

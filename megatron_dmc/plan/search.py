@@ -10,7 +10,7 @@ from megatron_dmc.plan.communication import data_messages, step_time
 from megatron_dmc.plan.estimate import Cluster, Plan, find_layout, make_plan
 from megatron_dmc.plan.memory import Footprints, StageMemory, chunk_kinds, whole_model
 from megatron_dmc.plan.schedule import most_kept
-from megatron_dmc.training.arguments import Recipe, check_recipe
+from megatron_dmc.training.arguments import Recipe, check_recipe, divisors
 
 MICRO_BATCHES = (1, 2, 4)
 CONTEXT_RANKS = (1, 2, 4, 8)
@@ -69,8 +69,8 @@ def smaller_plan(plan: Plan, footprints: Footprints) -> Plan | None:
 
 def candidates(recipe: Recipe, cluster: Cluster) -> Iterator[Recipe]:
     """Every layout that a run would accept, with sequence parallelism wherever there is tensor parallelism."""
-    tensor_sizes = [size for size in range(1, cluster.gpus_per_node + 1) if recipe.model.num_query_groups % size == 0]
-    pipeline_sizes = [size for size in range(1, recipe.model.num_layers + 1) if recipe.model.num_layers % size == 0]
+    tensor_sizes = [size for size in divisors(recipe.model.num_query_groups) if size <= cluster.gpus_per_node]
+    pipeline_sizes = divisors(recipe.model.num_layers)
     seq = recipe.data.sequence_length
     context_sizes = {size for size in CONTEXT_RANKS if size == 1 or seq // size >= CONTEXT_TOKENS}
     context_sizes.add(recipe.parallel.context_parallel_size)

@@ -85,6 +85,11 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     overlap: bool = False  # gradient reduction and parameter gathering behind the backward and forward pass
 
+    @property
+    def model_ranks(self) -> int:
+        """Processes that share one replica of the model and one sample."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -241,6 +246,23 @@ def check_recipe(recipe: Recipe) -> None:
     _check_base(recipe)
 
 
+def check_batch(recipe: Recipe, replicas: int) -> None:
+    """Raises ConfigError unless so many data-parallel replicas can share the global batch."""
+    training, parallel = recipe.training, recipe.parallel
+    round_size = training.micro_batch_size * replicas
+    # Interleaved stages take micro-batches in groups as large as the pipeline is long.
+    interleaves = parallel.virtual_pipeline_model_parallel_size is not None
+    group = parallel.pipeline_model_parallel_size if interleaves else 1
+    if training.global_batch_size % (round_size * group):
+        pipeline = f" x interleaved pipeline stages ({group})" if interleaves else ""
+        sizes = [round_size * group * (training.global_batch_size // (round_size * group) + i) for i in (0, 1)]
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
+            f"({training.micro_batch_size}) x data-parallel replicas ({replicas}){pipeline}; sizes near it that work: "
+            f"{_listed([size for size in sizes if size])}"
+        )
+
+
 def _check_base(recipe: Recipe) -> None:
     """What an adapter and a teacher need."""
     distillation, base = recipe.distillation, recipe.checkpoint.load_base
@@ -353,7 +375,7 @@ def _check_parallel(recipe: Recipe) -> None:
         raise ConfigError(
             f"model.num_layers ({model.num_layers}) must be divisible by the pipeline's {pp * (vpp or 1)} stages "
             f"(pipeline_model_parallel_size {pp} x virtual_pipeline_model_parallel_size {vpp or 1}); "
-            f"numbers of stages that work: {_listed(_divisors(model.num_layers))}"
+            f"numbers of stages that work: {_listed(divisors(model.num_layers))}"
         )
     if parallel.context_parallel_size > 1:
         _check_context_parallel(recipe)
@@ -371,7 +393,7 @@ def _tensor_sizes(recipe: Recipe) -> str:
     lengths = recipe.data.sequence_length if parallel.sequence_parallel else 0
     sizes = [
         size
-        for size in _divisors(model.num_query_groups)
+        for size in divisors(model.num_query_groups)
         if not any(
             x % size for x in (model.ffn_hidden_size, model.vocab_size, lengths // parallel.context_parallel_size)
         )
@@ -379,7 +401,8 @@ def _tensor_sizes(recipe: Recipe) -> str:
     return f"tensor-parallel sizes that work: {_listed(sizes)}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """In rising order."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -403,10 +426,9 @@ def _check_context_parallel(recipe: Recipe) -> None:
             f"into {2 * cp} chunks; use {below}{length - length % step + step}, or another context_parallel_size"
         )
     if parallel.cp_comm_type == "a2a" and heads % cp:
-        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         raise ConfigError(
             f"parallel.cp_comm_type a2a needs parallel.context_parallel_size ({cp}) to divide the {heads} KV heads of a "
-            f"tensor-parallel rank; use a context_parallel_size of {sizes}, or cp_comm_type all_gather"
+            f"tensor-parallel rank; use a context_parallel_size of {_listed(divisors(heads))}, or cp_comm_type all_gather"
         )
     if recipe.dmc.window_size is not None and recipe.merges:
         raise ConfigError(

@@ -1,7 +1,6 @@
 """The process group and megatron-core's parallel state of a run."""
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training import cpu
-from megatron_dmc.training.arguments import ParallelConfig
+from megatron_dmc.training.arguments import ParallelConfig, divisors
 from megatron_dmc.training.slurm import SlurmTask, slurm_task
 
 
@@ -115,16 +114,11 @@ def meet(backend: str, task: SlurmTask, timeout: timedelta) -> None:
 
 
 def _check_size(parallel: ParallelConfig) -> None:
-    sizes = {
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "context": parallel.context_parallel_size,
-    }
-    model_ranks, processes = math.prod(sizes.values()), dist.get_world_size()
+    model_ranks, processes = parallel.model_ranks, dist.get_world_size()
     if processes % model_ranks:
-        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(
-            f"parallel: {product} = {model_ranks} must divide the number of processes ({processes}); start "
-            f"{model_ranks} or a multiple of it, or choose sizes whose product is one of "
-            f"{', '.join(str(size) for size in range(1, processes + 1) if processes % size == 0)}"
+            f"parallel: tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+            f"context {parallel.context_parallel_size} = {model_ranks} must divide the number of processes ({processes}); "
+            f"start {model_ranks} or a multiple of it, or choose sizes whose product is one of "
+            f"{', '.join(map(str, divisors(processes)))}"
         )

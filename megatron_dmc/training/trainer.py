@@ -17,7 +17,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.training.arguments import Recipe, check_batch
 from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config
 from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
 from megatron_dmc.training.distributed import seed_weights
@@ -91,7 +91,7 @@ class Trainer:
             check_teacher(recipe.teacher, recipe)
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
-        self._check_batch()
+        check_batch(recipe, parallel_state.get_data_parallel_world_size())
         training = recipe.training
         self.train_data, self.valid_data = build_datasets(
             recipe.data,
@@ -111,22 +111,6 @@ class Trainer:
         self.merge_fraction = 0.0
 
     # Building
-
-    def _check_batch(self) -> None:
-        training, parallel = self.recipe.training, self.recipe.parallel
-        replicas = parallel_state.get_data_parallel_world_size()
-        round_size = training.micro_batch_size * replicas
-        # Interleaved stages take micro-batches in groups as large as the pipeline is long.
-        interleaves = parallel.virtual_pipeline_model_parallel_size is not None
-        group = parallel.pipeline_model_parallel_size if interleaves else 1
-        if training.global_batch_size % (round_size * group):
-            pipeline = f" x interleaved pipeline stages ({group})" if interleaves else ""
-            sizes = [round_size * group * (training.global_batch_size // (round_size * group) + i) for i in (0, 1)]
-            raise ConfigError(
-                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
-                f"({training.micro_batch_size}) x data-parallel replicas ({replicas}){pipeline}; sizes near it that work: "
-                f"{', '.join(str(size) for size in sizes if size)}"
-            )
 
     def _build_model(self) -> list[torch.nn.Module]:
         recipe, parallel = self.recipe, self.recipe.parallel
