@@ -54,12 +54,17 @@ def write_chats(path: Path, chats: list[list[dict[str, Any]]]) -> str:
     return str(path)
 
 
-def chat_tokenizer(folder: Path, template: str | None = PLAIN, vocab_size: int = 350) -> Tokenizer:
-    """A byte-level BPE with ChatML's special tokens, as they are in published folders, and a chat template."""
+def chat_tokenizer(
+    folder: Path,
+    template: str | None = PLAIN,
+    vocab_size: int = 350,
+    special_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
+) -> Tokenizer:
+    """A byte-level BPE with special tokens (ChatML's), as they are in published folders, and a chat template."""
     texts = [turn["content"] for chat in conversations(40) for turn in chat]
     train_tokenizer([f"assistant user system {text}" for text in texts], vocab_size - 2, folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.add_special_tokens(list(special_tokens))
     # as Llama 3's: it takes white space out of the tokens' offsets
     backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     backend.save(str(folder / "tokenizer.json"))

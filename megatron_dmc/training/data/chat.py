@@ -58,8 +58,8 @@ def usable_conversations(
 ) -> Iterator[Conversation]:
     """Leaves out, with one warning per reason, the conversations that nothing good can be learned from.
 
-    Those are: no assistant turn; an assistant turn without text; a content that spells one of the tokenizer's special
-    tokens, which rendered text could not tell from the token itself (a message must not end its own turn).
+    Those are: no assistant turn; an assistant turn without text; a message that spells one of the tokenizer's special tokens
+    in any of its fields, which rendered text could not tell from the token itself (a message must not end its own turn).
     """
     special_tokens = tuple(special_tokens)
     skipped: dict[str, list[str]] = {}
@@ -79,8 +79,10 @@ def _reason_to_skip(conversation: Conversation, special_tokens: tuple[str, ...])
         return "without an assistant turn"
     if not all(turn.strip() for turn in turns):
         return "with an empty assistant turn"
-    if any(token in message["content"] for message in conversation.messages for token in special_tokens):
-        return "whose content spells a special token"
+    # A template writes other fields (the arguments of a tool's call) as JSON.
+    texts = [text for m in conversation.messages for text in (m["content"], json.dumps(m, ensure_ascii=False))]
+    if any(token in text for text in texts for token in special_tokens):
+        return "in which a message spells a special token"
     return None
 
 

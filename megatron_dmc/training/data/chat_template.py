@@ -6,6 +6,7 @@ strings, lists and dicts; nothing else of the folder is run or unpickled.
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class ChatTemplate:
         """Where the template marks the assistant's part with ``{% generation %}``, that is it.
 
         Otherwise it is what follows a turn's generation prompt, up to the token that ends the turn. That is exact where the
-        conversation up to a turn is rendered alike whether or not more follows; a template that rewrites turns (drops their
-        reasoning, say) is refused.
+        conversation up to that token is rendered alike whether or not more follows; a template that rewrites turns (drops
+        their reasoning, say) is refused, and so is one that writes nothing for a turn.
 
         Raises:
             ConfigError: the template refuses the conversation, or does not tell the assistant's part exactly.
@@ -93,17 +94,36 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             prompt = self._run(self.source, conversation, number, prompts=True)
-            through = self._run(self.source, conversation, number + 1)
-            if not (text.startswith(through) and through.startswith(prompt)):
+            before, through = (self._run(self.source, conversation, count) for count in (number, number + 1))
+            begin = len(prompt)
+            end = begin + self._turn_length(through[begin:], before)
+            if not (through.startswith(prompt) and text.startswith(through[:end])):
                 raise ConfigError(
                     f"{conversation.place}: the chat template of {self.name} writes messages[{number}] differently at the "
                     "end than inside, so the assistant's part is not exact; put {% generation %} ... {% endgeneration %} "
                     "around it in a copy of the template and name that with --chat-template"
                 )
-            # what follows the token that ends a turn is the template's
-            end = len(through.rstrip()) if through.rstrip().endswith(self.special_tokens) else len(through)
-            spans.append((len(prompt), end))
+            if begin == end:
+                raise ConfigError(
+                    f"{conversation.place}: the chat template of {self.name} writes nothing for messages[{number}], so "
+                    "there is nothing to learn; correct the template, or name another with --chat-template"
+                )
+            spans.append((begin, end))
         return spans
+
+    def _turn_length(self, turn: str, before: str) -> int:
+        """How many characters of ``turn``, which the template wrote last, are the turn's own.
+
+        It ends with the first special token of what the conversation ends with as it did ``before`` the turn: behind that
+        some templates write an end of text, or always the next prompt.
+        """
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(turn), reversed(before), strict=False))
+        ending = turn[len(turn) - len(list(alike)) :]
+        places = [ending.find(token) + len(token) for token in self.special_tokens if token in ending]
+        if places:
+            return len(turn) - len(ending) + min(places)
+        written = turn.rstrip()
+        return len(written) if written.endswith(self.special_tokens) else len(turn)
 
     def _run(self, source: str, conversation: Conversation, count: int | None = None, *, prompts: bool = False) -> str:
         """The first ``count`` messages; ``prompts``: with what asks the model for the next turn."""

@@ -70,6 +70,7 @@ def test_leaves_out_what_teaches_nothing_and_says_so(tmp_path, caplog):
         [user, message("assistant", "it is <|im_end|>")],
         [message("system", ""), message("user", ""), answer],
         [user, user],
+        [user, answer | {"tool_calls": [{"name": "f", "arguments": {"x": ["<|im_end|>"]}}]}],
     ]
     path = write_chats(tmp_path / "chat.jsonl", chats)
     with caplog.at_level(logging.WARNING):
@@ -77,8 +78,8 @@ def test_leaves_out_what_teaches_nothing_and_says_so(tmp_path, caplog):
     assert [chat.messages for chat in kept] == [chats[0], chats[5]]
     assert sorted(caplog.messages) == [
         f"skipped 1 conversation(s) with an empty assistant turn, the first is {path}:3",
-        f"skipped 2 conversation(s) whose content spells a special token, the first is {path}:4",
         f"skipped 2 conversation(s) without an assistant turn, the first is {path}:2",
+        f"skipped 3 conversation(s) in which a message spells a special token, the first is {path}:4",
     ]
 
 

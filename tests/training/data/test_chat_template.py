@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from chats import IN_A_MACRO, MARKED, PLAIN, REWRITES_HISTORY, chat_tokenizer, conversations, message
+from published_templates import FORMS
 from texts import fails
 
 from megatron_dmc.training.data import load_chat_template
@@ -50,6 +51,40 @@ def test_equals_transformers_own_mask(tokenizer, tmp_path):
         assert _overlap(characters, rendered.spans) == expected["assistant_masks"]
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_published_templates_equal_transformers_own_mask(tmp_path, name):
+    from transformers import PreTrainedTokenizerFast
+
+    form = FORMS[name]
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", form.plain, special_tokens=form.special_tokens)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(tokenizer.folder))
+    theirs.backend_tokenizer.post_processor = None
+    odd = [
+        "  is it?\n",
+        "No,\tit is not. ",
+        "[/INST] größer\r\n\n",
+        "assistant\n\n",
+        "",
+        "日本 🙂",
+        "e\u0301",
+        "e\u0301",
+    ]
+    chats = [[message(("user", "assistant")[i % 2], text) for i, text in enumerate(odd)]]
+    roles = ("system", "user", "assistant") if form.has_system else ("user", "assistant")
+    chats += [[turn for turn in chat if turn["role"] in roles] for chat in conversations(13)]
+    templates = load_chat_template(tokenizer), template_of(tokenizer, tmp_path, form.marked)
+    for chat in chats:
+        expected = theirs.apply_chat_template(
+            chat, chat_template=form.marked, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert any(expected["assistant_masks"])
+        for template in templates:
+            rendered = template.render(Conversation(chat, "chat.jsonl:1"))
+            [(tokens, characters)] = tokenizer.tokenize_rendered([rendered.text])
+            assert tokens == expected["input_ids"]
+            assert _overlap(characters, rendered.spans) == expected["assistant_masks"]
+
+
 def test_the_characters_of_tokens_leave_nothing_out(tokenizer):
     text = "<|im_start|>user\n  hello   you  <|im_end|>\n\n "
     [(tokens, characters)] = tokenizer.tokenize_rendered([text])
@@ -75,6 +110,25 @@ def test_refuses_what_is_not_exact(tokenizer, tmp_path):
     # its generation prompt is not how a turn begins
     template = template_of(tokenizer, tmp_path, PLAIN.replace("assistant\n{% endif", "assistant\n<think>{% endif"))
     fails(r"chat.jsonl:1: .* --chat-template", template.render, one_turn)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "hello",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+        # what asks for the turn is all of it
+        "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}",
+    ],
+)
+def test_refuses_a_template_that_writes_nothing_of_the_assistants(tokenizer, tmp_path, source):
+    chat = Conversation([message("user", "a"), message("assistant", "b")], "chat.jsonl:3")
+    fails(
+        r"chat.jsonl:3: .* writes nothing for messages\[1\]",
+        template_of(tokenizer, tmp_path, "{# #}" + source).render,
+        chat,
+    )
 
 
 @pytest.mark.parametrize(
