@@ -1,8 +1,8 @@
-"""Runs jobs one after the other in the same processes; starting those takes longer than a toy run.
+"""Runs jobs one after the other in forks of one process: its imports take longer than a toy run.
 
-A job: ``recipe`` and ``overrides``; ``start_from``: a folder of checkpoints that is first copied to the job's own;
-``only_saves``: nothing is trained, what was loaded is saved again in ``checkpoint.directory``/again. The first job that
-fails is the last.
+A job: ``recipe`` and ``overrides``; ``processes`` to run it in; ``start_from``: a folder of checkpoints that is first copied
+to the job's own; ``only_saves``: nothing is trained, what was loaded is saved again in ``checkpoint.directory``/again. The
+first job that fails is the last.
 """
 
 import json
@@ -40,25 +40,27 @@ def load_and_save(recipe: str, overrides: list[str]) -> int:
     return 0
 
 
-def run_in_group(job: dict[str, Any], store: str, rank: int) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+def run_in_group(job: dict[str, Any], processes: int, store: str, rank: int) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
     status = run_job(**job)
     dist.destroy_process_group()
     sys.exit(status)
 
 
-def run_jobs(path: Path, rank: int) -> None:
-    """Each in a fork of this process: its process groups, and the threads they hold, go with it."""
+def run_jobs(path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for number, job in enumerate(json.loads(path.read_text())):
-        child = context.Process(target=run_in_group, args=(job, f"{path}.store-{number}", rank))
-        child.start()
-        child.join()
-        if child.exitcode != 0:
+        processes, store = job.pop("processes"), f"{path}.store-{number}"
+        ranks = [context.Process(target=run_in_group, args=(job, processes, store, rank)) for rank in range(processes)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
             sys.exit(f"failed: {job}")
 
 
 if __name__ == "__main__":
     cpu.install()
     torch.set_num_threads(1)
-    run_jobs(Path(sys.argv[1]), int(sys.argv[2]))
+    run_jobs(Path(sys.argv[1]))

@@ -12,20 +12,23 @@ import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
 from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
-from megatron_dmc.cli import main
-
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
 
 PLAIN = "parallel.use_distributed_optimizer=false"
-LAYOUTS: dict[str, list[str]] = {
-    "one": [],
-    "one-plain": [PLAIN],
-    "dp2": ["parallel.overlap=true"],
-    "dp2-plain": [PLAIN],
-    "tp2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
-    "tp2-plain": ["parallel.tensor_model_parallel_size=2", PLAIN],
-    "pp2": ["parallel.pipeline_model_parallel_size=2"],
-    "pp2-vpp2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+# Processes, and settings over the recipe's.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []),
+    "one-plain": (1, [PLAIN]),
+    "dp2": (2, ["parallel.overlap=true"]),
+    "dp2-plain": (2, [PLAIN]),
+    "tp2": (2, [TENSOR, "parallel.sequence_parallel=true"]),
+    "tp2-plain": (2, [TENSOR, PLAIN]),
+    "pp2": (2, [PIPELINE]),
+    "pp2-vpp2": (2, [PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"]),
+    "cp2": (2, ["parallel.context_parallel_size=2"]),
+    "dp4": (4, []),
+    "tp2-pp2": (4, [TENSOR, PIPELINE]),
 }
 KINDS = {
     "full": [],
@@ -39,16 +42,21 @@ RESUMED = [
     ("full", "tp2", "pp2-vpp2"),
     ("full", "dp2", "one"),
     ("full", "pp2-vpp2", "dp2-plain"),
+    ("full", "cp2", "tp2"),
+    ("full", "tp2", "cp2"),
+    ("full", "dp4", "tp2-pp2"),
+    ("full", "tp2-pp2", "dp4"),
     ("bf16", "dp2", "pp2"),
     ("adapter", "pp2", "one"),
 ]
-SAME = [("full", "pp2-vpp2"), ("bf16", "dp2")]
+SAME = [("full", "pp2-vpp2"), ("full", "cp2"), ("full", "tp2-pp2"), ("bf16", "dp2")]
 # Nothing is trained after the load: what is saved again must be what was loaded.
 SAVED_AGAIN = [
     *RESUMED,
     ("full", "one-plain", "dp2"),
     ("bf16", "dp2", "tp2-plain"),
     ("bf16", "tp2-plain", "one"),
+    ("bf16", "dp4", "tp2-pp2"),
     ("adapter", "pp2", "dp2"),
     ("tied", "pp2", "dp2"),
 ]
@@ -78,58 +86,37 @@ def recipe(folder: Path, name: str) -> str:
 def job(folder: Path, kind: str, *path: str, stops: bool = False, only_saves: bool = False) -> dict[str, Any]:
     """One that runs a kind in the last layout of a path, and goes on from what the one before it saved."""
     name = "-to-".join((kind, *path)) + ("-again" if only_saves else "-whole" if not stops and len(path) == 1 else "")
-    overrides = KINDS[kind] + LAYOUTS[path[-1]] + (["training.exit_after_steps=4"] if stops else [])
-    start = str(folder / f"{kind}-to-{path[0]}" / "checkpoints") if len(path) > 1 else None
-    return {"recipe": recipe(folder, name), "overrides": overrides, "start_from": start, "only_saves": only_saves}
+    processes, overrides = LAYOUTS[path[-1]]
+    overrides = KINDS[kind] + overrides + (["training.exit_after_steps=4"] if stops else [])
+    return {
+        "recipe": recipe(folder, name),
+        "overrides": overrides,
+        "processes": processes,
+        "start_from": str(folder / f"{kind}-to-{path[0]}" / "checkpoints") if len(path) > 1 else None,
+        "only_saves": only_saves,
+    }
 
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> None:
-    """In two processes, all of them."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    package = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(folder / "jobs.json")]
-    logs = [folder / f"rank_{rank}.txt" for rank in range(2)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=900)
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], logs[0].read_text()[-3000:]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("run_jobs.py")), str(folder / "jobs.json")]
+    with (folder / "log.txt").open("w") as log:
+        status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900).returncode
+    assert status == 0, (folder / "log.txt").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from run_jobs import run_job
-
     folder = tmp_path_factory.mktemp("reshard")
     write_text(folder)
     base = ["phases=[{kind: pretrain, steps: 1, lr: 1e-3}]", "checkpoint.load_base=null"]
-    assert main(["retrofit", recipe(folder, "base"), *base]) == 0
-    resumed = {path: job(folder, *path) for path in [*RESUMED, *((kind, layout, layout) for kind, layout in SAME)]}
+    jobs = [{"recipe": recipe(folder, "base"), "overrides": base, "processes": 1}]
     again = {path: job(folder, *path, only_saves=True) for path in SAVED_AGAIN}
+    resumed = {path: job(folder, *path) for path in [*RESUMED, *((kind, layout, layout) for kind, layout in SAME)]}
     saved = {path[:2]: job(folder, *path[:2], stops=True) for path in [*resumed, *again]}
     whole = {path: job(folder, *path) for path in [*SAME, *((kind, "one") for kind in TOLERANCE)]}
-    alone: list[tuple[Any, dict[str, Any]]] = []
-    two: list[dict[str, Any]] = []
-    for path, one in [*saved.items(), *whole.items(), *resumed.items(), *again.items()]:
-        if path[-1].startswith("one"):
-            alone.append((path, one))
-        else:
-            two.append(one)
-    # In two processes they must have what one process saved, and the other way round.
-    for path, one in alone:
-        if len(path) == 2:
-            assert run_job(**one) == 0
-    run(two, folder)
-    for path, one in alone:
-        if len(path) == 3:
-            assert run_job(**one) == 0
+    run([*jobs, *saved.values(), *whole.values(), *resumed.values(), *again.values()], folder)
     return folder
 
 
