@@ -75,9 +75,9 @@ def recipe(folder: Path, name: str) -> str:
     values = recipe_values(folder, folder / name, phases, temperature=0.5, decision_bias=0.3)
     values["data"]["sequence_length"] = 32
     values["model"] |= {"num_layers": 4, "init_method_std": 0.1}
-    # In the first step all omegas are equal and cancel: the gradient of their bias is nothing but rounding, 1e-9 of either sign,
-    # another in every layout. With Adam's usual eps of 1e-8 it would move the bias by up to 1e-4, and five steps later the
-    # gradient norms of two layouts would differ by 3e-5, in runs that were never stopped as well.
+    # In the first step all omegas are equal and cancel: the gradient of their bias is nothing but rounding, 1e-9 of either
+    # sign, another in every layout. With Adam's usual eps of 1e-8 it would move the bias by up to 1e-4, and five steps later
+    # the gradient norms of two layouts would differ by 3e-5, in runs that were never stopped as well.
     values["training"] |= {"micro_batch_size": 1, "adam_eps": 1e-5}
     values["checkpoint"] |= {"load_base": str(folder / "base" / "checkpoints" / "final"), "keep_last": 9}
     values["monitor"] |= {"eval_samples": 0, "heatmap_interval": 0}

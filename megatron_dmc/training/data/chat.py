@@ -17,17 +17,25 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: dicts with "role" and "content", and what else a template may read there; place: the file and line."""
+    """What a chat template writes.
+
+    Attributes:
+        messages: dicts with "role" and "content", and what else a template may read there.
+        place: the file and line.
+        tools: what the assistant may call, as the template wants it described; None: not said.
+    """
 
     messages: list[dict[str, Any]]
     place: str
+    tools: list[dict[str, Any]] | None = None
 
 
 def iter_conversations(path: str | Path) -> Iterator[Conversation]:
     """The conversations of a ``.jsonl`` file, or of all such files in a folder: ``{"messages": [...]}`` in every line.
 
-    A message is an object with a "role" (system, user, assistant or tool) and a string "content"; its other fields are
-    handed to the chat template, other fields of the line are left out.
+    A message is an object with a "role" (system, user, assistant or tool) and a string "content", which an assistant's turn
+    with "tool_calls" can do without. Its other fields are handed to the chat template, and so are the line's "tools"; other
+    fields of the line are left out.
 
     Raises:
         ConfigError: (while iterating) a path that is missing, unreadable or holds no conversation, or a line that is
@@ -58,8 +66,9 @@ def usable_conversations(
 ) -> Iterator[Conversation]:
     """Leaves out, with one warning per reason, the conversations that nothing good can be learned from.
 
-    Those are: no assistant turn; an assistant turn without text; a message that spells one of the tokenizer's special tokens
-    in any of its fields, which rendered text could not tell from the token itself (a message must not end its own turn).
+    Those are: no assistant turn; an assistant turn without text or calls; a message or a tool that spells one of the
+    tokenizer's special tokens anywhere, which rendered text could not tell from the token itself (a message must not end its
+    own turn).
     """
     special_tokens = tuple(special_tokens)
     skipped: dict[str, list[str]] = {}
@@ -74,13 +83,14 @@ def usable_conversations(
 
 
 def _reason_to_skip(conversation: Conversation, special_tokens: tuple[str, ...]) -> str | None:
-    turns = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    turns = [message for message in conversation.messages if message["role"] == "assistant"]
     if not turns:
         return "without an assistant turn"
-    if not all(turn.strip() for turn in turns):
+    if not all(turn["content"].strip() or turn.get("tool_calls") for turn in turns):
         return "with an empty assistant turn"
     # A template writes other fields (the arguments of a tool's call) as JSON.
-    texts = [text for m in conversation.messages for text in (m["content"], json.dumps(m, ensure_ascii=False))]
+    written = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)
+    texts = [written, *(message["content"] for message in conversation.messages)]
     if any(token in text for text in texts for token in special_tokens):
         return "in which a message spells a special token"
     return None
@@ -99,12 +109,20 @@ def _conversation(value: Any, place: str) -> Conversation:
             raise ConfigError(
                 f"{place} messages[{number}].role must be one of {', '.join(ROLES)}, got {message.get('role')!r}"
             )
+        if message["role"] == "assistant" and message.get("tool_calls") and message.get("content") is None:
+            # Templates add it to other text.
+            message["content"] = ""
         if not isinstance(message.get("content"), str):
             raise ConfigError(
                 f"{place} messages[{number}].content must be a string, got {type(message.get('content')).__name__}"
             )
+    tools = value.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ConfigError(
+            f"{place} tools must be a list of objects, as the chat template describes them; correct the line"
+        )
     try:
-        json.dumps(messages, ensure_ascii=False).encode()
+        json.dumps([messages, tools], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{place} holds half a surrogate pair, which is no character; correct the line") from None
-    return Conversation(messages, place)
+    return Conversation(messages, place, tools)

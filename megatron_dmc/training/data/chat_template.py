@@ -129,9 +129,11 @@ class ChatTemplate:
         """The first ``count`` messages; ``prompts``: with what asks the model for the next turn."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        tools: Any = conversation.tools
         try:
             rendered: Any = render_jinja_template(
                 [conversation.messages[:count]],
+                tools=tools,
                 chat_template=source,
                 add_generation_prompt=prompts,
                 **self.variables,

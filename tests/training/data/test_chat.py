@@ -42,6 +42,14 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
         ('{"messages": [{"role": "user"}]}', r"messages\[0\].content must be a string, got NoneType"),
         ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "content must be a string, got list"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
+        (
+            '{"messages": [{"role": "user", "tool_calls": [{}]}]}',
+            r"messages\[0\].content must be a string, got NoneType",
+        ),
+        ('{"messages": [{"role": "assistant", "tool_calls": []}]}', "content must be a string, got NoneType"),
+        (GOOD.strip()[:-1] + ', "tools": "f(x)"}', "tools must be a list of objects"),
+        (GOOD.strip()[:-1] + ', "tools": ["f"]}', "tools must be a list of objects"),
+        (GOOD.strip()[:-1] + ', "tools": [{"name": "\\ud800"}]}', "half a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, problem):
@@ -83,7 +91,16 @@ def test_leaves_out_what_teaches_nothing_and_says_so(tmp_path, caplog):
     ]
 
 
-def test_other_fields_of_a_message_are_kept(tmp_path):
-    line = {"messages": [message("assistant", "a") | {"tool_calls": [{"name": "f"}]}], "source": "web"}
+def test_what_a_template_may_read_is_kept(tmp_path):
+    calls = message("assistant", "a") | {"tool_calls": [{"name": "f"}]}
+    line = {"messages": [calls, calls | {"content": None}], "tools": [{"name": "f"}], "source": "web"}
     (tmp_path / "chat.jsonl").write_text(json.dumps(line))
-    assert read(tmp_path / "chat.jsonl")[0].messages == line["messages"]
+    [chat] = usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"})
+    assert chat.messages == [calls, calls | {"content": ""}]
+    assert chat.tools == line["tools"]
+
+
+def test_a_tool_that_spells_a_special_token_is_left_out(tmp_path):
+    line = {"messages": [message("assistant", "a")], "tools": [{"name": "f", "description": "writes <|im_end|>"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(line))
+    assert not list(usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"}))

@@ -85,6 +85,31 @@ def test_published_templates_equal_transformers_own_mask(tmp_path, name):
             assert _overlap(characters, rendered.spans) == expected["assistant_masks"]
 
 
+def test_calls_of_tools_are_learned(tokenizer, tmp_path):
+    """As Qwen 2.5's: what there is to call stands in the system's turn, a call in the assistant's."""
+    source = (
+        "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+        + PLAIN.replace(
+            "{{ m.content }}",
+            "{{ m.content }}{% for call in m.tool_calls %}<tool_call>{{ call | tojson }}</tool_call>{% endfor %}",
+        )
+    )
+    call = {"name": "f", "arguments": {"x": "größer"}}
+    messages = [
+        message("user", "a"),
+        message("assistant", "") | {"tool_calls": [call]},
+        message("tool", "3"),
+        message("assistant", "It is 3."),
+    ]
+    chat = Conversation(messages, "chat.jsonl:1", tools=[{"name": "f", "parameters": {"x": "string"}}])
+    rendered = template_of(tokenizer, tmp_path, source).render(chat)
+    assert rendered.text.startswith('<|im_start|>system\n{"name": "f", "parameters": {"x": "string"}}\n<|im_end|>')
+    assert [rendered.text[begin:end] for begin, end in rendered.spans] == [
+        f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call><|im_end|>",
+        "It is 3.<|im_end|>",
+    ]
+
+
 def test_the_characters_of_tokens_leave_nothing_out(tokenizer):
     text = "<|im_start|>user\n  hello   you  <|im_end|>\n\n "
     [(tokens, characters)] = tokenizer.tokenize_rendered([text])
