@@ -1,6 +1,7 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.training.agreement import gather, on_all_ranks
 from megatron_dmc.training.arguments import Recipe
 from megatron_dmc.training.checkpoint import (
     CheckpointError,
@@ -83,7 +85,10 @@ class RunStore:
         Raises:
             CheckpointError, ConfigError: the checkpoint is damaged, or the recipe differs where it must not.
         """
-        latest = read_latest(self.root)
+        with on_all_ranks(f"cannot read {self.root / 'latest'}"):
+            latest = read_latest(self.root)
+        # Rank 0's: another node may still see what stood there before.
+        latest = gather(latest)[0]
         if latest is not None:
             return self._resume(self.root / latest)
         if self.recipe.checkpoint.load_base is not None:
@@ -94,7 +99,13 @@ class RunStore:
         return only_decisions(state) if self.recipe.trains_adapter else state
 
     def _resume(self, folder: Path) -> tuple[int, float]:
-        info = check_checkpoint(folder)
+        with on_all_ranks(f"cannot resume from {folder}"):
+            if dist.get_rank() > 0 and not folder.is_dir():
+                raise CheckpointError(
+                    f"rank {dist.get_rank()} on {socket.gethostname()} does not see {folder}, which rank 0 resumes from; the "
+                    "folder must be on storage that all nodes share"
+                )
+            info = check_checkpoint(folder)
         if info.kind != "full":
             raise CheckpointError(
                 f"{self.root / 'latest'} names {folder.name}, which holds weights only; write the name of a step_* folder "
