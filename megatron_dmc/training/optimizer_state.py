@@ -55,7 +55,9 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Entries of a checkpoint's sharded state dict."""
-        return {"optimizer": self._tensors, "adam_step": _step(self._optimizer)}
+        # A rank that writes none has no entry: an empty one would be a plain value, which megatron-core wants on all ranks.
+        tensors = {"optimizer": self._tensors} if self._tensors else {}
+        return {**tensors, "adam_step": _step(self._optimizer)}
 
     @torch.no_grad()
     def load(self, loaded: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ class OptimizerState:
 
         def fill(value: Any) -> Any:
             if isinstance(value, ShardedBase):
-                return loaded["optimizer"].get(id(value))
+                return loaded.get("optimizer", {}).get(id(value))
             return value.unwrap() if isinstance(value, LocalNonpersistentObject) else value
 
         dict_list_map_inplace(fill, self._structure)

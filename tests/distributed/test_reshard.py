@@ -105,7 +105,10 @@ def run(jobs: list[dict[str, Any]], folder: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("run_jobs.py")), str(folder / "jobs.json")]
     with (folder / "log.txt").open("w") as log:
         status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900).returncode
-    assert status == 0, (folder / "log.txt").read_text()[-3000:]
+    said = (folder / "log.txt").read_text()
+    assert status == 0, said[-3000:]
+    # megatron-core warns so where the ranks' plain values are not the same.
+    assert "common state dict differs" not in said
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ _GENERATION, _END = "{% generation %}", "{% endgeneration %}"
 
 @dataclass(frozen=True)
 class Form:
-    """template: with ``[[`` and ``]]`` around the assistant's part; has_system: whether it takes a system message."""
+    """template: with ``[[`` and ``]]`` around the assistant's part; the others: which conversations it takes."""
 
     special_tokens: tuple[str, ...]
     template: str
     has_system: bool = True
+    may_begin_with_assistant: bool = False
 
     @property
     def plain(self) -> str:
@@ -47,10 +48,12 @@ FORMS = {
         "{% else %}[[{{ ' ' + m.content.strip() + ' </s>' }}]]{% endif %}{% endfor %}",
     ),
     "llama-3": Form(
-        _LLAMA_3_TOKENS, _LLAMA_3 + "{% if add_generation_prompt %}{{ '" + _LLAMA_3_PROMPT + "' }}{% endif %}"
+        _LLAMA_3_TOKENS,
+        _LLAMA_3 + "{% if add_generation_prompt %}{{ '" + _LLAMA_3_PROMPT + "' }}{% endif %}",
+        may_begin_with_assistant=True,
     ),
     # As it was first published: the prompt stands at the end of every conversation.
-    "llama-3 first": Form(_LLAMA_3_TOKENS, _LLAMA_3 + "{{ '" + _LLAMA_3_PROMPT + "' }}"),
+    "llama-3 first": Form(_LLAMA_3_TOKENS, _LLAMA_3 + "{{ '" + _LLAMA_3_PROMPT + "' }}", may_begin_with_assistant=True),
     "qwen-2.5": Form(
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         "{%- if messages[0].role != 'system' %}\n    {{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}\n{%- endif %}\n"
@@ -74,5 +77,6 @@ FORMS = {
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
         "{% if m.role == 'assistant' %}[[{{ m.content + '<|end|>' }}]]{% else %}{{ m.content + '<|end|>' }}{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}<|endoftext|>{% endif %}",
+        may_begin_with_assistant=True,
     ),
 }

@@ -5,7 +5,9 @@ strings, lists and dicts; nothing else of the folder is run or unpickled.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -94,9 +96,9 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             prompt = self._run(self.source, conversation, number, prompts=True)
-            before, through = (self._run(self.source, conversation, count) for count in (number, number + 1))
+            through = self._run(self.source, conversation, number + 1)
             begin = len(prompt)
-            end = begin + self._turn_length(through[begin:], before)
+            end = begin + self._turn_length(through[begin:])
             if not (through.startswith(prompt) and text.startswith(through[:end])):
                 raise ConfigError(
                     f"{conversation.place}: the chat template of {self.name} writes messages[{number}] differently at the "
@@ -111,19 +113,28 @@ class ChatTemplate:
             spans.append((begin, end))
         return spans
 
-    def _turn_length(self, turn: str, before: str) -> int:
-        """How many characters of ``turn``, which the template wrote last, are the turn's own.
+    def _turn_length(self, turn: str) -> int:
+        """How many characters of ``turn``, which ends a conversation, are the turn's own.
 
-        It ends with the first special token of what the conversation ends with as it did ``before`` the turn: behind that
-        some templates write an end of text, or always the next prompt.
+        It ends with the first special token of what it has in common with the end of a user's turn: behind that some
+        templates write an end of text, or always the next prompt.
         """
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(turn), reversed(before), strict=False))
+        alike = takewhile(
+            lambda pair: pair[0] == pair[1], zip(reversed(turn), reversed(self._users_turn), strict=False)
+        )
         ending = turn[len(turn) - len(list(alike)) :]
         places = [ending.find(token) + len(token) for token in self.special_tokens if token in ending]
         if places:
             return len(turn) - len(ending) + min(places)
         written = turn.rstrip()
         return len(written) if written.endswith(self.special_tokens) else len(turn)
+
+    @cached_property
+    def _users_turn(self) -> str:
+        """A conversation of one; empty where the template refuses that."""
+        with suppress(ConfigError):
+            return self._run(self.source, Conversation([{"role": "user", "content": "?"}], "a question"))
+        return ""
 
     def _run(self, source: str, conversation: Conversation, count: int | None = None, *, prompts: bool = False) -> str:
         """The first ``count`` messages; ``prompts``: with what asks the model for the next turn."""

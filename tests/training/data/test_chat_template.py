@@ -72,6 +72,8 @@ def test_published_templates_equal_transformers_own_mask(tmp_path, name):
     chats = [[message(("user", "assistant")[i % 2], text) for i, text in enumerate(odd)]]
     roles = ("system", "user", "assistant") if form.has_system else ("user", "assistant")
     chats += [[turn for turn in chat if turn["role"] in roles] for chat in conversations(13)]
+    if form.may_begin_with_assistant:
+        chats += [chats[0][1:2], chats[0][1:]]
     templates = load_chat_template(tokenizer), template_of(tokenizer, tmp_path, form.marked)
     for chat in chats:
         expected = theirs.apply_chat_template(
