@@ -141,6 +141,18 @@ def test_a_window_over_the_whole_text_is_plain_attention(operation: str) -> None
     assert not any(gradient.any() for gradient in gradients[3:])
 
 
+def test_one_tensor_as_raw_keys_and_as_slots_has_one_gradient() -> None:
+    query, key, value, _, _, logits = inputs(33)
+    key.requires_grad_(), value.requires_grad_()
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        out = windowed_dmc_attention(query, key, value, key, value, logits, local_window=5, backend=backend)
+        return torch.autograd.grad(out.square().sum(), (key, value))
+
+    for x, y in zip(gradients("auto"), gradients("naive"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
 class Largest(TorchDispatchMode):
     """The most elements that an operation's result has."""
 

@@ -64,12 +64,7 @@ class _Chunk:
         self.front = begin - self.start
         part = slice(self.start, self.end)
         self.form = form._replace(documents=documents.part(self.batch, part))
-        far_key, far_value, fading = (None if x is None else _flat(x[:, part]) for x in keys[2:])
-        assert far_key is not None and far_value is not None
-        # Where the raw keys are the far ones too, they have one gradient.
-        shared = keys.key is keys.far_key
-        key, value = (None if x is None else _flat(x[:, part]) for x in keys[:2])
-        self.keys = Keys(far_key if shared else key, far_value if shared else value, far_key, far_value, fading)
+        self.keys = Keys._make(None if x is None else _flat(x[:, part]) for x in keys)
         if self.start:
             number = documents.number.view(self.batch, -1)
             last = number[:, self.start - 1, None]

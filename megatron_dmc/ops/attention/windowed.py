@@ -100,9 +100,10 @@ class KeySums:
     def __init__(self, keys: Keys, form: Form, dtype: torch.dtype | None = None) -> None:
         self.operation = form.operation
         self.far_key, self.far_value = _Sum(keys.far_key, dtype), _Sum(keys.far_value, dtype)
-        # Where the raw keys are the far ones too, they have one gradient.
-        self.key = self.far_key if keys.key is None or keys.key is keys.far_key else _Sum(keys.key, dtype)
-        self.value = self.far_value if keys.value is None or keys.value is keys.far_value else _Sum(keys.value, dtype)
+        self.key, self.value = self.far_key, self.far_value
+        # Evicted keys are the raw ones: they have one gradient.
+        if keys.key is not None and keys.value is not None and form.operation == "merge":
+            self.key, self.value = _Sum(keys.key, dtype), _Sum(keys.value, dtype)
         self.fading = None if keys.fading is None else _Sum(keys.fading, None)
 
     def add_far(self, gradients: FarGradients, at: slice | Tensor) -> None:
