@@ -1,14 +1,17 @@
 """Pooling against its token-by-token oracle: outputs, all gradients, running state, and defining properties."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dmc.ops.pooling import PoolState, pool
+from megatron_dmc.ops.pooling.context_parallel import context_parallel_pool
 
 NAMES = ("key", "value", "alpha", "omega")
 
@@ -122,6 +125,22 @@ def test_bfloat16_keeps_float32_sums() -> None:
     pooled, _ = pool(key, key, ones, ones)
     assert abs(pooled[0, -1, 0, 0].float()) < 1e-3
     assert pooled.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backward_too", [False, True], ids=["forward", "both-passes"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "context-parallel"])
+def test_autocast_changes_nothing(cut: bool, backward_too: bool, one_process: None) -> None:
+    def gradients(autocast: bool) -> tuple[Tensor, ...]:
+        leaves = [x.requires_grad_() for x in tokens(98, dtype=torch.float32)]
+        merge = partial(context_parallel_pool, group=dist.group.WORLD) if cut else pool
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = merge(*leaves)
+            total = sum(x.square().sum() for x in outputs)
+            if backward_too:
+                return *outputs, *torch.autograd.grad(total, leaves)
+        return *outputs, *torch.autograd.grad(total, leaves)
+
+    assert all(torch.equal(x, y) for x, y in zip(gradients(True), gradients(False), strict=True))
 
 
 @pytest.mark.parametrize("window_size", [None, 5], ids=lambda w: f"W{w}")

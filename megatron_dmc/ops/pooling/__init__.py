@@ -63,7 +63,7 @@ def pool(
     """Every token's slot as it stands when that token has entered it.
 
     N_t = alpha_t N_{t-1} + omega_t x_t,  z_t = alpha_t z_{t-1} + omega_t,  pooled x_t = N_t / z_t, accumulated in float32
-    (float64 for float64 inputs). Exact for alpha 0 and 1; differentiable in all four.
+    (float64 for float64 inputs), under autocast too. Exact for alpha 0 and 1; differentiable in all four.
 
     Args:
         key, value: [batch, seq, kv_heads, head_dim], before rotary embedding.

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dmc.ops.context_parallel import GatherSequence, chunk_numbers
 from megatron_dmc.ops.pooling import PoolState, pool
 from megatron_dmc.ops.pooling.parallel import rows, unrows
-from megatron_dmc.ops.pooling.scan import linear_scan
+from megatron_dmc.ops.pooling.scan import linear_scan, matrix_product
 
 
 def context_parallel_pool(
@@ -73,7 +73,7 @@ class _ChunkEnd(torch.autograd.Function):
         # S_{-1}, ..., S_{seq - 1}
         behind = torch.cat([alpha_rows, torch.ones_like(alpha_rows[:, :1])], dim=1).flip(1).cumprod(1).flip(1)
         weight = behind[:, 1:] * rows(omega).to(wide)
-        sums = [(weight[:, None] @ rows(x).to(wide))[:, 0] for x in (key, value)]
+        sums = [matrix_product(weight[:, None], rows(x).to(wide))[:, 0] for x in (key, value)]
         end = torch.cat([*sums, weight.sum(1, keepdim=True)], dim=-1)
         ctx.save_for_backward(key, value, alpha, omega)
         heads = key.shape[2]
@@ -87,7 +87,8 @@ class _ChunkEnd(torch.autograd.Function):
         behind = torch.cat([alpha_rows[:, 1:], torch.ones_like(alpha_rows[:, :1])], dim=1).flip(1).cumprod(1).flip(1)
         d_sums = grad_end[:, :-1].chunk(2, dim=-1)
         inner = grad_end[:, -1:] + sum(
-            (rows(x).to(grad_end.dtype) @ d[..., None])[..., 0] for x, d in zip((key, value), d_sums, strict=True)
+            matrix_product(rows(x).to(grad_end.dtype), d[..., None])[..., 0]
+            for x, d in zip((key, value), d_sums, strict=True)
         )
         along = linear_scan(alpha_rows, (omega_rows * inner)[..., None], grad_product)[..., 0]
         before = torch.cat([grad_product, along[:, :-1]], dim=1)

@@ -6,6 +6,16 @@ from torch import Tensor
 CHUNK = 32
 
 
+def matrix_product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y in their own dtype, where autocast would make it bf16."""
+    device = x.device.type
+    # The meta device knows no autocast.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x @ y
+    with torch.autocast(device, enabled=False):
+        return x @ y
+
+
 def _decay_matrix(decay: Tensor) -> Tensor:
     """M[i, j] = prod of decay[j+1..i] for i >= j, else 0; [..., C] -> [..., C, C].
 
@@ -33,7 +43,7 @@ def linear_scan(decay: Tensor, inputs: Tensor, initial: Tensor | None = None, *,
     rows, seq, channels = inputs.shape
     if seq <= CHUNK:
         matrix = _decay_matrix(decay)
-        y = (matrix.mT if reverse else matrix) @ inputs
+        y = matrix_product(matrix.mT if reverse else matrix, inputs)
         if initial is not None:
             reach = matrix[:, -1] if reverse else matrix[:, :, 0] * decay[:, :1]
             y.addcmul_(reach[..., None], initial[:, None])
@@ -50,7 +60,7 @@ def linear_scan(decay: Tensor, inputs: Tensor, initial: Tensor | None = None, *,
 
     decay = decay.view(rows, -1, CHUNK)
     matrix = _decay_matrix(decay)
-    y = (matrix.mT if reverse else matrix) @ inputs.view(rows, -1, CHUNK, channels)
+    y = matrix_product(matrix.mT if reverse else matrix, inputs.view(rows, -1, CHUNK, channels))
     if reverse:
         # From the first token of a chunk to the first token of the next.
         stride_decay = torch.cat([decay[:, :1, 0], matrix[:, :-1, -1, 0] * decay[:, 1:, 0]], dim=1)
