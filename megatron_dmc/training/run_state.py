@@ -156,11 +156,14 @@ class RunStore:
             )
 
     def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:
+        self.wait()
         gather_parameters(self.model)
         self._save(name, self._learned(model_state(self.model)), self._info("weights", step, phase, ratio))
 
     def save_full(self, step: int, phase: int, ratio: float | None, merge_fraction: float) -> None:
         """Saves everything a resume needs, in any layout; ``latest`` is moved to it when it is whole."""
+        # Before the state is gathered: the host's memory holds one checkpoint at a time.
+        self.wait()
         gather_parameters(self.model)
         state = model_state(self.model)
         optimizer = OptimizerState(self.optimizer, state)
@@ -169,9 +172,6 @@ class RunStore:
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         """Writes a checkpoint now, or in the background: then training may go on as soon as this returns."""
-        if self.background is not None:
-            # Before the copies are made: host memory holds one checkpoint at a time.
-            self.background.wait()
         staged = stage_checkpoint(state, copies=self.background is not None)
 
         def write(group: dist.ProcessGroup | None = None) -> None:

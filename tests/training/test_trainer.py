@@ -264,6 +264,22 @@ def test_saving_in_the_background_changes_nothing(data: Path, tmp_path: Path) ->
     assert (folders[1] / "latest").read_text() == "step_00000009\n"
 
 
+def test_the_state_is_gathered_when_the_save_before_is_done(data: Path, tmp_path: Path) -> None:
+    values = recipe_values(data, tmp_path, [{"kind": "compress", "steps": 1, "lr": LR}])
+    values["checkpoint"]["async_save"] = True
+    trainer = Trainer(load_recipe(write_recipe(tmp_path, values)))
+    gather, writes = trainer.optimizer.sharded_state_dict, []
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        writes.append(trainer.store.background._thread)
+        return gather(*arguments, **keywords)
+
+    trainer.optimizer.sharded_state_dict = watched
+    # "final", and at once the full one.
+    trainer.run()
+    assert writes == [None]
+
+
 def test_a_failed_save_in_the_background_ends_the_run_in_one_line(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
