@@ -79,7 +79,7 @@ def stage_traffic(recipe: Recipe, stages: Sequence[StageMemory], layout: Layout,
     ran = [_stage(recipe, stage.stage, stage.layers, footprints) for stage in stages]
     return Traffic(
         tensor=layout.micro_batches * max(stage.tensor for stage in ran),
-        pipeline=layout.micro_batches * max(stage.pipeline for stage in ran),
+        pipeline=layout.micro_batches * max(stage.pipeline for stage in ran) + _shared_gradient(recipe),
         context=layout.micro_batches * max(stage.context for stage in ran),
         data=max(sum(data_messages(recipe, stage, layout)) for stage in stages),
     )
@@ -138,6 +138,7 @@ def step_time(
     hides = sum(slowest) if parallel.overlap else 0.0
     seconds = [(reduced / rates[2], gathered / rates[2]) for reduced, gathered in data]
     exposed_data = max(max(0.0, a - 2 / 3 * hides) + max(0.0, b - 1 / 3 * hides) for a, b in seconds)
+    pipeline += _shared_gradient(recipe) / between
     return StepTime(compute, recompute, bubble, tensor, context, pipeline, exposed_data)
 
 
@@ -156,16 +157,15 @@ def _stage(recipe: Recipe, stage: int, layers: tuple[int, ...], footprints: Foot
     return _Stage(
         work,
         tensor=sum(one.get("tensor", 0.0) for one in sent),
-        context=sum(one.get("context", 0.0) for one in sent) or _gathered(recipe) * sum(layers),
+        context=sum(one.get("context", 0.0) for one in sent),
         pipeline=sends * prod(message_shape(recipe)) * (2 if recipe.training.bf16 else 4),
     )
 
 
-def _gathered(recipe: Recipe) -> float:
-    """Keys and values of a layer, gathered forward and again backward, their gradients scattered back."""
-    model, ranks = recipe.model, recipe.parallel.context_parallel_size
-    pairs = 2 if recipe.merges and recipe.dmc.operation == "merge" and recipe.dmc.local_window else 1
-    heads = model.num_query_groups // recipe.parallel.tensor_model_parallel_size
-    whole = 2 * pairs * recipe.training.micro_batch_size * recipe.data.sequence_length * heads * model.head_dim
-    passes = 3 + (recipe.training.recompute != "none")
-    return passes * (ranks - 1) / ranks * whole * (2 if recipe.training.bf16 else 4)
+def _shared_gradient(recipe: Recipe) -> float:
+    """The float32 gradient of embeddings that the first and the last stage share, all-reduced between the two once a step."""
+    model, parallel = recipe.model, recipe.parallel
+    shared = model.share_embeddings_and_output_weights and parallel.pipeline_model_parallel_size > 1
+    if not shared or recipe.trains_adapter:
+        return 0.0
+    return 4.0 * model.vocab_size * model.hidden_size / parallel.tensor_model_parallel_size

@@ -145,7 +145,8 @@ class Footprints:
         key = (
             *(kind, layers, probe.model, probe.dmc, probe.merges, probe.distills, probe.teacher),
             *(probe.data.sequence_length, training.micro_batch_size, training.train, training.bf16, training.recompute),
-            *(parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.sequence_parallel),
+            *(parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.cp_comm_type),
+            *(parallel.sequence_parallel, probe.distillation.top_k, probe.distillation.direction),
         )
         if key not in self._ran:
             ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size

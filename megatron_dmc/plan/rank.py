@@ -49,16 +49,17 @@ def stage_chunks(
     recipe: Recipe, device: torch.device = META
 ) -> tuple[list[torch.nn.Module], list[torch.nn.Module] | None]:
     """What the trainer builds on this rank, and the teacher's copy if it needs one; on the meta device, or a real one."""
+    # Transformer Engine's layers have the same parameters; they would want a GPU.
+    recipe = replace(recipe, training=replace(recipe.training, transformer_impl="local", fp8=None))
     config = megatron_config(
         recipe,
         use_cpu_initialization=True,
         perform_initialization=False,
         bias_activation_fusion=True,  # as on a GPU
     )
-    # Transformer Engine's layers have the same parameters; they would want a GPU.
     with torch.device(device):
-        chunks = build_chunks(_local(recipe), config, recipe.dmc if recipe.merges else None)
-        teachers = None if recipe.teacher is None else build_chunks(_local(recipe), config, None)
+        chunks = build_chunks(recipe, config, recipe.dmc if recipe.merges else None)
+        teachers = None if recipe.teacher is None else build_chunks(recipe, config, None)
     if recipe.trains_adapter:
         freeze_base(chunks)
     for chunk in chunks:
@@ -68,7 +69,3 @@ def stage_chunks(
     for teacher in teachers or ():
         teacher.eval().requires_grad_(False)
     return chunks, teachers
-
-
-def _local(recipe: Recipe) -> Recipe:
-    return replace(recipe, training=replace(recipe.training, transformer_impl="local"))

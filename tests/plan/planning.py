@@ -18,7 +18,7 @@ from megatron_dmc.plan.rank import META, fake_rank, stage_chunks
 from megatron_dmc.plan.report import verdict
 from megatron_dmc.plan.search import search, smaller_plan
 from megatron_dmc.training.arguments import ParallelConfig, Recipe, load_recipe
-from megatron_dmc.training.forward_step import forward_step
+from megatron_dmc.training.forward_step import DistillationStep, forward_step
 
 ROOT = Path(__file__).parents[2]
 LLAMA2_70B = ROOT / "examples/llama2_70b_dmc8/recipe.yaml"
@@ -32,6 +32,7 @@ TINY = (
     *("training.recompute=none", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"),
 )
 FULL_70B = ("training.train=full", "distillation.weight=0")
+PAIRS_70B = (*FULL_70B, "training.micro_batch_size=2", "training.global_batch_size=32")
 
 
 def tiny(*overrides: str) -> Recipe:
@@ -61,14 +62,16 @@ def run_whole(recipe: Recipe) -> Footprint:
 def bytes_saved_on_a_cpu(recipe: Recipe) -> int:
     """What autograd really saves of one micro-batch: torch's hooks on real tensors, each storage once.
 
-    Neither parameters nor the batch are counted.
+    Neither parameters nor the batch are counted. With ``data.reset_at_documents`` every sample holds three documents.
     """
     device = torch.device("cpu")
     with fake_rank(ParallelConfig(), 1, 0, device):
-        (chunk,), _ = stage_chunks(recipe, device)
+        chunks, teachers = stage_chunks(recipe, device)
+        (chunk,) = chunks
         with torch.no_grad():
             for parameter in chunk.parameters():
                 parameter.normal_(std=0.02)
+        step: Any = DistillationStep(recipe.distillation, chunks, teachers) if recipe.distills else forward_step
         saved: dict[int, torch.UntypedStorage] = {}
 
         def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,8 +79,12 @@ def bytes_saved_on_a_cpu(recipe: Recipe) -> int:
             return tensor
 
         batch = _batch(recipe, device)
+        if recipe.data.reset_at_documents:
+            starts = torch.zeros(recipe.training.micro_batch_size, recipe.data.sequence_length, dtype=torch.bool)
+            starts[:, [0, 30, 70]] = True
+            batch["document_starts"] = starts
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            output, loss = forward_step(iter([batch]), chunk)
+            output, loss = step(iter([batch]), chunk)
             total = loss(output)[0]
         assert bool(torch.isfinite(total))
         there = {tensor.untyped_storage().data_ptr() for tensor in (*chunk.parameters(), *batch.values())}

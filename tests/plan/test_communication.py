@@ -63,6 +63,9 @@ def test_bytes_of_pipeline_and_data_parallelism(elsewhere: Elsewhere) -> None:
     plain = replace(recipe, parallel=replace(recipe.parallel, use_distributed_optimizer=False))
     assert elsewhere(planning.plan, plain, cluster).traffic.data == 2 * 3 / 4 * 4 * largest
     assert plan.traffic.tensor == plan.traffic.context == 0
+    # Embeddings of both ends: one all-reduce of their float32 gradient between two ranks.
+    tied = replace(recipe, model=replace(recipe.model, share_embeddings_and_output_weights=True))
+    assert elsewhere(planning.plan, tied, cluster).traffic.pipeline == plan.traffic.pipeline + 128 * 64 * 4
 
 
 def test_time_of_a_step() -> None:

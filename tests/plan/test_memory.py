@@ -79,6 +79,42 @@ def test_activations_are_what_autograd_saves_on_a_cpu(elsewhere: Elsewhere, reco
 
 @pytest.mark.parametrize(
     "overrides",
+    [("distillation.weight=1", "training.train=adapter"), ("data.reset_at_documents=true",)],
+    ids=["adapter-distilled", "documents"],
+)
+def test_logits_and_packed_documents_are_what_autograd_saves_on_a_cpu(
+    elsewhere: Elsewhere, overrides: tuple[str, ...]
+) -> None:
+    # Logits as large as all else; documents are planned as if each sample were one.
+    recipe = tiny("model.vocab_size=2048", *overrides)
+    kept = elsewhere(planning.footprint, recipe, "only", 4).kept
+    saved = elsewhere(planning.bytes_saved_on_a_cpu, recipe)
+    assert saved <= kept <= 1.03 * saved + 70_000
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_what_a_layer_keeps_can_be_counted_by_hand(elsewhere: Elsewhere, recompute: str) -> None:
+    """In bytes per token; with the fused kernels of a GPU, whose norms keep their input and one number."""
+    hidden, ffn, heads, kv_heads, head_dim = 256, 688, 4, 2, 64
+    recipe = tiny(
+        *(f"model.hidden_size={hidden}", f"model.ffn_hidden_size={ffn}", f"model.num_attention_heads={heads}"),
+        *(f"model.num_query_groups={kv_heads}", f"training.recompute={recompute}"),
+    )
+    kv = kv_heads * head_dim
+    bf16 = 4 * hidden + 3 * ffn  # two norms' inputs and outputs; both halves of SwiGLU's input, its output
+    bf16 += (
+        (heads * head_dim + 2 * kv) + (heads * head_dim + kv) + 3 * kv
+    )  # qkv; rotated q and k; slots, their rotated keys
+    bf16 += heads * head_dim  # attention's output
+    bf16 += 2 * head_dim  # cosine and sine
+    # Norms; omega, alpha, the merge logits and five weights of the pooling; log-sum-exps, unless attention runs again.
+    fp32 = 2 + 8 * kv_heads + (heads if recompute == "none" else 0)
+    one, two = (elsewhere(planning.footprint, recipe, "middle", count).kept for count in (1, 2))
+    assert two - one == pytest.approx(128 * (2 * bf16 + 4 * fp32), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "overrides",
     [
         ("training.recompute=none",),
         ("training.recompute=full",),
@@ -119,6 +155,26 @@ def test_context_parallelism_divides_activations(elsewhere: Elsewhere) -> None:
     halves = replace(recipe, parallel=ParallelConfig(context_parallel_size=2))
     whole, half = (elsewhere(planning.footprint, one, "middle", 2).kept for one in (recipe, halves))
     assert half == pytest.approx(whole / 2, rel=0.05)
+
+
+def test_gathered_keys_take_memory_however_many_ranks_share_a_sequence(elsewhere: Elsewhere) -> None:
+    sizes = (
+        "model.hidden_size=256",
+        "model.num_query_groups=8",
+        "model.ffn_hidden_size=16",
+        "data.sequence_length=256",
+    )
+
+    def working(exchange: str, ranks: int) -> float:
+        """In bf16 tensors of a whole sample and all heads."""
+        layout = (f"parallel.cp_comm_type={exchange}", f"parallel.context_parallel_size={ranks}")
+        return elsewhere(planning.footprint, tiny(*sizes, *layout), "middle", 1).working / (256 * 256 * 2)
+
+    # Keys and values, raw and pooled: 4 in bf16, their gradients in float32, one of those in the ranks' order to be scattered.
+    gathered = 2 * working("all_gather", 8) - working("all_gather", 4)
+    assert 4 + 8 + 2 <= gathered <= 4 + 8 + 2 + 3
+    # The other exchange has a part of everything.
+    assert working("a2a", 8) < 0.6 * working("a2a", 4)
 
 
 @pytest.mark.parametrize("virtual", [None, 2, 4])

@@ -7,7 +7,7 @@ from typing import Any
 
 import planning
 import pytest
-from planning import FULL_70B, LLAMA2_70B, tiny
+from planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 from megatron_dmc.plan.gpus import GPU, GPUS
 from megatron_dmc.training.arguments import load_recipe
@@ -23,10 +23,10 @@ def test_llama2_70b_fits_as_its_recipe_says(elsewhere: Elsewhere) -> None:
     assert plan.fullest.gradients + plan.fullest.optimizer < 0.01 * plan.fullest.parameters
 
 
-def test_llama2_70b_trained_whole_does_not_fit_without_a_pipeline(elsewhere: Elsewhere) -> None:
-    plan, verdict, smaller = elsewhere(planning.refused, load_recipe(LLAMA2_70B, FULL_70B))
+def test_llama2_70b_trained_whole_in_pairs_of_samples_does_not_fit_without_a_pipeline(elsewhere: Elsewhere) -> None:
+    plan, verdict, smaller = elsewhere(planning.refused, load_recipe(LLAMA2_70B, PAIRS_70B))
     assert not plan.fits
-    assert "does not fit" in verdict and "most of it gradients 34.5 GB, parameters 17.2 GB" in verdict
+    assert "does not fit" in verdict and "most of it gradients 34.5 GB, activations 24.9 GB" in verdict
     assert "try training.recompute=full" in verdict and "\n" not in verdict
     assert smaller is not None and smaller.fits
     # On half the memory that is not enough: the pipeline has to become longer.
@@ -103,6 +103,6 @@ def test_bad_input_is_one_line(elsewhere: Elsewhere, arguments: tuple[Any, ...],
 
 
 def test_what_does_not_fit_ends_in_1(elsewhere: Elsewhere) -> None:
-    status, out, _ = elsewhere(planning.command, "plan", LLAMA2_70B, "--nodes", 16, *FULL_70B)
+    status, out, _ = elsewhere(planning.command, "plan", LLAMA2_70B, "--nodes", 16, *PAIRS_70B)
     assert status == 1
     assert out.splitlines()[-1].startswith("does not fit: ")
