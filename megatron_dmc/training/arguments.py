@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +13,11 @@ from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.model.model_config import ModelConfig
 
 PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
+
+# megatron-core holds an index of all of a run's samples in memory.
+MOST_SAMPLES = 2**31 - 1
+# What the sizes of an FP8 matrix product must be multiples of.
+FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class TrainingConfig:
     micro_batch_size: int = 1
     global_batch_size: int = MISSING
     bf16: bool = True
+    fp8: Literal["e4m3", "hybrid"] | None = None  # of the linear layers, by Transformer Engine; hybrid: e5m2 gradients
     seed: int = 1234
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
@@ -195,6 +201,7 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
 
 
 def _build(values: Any) -> Recipe:
+    _check_shape(OmegaConf.to_container(values, resolve=False), Recipe)
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except ConfigError as error:
@@ -206,6 +213,20 @@ def _build(values: Any) -> Recipe:
     assert isinstance(recipe, Recipe)
     check_recipe(recipe)
     return recipe
+
+
+def _check_shape(values: Any, section: Any, place: str = "") -> None:
+    """Sections hold settings, and lists are lists: OmegaConf's own words for what is not name no field."""
+    for name, kind in get_type_hints(section).items():
+        value = values.get(name)
+        if name not in values or (isinstance(value, str) and "${" in value):
+            continue
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} must hold settings (name: value), got {value!r}")
+            _check_shape(value, kind, f"{name}.")
+        elif get_origin(kind) is list and not isinstance(value, list) and value != MISSING:
+            raise ConfigError(f"{place}{name} must be a list, got {value!r}; write [a, b], for one [a]")
 
 
 def _one_line(error: BaseException) -> str:
@@ -227,6 +248,9 @@ def check_recipe(recipe: Recipe) -> None:
     for name, smallest in (("log_interval", 1), ("heatmap_interval", 0), ("eval_interval", 0), ("eval_samples", 0)):
         if getattr(recipe.monitor, name) < smallest:
             raise ConfigError(f"monitor.{name} must be >= {smallest}, got {getattr(recipe.monitor, name)}")
+    for name, folder in (("data.cache", recipe.data.cache), ("checkpoint.directory", recipe.checkpoint.directory)):
+        if not folder:
+            raise ConfigError(f"{name} is empty; name a folder")
     if not recipe.data.train:
         raise ConfigError("data.train is empty; name at least one dataset (the path without .bin and .idx)")
     if not 0 <= recipe.data.seed < 2**32:
@@ -241,6 +265,13 @@ def check_recipe(recipe: Recipe) -> None:
     _check_numbers(recipe)
     _check_parallel(recipe)
     _check_phases(phases, recipe.dmc)
+    if recipe.total_steps * training.global_batch_size > MOST_SAMPLES:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) x {recipe.total_steps} steps are more than "
+            f"{MOST_SAMPLES} samples; at these steps it must be <= {MOST_SAMPLES // recipe.total_steps}"
+        )
+    if training.fp8 is not None:
+        _check_fp8(recipe)
     if recipe.merges:
         _check_window(recipe.dmc, recipe.data.sequence_length)
     _check_base(recipe)
@@ -261,6 +292,37 @@ def check_batch(recipe: Recipe, replicas: int) -> None:
             f"({training.micro_batch_size}) x data-parallel replicas ({replicas}){pipeline}; sizes near it that work: "
             f"{_listed([size for size in sizes if size])}"
         )
+
+
+def _check_fp8(recipe: Recipe) -> None:
+    """All but what the machine has, see build.check_machine."""
+    model, training, parallel = recipe.model, recipe.training, recipe.parallel
+    if not training.bf16:
+        raise ConfigError(f"training.fp8 {training.fp8} needs training.bf16 true: what is not FP8 is bfloat16")
+    if training.transformer_impl == "local":
+        raise ConfigError(
+            f"training.fp8 {training.fp8} needs Transformer Engine; set training.transformer_impl to auto, or fp8 to null"
+        )
+    if recipe.merges and recipe.dmc.decision_source == "neuron":
+        raise ConfigError(
+            f"training.fp8 {training.fp8} needs dmc.decision_source projection: the logits of neuron are rows of an FP8 "
+            "product, and decide differently in a bfloat16 model; set training.fp8 to null"
+        )
+    tp, heads = parallel.tensor_model_parallel_size, model.num_attention_heads + 2 * model.num_query_groups
+    for name, size in (
+        ("model.hidden_size", model.hidden_size),
+        ("model.ffn_hidden_size / tensor-parallel ranks", model.ffn_hidden_size // tp),
+        ("query heads x head dimension / tensor-parallel ranks", model.num_attention_heads * model.head_dim // tp),
+        ("all heads x head dimension / tensor-parallel ranks", heads * model.head_dim // tp),
+        (
+            "training.micro_batch_size x data.sequence_length / context-parallel ranks",
+            training.micro_batch_size * recipe.data.sequence_length // parallel.context_parallel_size,
+        ),
+    ):
+        if size % FP8_MULTIPLE:
+            raise ConfigError(
+                f"training.fp8 {training.fp8} needs multiples of {FP8_MULTIPLE}, {name} is {size}; set training.fp8 to null"
+            )
 
 
 def _check_base(recipe: Recipe) -> None:
@@ -379,11 +441,10 @@ def _check_parallel(recipe: Recipe) -> None:
         )
     if parallel.context_parallel_size > 1:
         _check_context_parallel(recipe)
-    if parallel.sequence_parallel and sequence_length % (tp * parallel.context_parallel_size):
+    if parallel.sequence_parallel and sequence_length % tp:
         raise ConfigError(
-            f"data.sequence_length ({sequence_length}) must be divisible by tensor_model_parallel_size x "
-            f"context_parallel_size ({tp * parallel.context_parallel_size}) under parallel.sequence_parallel; "
-            f"{_tensor_sizes(recipe)}"
+            f"data.sequence_length ({sequence_length}) must be divisible by tensor_model_parallel_size ({tp}) under "
+            f"parallel.sequence_parallel; use {_near(sequence_length, tp)}, or another tensor_model_parallel_size"
         )
 
 
@@ -403,7 +464,15 @@ def _tensor_sizes(recipe: Recipe) -> str:
 
 def divisors(number: int) -> list[int]:
     """In rising order."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size**2 != number]
+
+
+def _near(length: int, step: int) -> str:
+    """The multiples of ``step`` next to a length, for a message."""
+    return _listed([near for near in (length - length % step, length - length % step + step) if near]).replace(
+        ", ", " or "
+    )
 
 
 def _listed(sizes: Sequence[int]) -> str:
@@ -420,10 +489,9 @@ def _check_context_parallel(recipe: Recipe) -> None:
     # Two chunks per rank, and under sequence parallelism tensor-parallel ranks share them.
     step = 2 * cp if not parallel.sequence_parallel else math.lcm(2 * cp, tp * cp)
     if length % step:
-        below = f"{length - length % step} or " if length >= step else ""
         raise ConfigError(
             f"data.sequence_length ({length}) must be divisible by {step} for parallel.context_parallel_size {cp}: it is cut "
-            f"into {2 * cp} chunks; use {below}{length - length % step + step}, or another context_parallel_size"
+            f"into {2 * cp} chunks; use {_near(length, step)}, or another context_parallel_size"
         )
     if parallel.cp_comm_type == "a2a" and heads % cp:
         raise ConfigError(

@@ -8,12 +8,41 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.model.gpt import build_model, transformer_config
+from megatron_dmc.model.layer_spec import has_transformer_engine
 from megatron_dmc.training.arguments import Recipe
 from megatron_dmc.training.weights import is_decision
+
+# Ada and Hopper.
+_FIRST_WITH_FP8 = (8, 9)
+
+
+def why_no_fp8() -> str | None:
+    """What FP8 lacks on this machine; None: nothing."""
+    if not has_transformer_engine():
+        return "Transformer Engine is not installed"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _FIRST_WITH_FP8:
+        return "this device has no FP8"
+    # Before it there was no scaling by the current tensor.
+    return None if is_te_min_version("2.2.0") else "Transformer Engine is older than 2.2"
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raises ConfigError where a recipe's layers or precision are not to be had here."""
+    training = recipe.training
+    if torch.cuda.is_available() and recipe.merges and not training.bf16:
+        raise ConfigError("training.bf16 is false, but attention on a GPU needs bfloat16; set training.bf16=true")
+    if training.transformer_impl == "transformer_engine" and not has_transformer_engine():
+        raise ConfigError(
+            "training.transformer_impl is transformer_engine, which is not installed; pip install 'megatron-dmc[gpu]', or "
+            "set it to auto"
+        )
+    if training.fp8 is not None and (why := why_no_fp8()) is not None:
+        raise ConfigError(f"training.fp8 is {training.fp8}, but {why}; set training.fp8 to null")
 
 
 def megatron_config(recipe: Recipe, **overrides: Any) -> TransformerConfig:
@@ -35,6 +64,9 @@ def megatron_config(recipe: Recipe, **overrides: Any) -> TransformerConfig:
         # The default peer-to-peer flags give wrong losses on gloo with interleaved stages.
         "overlap_p2p_comm": stages is not None,
         "batch_p2p_comm": stages is None,
+        "fp8": training.fp8,
+        # Scales by the tensor at hand: no history that a recomputation, a teacher's pass or a resumed run would have to share.
+        "fp8_recipe": "tensorwise",
         **kinds[training.recompute],
     }
     return transformer_config(recipe.model, bf16=training.bf16, **(settings | overrides))

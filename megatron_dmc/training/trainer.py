@@ -13,12 +13,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dmc.config import ConfigError
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import Recipe, check_batch
-from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config
+from megatron_dmc.training.build import build_chunks, check_machine, freeze_base, megatron_config
 from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
 from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.forward_step import DistillationStep, forward_step, on_this_context_rank
@@ -82,8 +81,7 @@ class Trainer:
         self.recipe = recipe
         self.stop_request = stop_request or StopRequest()
         self.stopped = False
-        if torch.cuda.is_available() and recipe.merges and not recipe.training.bf16:
-            raise ConfigError("training.bf16 is false, but attention on a GPU needs bfloat16; set training.bf16=true")
+        check_machine(recipe)
         check_writable(Path(recipe.checkpoint.directory))
         if recipe.checkpoint.load_base is not None:
             check_fits(recipe.checkpoint.load_base, recipe)

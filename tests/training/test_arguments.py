@@ -91,11 +91,46 @@ def test_bad_dmc_settings_name_field_value_and_remedy(settings: dict[str, object
         ("monitor.log_interval=0", "monitor.log_interval must be >= 1, got 0"),
         ("monitor.heatmap_interval=-1", "monitor.heatmap_interval must be >= 0, got -1"),
         ("monitor.eval_samples=-1", "monitor.eval_samples must be >= 0, got -1"),
+        ("data.train=data/text", r"data.train must be a list, got 'data/text'; write \[a, b\], for one \[a\]"),
+        ("phases=compress", "phases must be a list, got 'compress'"),
+        ("training=5", r"training must hold settings \(name: value\), got 5"),
+        ("parallel=[2]", r"parallel must hold settings \(name: value\), got \[2\]"),
+        ("data.cache=''", "data.cache is empty; name a folder"),
+        ("checkpoint.directory=''", "checkpoint.directory is empty; name a folder"),
+        ("training.global_batch_size=1000000000000", "are more than 2147483647 samples; at these steps it must be <= "),
+        # A prime: all its divisors are looked for.
+        ("model.num_layers=1000000007", "numbers of stages that work: 1, 1000000007"),
     ],
 )
 def test_bad_settings_name_field_and_value(override: str, message: str) -> None:
+    layout = ["parallel.pipeline_model_parallel_size=2"] if "layers" in override else []
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(EXAMPLES / "quickstart" / "recipe.yaml", [*layout, override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.bf16=false"], "training.fp8 hybrid needs training.bf16 true"),
+        (["training.transformer_impl=local"], "training.fp8 hybrid needs Transformer Engine; set .*transformer_impl"),
+        (
+            ["training.train=full", "distillation.weight=0", "dmc.decision_source=neuron"],
+            "training.fp8 hybrid needs dmc.decision_source projection",
+        ),
+        (["model.ffn_hidden_size=28736"], r"needs multiples of 16, model.ffn_hidden_size / .* is 3592;"),
+        (
+            ["parallel.sequence_parallel=false", "data.sequence_length=4090"],
+            "needs multiples of 16, training.micro_batch_size x data.sequence_length / .* is 4090;",
+        ),
+        (["training.fp8=e5m2"], r"training.fp8: Invalid value 'e5m2', expected one of \['e4m3', 'hybrid'\]"),
+    ],
+)
+def test_fp8_that_cannot_work_is_refused(overrides: list[str], message: str) -> None:
+    path = EXAMPLES / "llama2_70b_dmc8" / "recipe.yaml"
+    load_recipe(path, ["training.fp8=hybrid"])
     with pytest.raises(ConfigError, match=message):
-        load_recipe(EXAMPLES / "quickstart" / "recipe.yaml", [override])
+        load_recipe(path, ["training.fp8=hybrid", *overrides])
 
 
 @pytest.mark.parametrize(

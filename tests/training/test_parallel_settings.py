@@ -8,6 +8,7 @@ from toy import recipe_values, write_recipe, write_text
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training.arguments import ParallelConfig, load_recipe
+from megatron_dmc.training.build import megatron_config
 from megatron_dmc.training.distributed import world
 from megatron_dmc.training.trainer import Trainer
 
@@ -31,7 +32,10 @@ def recipe(folder: Path) -> Path:
         ([f"{TP}=4", "model.ffn_hidden_size=42"], r"must divide model.ffn_hidden_size \(42\); .* work: 1, 2$"),
         ([f"{TP}=4", "model.vocab_size=302"], r"vocab_size \(302\) .*\(4\); pad the vocabulary, or .* work: 1, 2$"),
         ([SEQUENCE], "sequence_parallel needs tensor_model_parallel_size > 1; set it to false"),
-        ([f"{TP}=4", SEQUENCE], r"sequence_length \(30\) must be divisible by .*\(4\) under .* work: 1, 2$"),
+        (
+            [f"{TP}=4", SEQUENCE],
+            r"sequence_length \(30\) must be divisible by .*\(4\) under .*; use 28 or 32, or another",
+        ),
         ([f"{PP}=4"], r"num_layers \(6\) must be divisible by the pipeline's 4 stages .* work: 1, 2, 3, 6$"),
         ([f"{PP}=2", f"{VPP}=2"], r"num_layers \(6\) .*'s 4 stages \(pipeline_model_parallel_size 2 x virtual.* 2\)"),
         ([f"{VPP}=2"], r"virtual_pipeline_model_parallel_size \(2\) needs pipeline_model_parallel_size > 1; set it to"),
@@ -85,3 +89,35 @@ def test_batch_that_does_not_fit_is_refused_before_the_model_is_built(
     with pytest.raises(ConfigError, match=message) as caught:
         Trainer(load_recipe(recipe(tmp_path), overrides))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "training.transformer_impl=transformer_engine",
+            "transformer_engine, which is not installed; pip install",
+        ),
+        (
+            "training.fp8=hybrid",
+            "training.fp8 is hybrid, but Transformer Engine is not installed; set training.fp8 to null",
+        ),
+    ],
+    ids=["Transformer Engine", "FP8"],
+)
+def test_what_this_machine_lacks_is_named_before_the_model_is_built(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    sizes = ["training.bf16=true", "model.ffn_hidden_size=64", "model.hidden_size=128", "data.sequence_length=32"]
+    with pytest.raises(ConfigError, match=message) as caught:
+        Trainer(load_recipe(recipe(tmp_path), [*sizes, override]))
+    assert "\n" not in str(caught.value)
+
+
+def test_fp8_is_handed_to_megatron_core(tmp_path: Path) -> None:
+    sizes = ["training.bf16=true", "model.ffn_hidden_size=64", "model.hidden_size=128", "data.sequence_length=32"]
+    config = megatron_config(load_recipe(recipe(tmp_path), [*sizes, "training.fp8=hybrid"]))
+    # Current scaling: no history that a teacher's pass or a resumed run would have to share.
+    assert (config.fp8, config.fp8_recipe) == ("hybrid", "tensorwise")
+    assert megatron_config(load_recipe(recipe(tmp_path))).fp8 is None
