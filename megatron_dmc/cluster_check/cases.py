@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from megatron_dmc.cluster_check.layouts import Layout
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import Recipe, recipe_from_dict
+from megatron_dmc.training.build import why_no_fp8
 from megatron_dmc.training.data import build_indexed_dataset
 from megatron_dmc.training.tokenizer import train_tokenizer
 
@@ -30,8 +31,10 @@ class Case:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def bf16(self) -> bool:
-        return bool(self.overrides.get("training.bf16", False))
+    def precision(self) -> Literal["fp32", "bf16", "fp8"]:
+        if "training.fp8" in self.overrides:
+            return "fp8"
+        return "bf16" if self.overrides.get("training.bf16") else "fp32"
 
 
 CASES = [
@@ -60,11 +63,20 @@ CASES = [
     Case("bf16", {"training.bf16": True}),
 ]
 # Attention on a GPU is bf16 in any case.
-GPU_CASES = [Case(case.name, case.overrides | {"training.bf16": True}) for case in CASES if not case.bf16]
+GPU_CASES = [Case(case.name, case.overrides | {"training.bf16": True}) for case in CASES if case.precision == "fp32"]
+FP8 = Case("FP8", {"training.bf16": True, "training.fp8": "hybrid"})
 
 
 def cases_here() -> list[Case]:
-    return GPU_CASES if torch.cuda.is_available() else CASES
+    if not torch.cuda.is_available():
+        return CASES
+    return GPU_CASES if cases_not_here() else [*GPU_CASES, FP8]
+
+
+def cases_not_here() -> dict[str, str]:
+    """What this machine cannot run, by name, and why."""
+    why = why_no_fp8()
+    return {} if why is None else {FP8.name: why}
 
 
 def write_data(folder: Path) -> None:

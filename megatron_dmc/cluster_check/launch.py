@@ -1,6 +1,7 @@
 """Starts the processes of a cluster check, once for all layouts; again without a layout that broke them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,10 +12,31 @@ from megatron_dmc.cluster_check.cases import Case, run_folder, write_data
 from megatron_dmc.cluster_check.layouts import REFERENCE, Layout
 
 WORKER = ("-m", "megatron_dmc.cluster_check.worker")
+# What the processes say; a folder that holds it is a check's own.
+LOG = "cluster_check.log"
 
 
 class CheckError(RuntimeError):
     """The check itself could not be made. The message says why."""
+
+
+def clear_folder(folder: Path) -> None:
+    """Makes an empty folder; what is removed for it is an earlier check and nothing else.
+
+    Raises:
+        CheckError: the folder holds other files, or cannot be written.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if not (folder / LOG).is_file():
+                raise CheckError(
+                    f"--folder {folder} holds other files than a check's; remove them, or name a new folder"
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOG).touch()
+    except OSError as error:
+        raise CheckError(f"--folder {folder} cannot be written: {error.strerror}; name another") from None
 
 
 def run_layouts(
@@ -41,7 +63,7 @@ def run_layouts(
     failures: dict[tuple[str, str], str] = {}
     pending = list(layouts)
     while pending:
-        log = folder / "log.txt"
+        log = folder / LOG
         if _start(folder, pending, cases, most_processes, worker, log) == 0:
             break
         broken = {

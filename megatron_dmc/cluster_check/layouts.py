@@ -20,8 +20,8 @@ class Layout:
 
 
 def all_layouts(most_processes: int = 8) -> list[Layout]:
-    """The reference first. The last layout fills ``most_processes`` with replicas of TP2xPP2."""
-    replicas = max(most_processes // 4, 2)
+    """The reference first. The last has 2 replicas of TP2xPP2, or 4 on 16 processes; 3 could not share a case's batch."""
+    replicas = 4 if most_processes >= 16 else 2
     overlapped = {"parallel.use_distributed_optimizer": True, "parallel.overlap": True}
     sequence = _tensor(2) | {"parallel.sequence_parallel": True}
     return [

@@ -22,12 +22,14 @@ def make_report(
     cases: Sequence[Case],
     failures: Mapping[tuple[str, str], str],
     left_out: Mapping[str, str],
+    not_run: Mapping[str, str] | None = None,
 ) -> Report:
     """Plain values: the machine, the tolerances, and a row per layout and case.
 
     Args:
         failures: runs that broke, by names of layout and case, with the reason.
         left_out: layouts that were not run, with the reason.
+        not_run: cases that this machine cannot run, with the reason.
     """
     reference = next(layout for layout in layouts if layout.name == REFERENCE)
     rows: list[dict[str, Any]] = []
@@ -44,10 +46,18 @@ def make_report(
                 rows.append(row | {"outcome": "left out", "reason": result["refused"]})
             elif layout.name != REFERENCE:
                 expected = json.loads((run_folder(folder, case, reference) / "result.json").read_text())
-                difference = compare(result["steps"], expected["steps"], _precision(case))
+                difference = compare(result["steps"], expected["steps"], case.precision)
                 outcome = "same" if difference.allowed else "different"
-                rows.append(row | {"outcome": outcome, "precision": _precision(case), **vars(difference)})
-    return {"machine": _machine(), "tolerances": TOLERANCES, "flips": FLIPS, "rows": rows}
+                rows.append(row | {"outcome": outcome, "precision": case.precision, **vars(difference)})
+    precisions = {case.precision for case in cases}
+    tolerances, flips = ({x: limits[x] for x in limits if x in precisions} for limits in (TOLERANCES, FLIPS))
+    return {
+        "machine": _machine(),
+        "tolerances": tolerances,
+        "flips": flips,
+        "rows": rows,
+        "not_run": dict(not_run or {}),
+    }
 
 
 def is_good(report: Report) -> bool:
@@ -80,6 +90,7 @@ def remarks(report: Report) -> list[str]:
                 f"{name} differs: {row['quantity']} of step {row['step']} by {row['relative']:.1e}, and {row['flips']} of "
                 f"{row['decisions']} decisions"
             )
+    lines += [f"{name} was not run: {why}" for name, why in report["not_run"].items()]
     return list(dict.fromkeys(lines))
 
 
@@ -117,10 +128,6 @@ def _cell(row: dict[str, Any] | None) -> str:
     flips = f" ({row['flips']})" if row["flips"] else ""
     difference = "0" if row["relative"] == 0 else f"{row['relative']:.1e}"
     return f"{difference}{flips}" if row["outcome"] == "same" else f"**{difference}{flips} DIFFERENT**"
-
-
-def _precision(case: Case) -> str:
-    return "bf16" if case.bf16 else "fp32"
 
 
 def _machine() -> str:

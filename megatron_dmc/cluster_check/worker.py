@@ -6,6 +6,7 @@ processes as the largest layout takes; a smaller one runs on the first of them. 
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import warnings
@@ -132,6 +133,9 @@ class _Worker:
                     trainer = self.trainer(recipe)
                     trainer.run()
                 result = {"steps": trainer.steps}
+                # A model is in circles of references, and holds the groups of its layout with all their threads.
+                del trainer
+                gc.collect()
         except BaseException as error:
             (folder / f"error-{self.rank}").write_text(f"{type(error).__name__}: {error}")
             raise

@@ -1,0 +1,66 @@
+"""What the command refuses before anything runs, and what it says it did not run."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.cluster_check.__main__ import HEADING, main
+from megatron_dmc.cluster_check.cases import CASES, cases_here, cases_not_here
+from megatron_dmc.cluster_check.launch import LOG, CheckError, clear_folder
+from megatron_dmc.cluster_check.layouts import REFERENCE, all_layouts
+from megatron_dmc.cluster_check.report import is_good, make_report, remarks
+
+
+def test_other_peoples_files_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "thesis.tex"
+    kept.write_text("years of work")
+    assert main(["--folder", str(tmp_path), "--layouts", "TP2"]) == 1
+    assert kept.read_text() == "years of work"
+    message = (
+        f"cluster-check: --folder {tmp_path} holds other files than a check's; remove them, or name a new folder\n"
+    )
+    assert capsys.readouterr().err == message
+    with pytest.raises(CheckError, match="cannot be written"):
+        clear_folder(kept)
+
+
+def test_an_earlier_check_is_replaced(tmp_path: Path) -> None:
+    clear_folder(tmp_path / "check")
+    (tmp_path / "check" / "results.json").write_text("{}")
+    clear_folder(tmp_path / "check")
+    assert [path.name for path in (tmp_path / "check").iterdir()] == [LOG]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layouts", "TP3"], "argument --layouts: invalid choice: 'TP3'"),
+        (["--cases", "projection", "banana"], "argument --cases: invalid choice: 'banana'"),
+        (["--document", "nowhere.md"], f"--document nowhere.md is no page with a line '{HEADING}'"),
+    ],
+    ids=["layout", "case", "page"],
+)
+def test_names_that_are_not_known_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--folder", str(tmp_path / "check"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "check").exists()
+
+
+@pytest.mark.parametrize("processes", range(1, 17))
+def test_the_last_layout_divides_the_batch(processes: int) -> None:
+    layout = all_layouts(processes)[-1]
+    # Micro-batches of 2 samples in a global batch of 8.
+    assert 8 % (2 * layout.processes // 4) == 0
+    assert layout.processes <= max(processes, 8)
+
+
+def test_fp8_is_named_where_it_cannot_run(tmp_path: Path) -> None:
+    assert cases_here() == CASES
+    assert cases_not_here() == {"FP8": "Transformer Engine is not installed"}
+    reference = [layout for layout in all_layouts() if layout.name == REFERENCE]
+    report = make_report(tmp_path, reference, [], {}, {}, cases_not_here())
+    assert remarks(report) == ["FP8 was not run: Transformer Engine is not installed"]
+    assert is_good(report)
