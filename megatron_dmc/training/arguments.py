@@ -470,9 +470,8 @@ def divisors(number: int) -> list[int]:
 
 def _near(length: int, step: int) -> str:
     """The multiples of ``step`` next to a length, for a message."""
-    return _listed([near for near in (length - length % step, length - length % step + step) if near]).replace(
-        ", ", " or "
-    )
+    below = length - length % step
+    return " or ".join(str(near) for near in (below, below + step) if near)
 
 
 def _listed(sizes: Sequence[int]) -> str:
