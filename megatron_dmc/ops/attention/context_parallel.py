@@ -120,7 +120,6 @@ class _GatheredAttention(torch.autograd.Function):
                 d_query.append(attend_backward(*states, sums))
             else:
                 d_query.append(attend_packed_backward(*states, documents, sums))
-        del keys
         d_keys = [
             None if d is None or x is None else sum_to_local(d, group).to(x.dtype)
             for d, x in zip(
