@@ -32,6 +32,7 @@ MANIFEST = {
     "megatron_dmc.ops.decode.ring": "ops_decode_ring",
     "megatron_dmc.ops.decode.slots": "ops_decode_slots",
     "megatron_dmc.ops.decode.tokens": "ops_decode_tokens",
+    "megatron_dmc.ops.matrix_product": "ops_matrix_product",
     "megatron_dmc.ops.pooling": "ops_pooling",
     "megatron_dmc.ops.pooling.naive": "ops_pooling_naive",
     "megatron_dmc.ops.pooling.parallel": "ops_pooling_parallel",

@@ -170,6 +170,14 @@ def test_training_form_is_the_cache(clears, kind):
 
 
 @by_kind
+def test_autocast_changes_nothing(kind):
+    tokens, cuts = make_tokens(2, 40, 4, 2, 8, dtype=torch.float32), [20, *[1] * 20]
+    expected = through_cache(tokens, cuts, LayerCache(*kind))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(through_cache(tokens, cuts, LayerCache(*kind)), expected)
+
+
+@by_kind
 def test_ragged_chunks_leave_no_trace(kind):
     """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
     batch, seq = 3, 24

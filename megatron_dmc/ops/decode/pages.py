@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention.flash import HIDDEN
+from megatron_dmc.ops.matrix_product import matrix_product
 
 # Entries beside the pages: keys (rotated), values [rows, entries, head_dim]; bool [rows, entries], those that are none.
 Nearby = tuple[Tensor, Tensor, Tensor]
@@ -134,4 +135,4 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)
-    return torch.bmm(a.to(wide), b.to(wide))
+    return matrix_product(a.to(wide), b.to(wide))

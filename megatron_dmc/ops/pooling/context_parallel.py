@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dmc.ops.context_parallel import GatherSequence, chunk_numbers
+from megatron_dmc.ops.matrix_product import matrix_product
 from megatron_dmc.ops.pooling import PoolState, pool
 from megatron_dmc.ops.pooling.parallel import rows, unrows
-from megatron_dmc.ops.pooling.scan import linear_scan, matrix_product
+from megatron_dmc.ops.pooling.scan import linear_scan
 
 
 def context_parallel_pool(

@@ -3,17 +3,9 @@
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.matrix_product import matrix_product
+
 CHUNK = 32
-
-
-def matrix_product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y in their own dtype, where autocast would make it bf16."""
-    device = x.device.type
-    # The meta device knows no autocast.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x @ y
-    with torch.autocast(device, enabled=False):
-        return x @ y
 
 
 def _decay_matrix(decay: Tensor) -> Tensor:
