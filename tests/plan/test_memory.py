@@ -150,8 +150,10 @@ def test_a_teacher_and_an_adapter_count(elsewhere: Elsewhere) -> None:
     assert taught[1].activations - alone[1].activations >= message
 
 
-def test_context_parallelism_divides_activations(elsewhere: Elsewhere) -> None:
-    recipe = tiny("training.recompute=full")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_context_parallelism_divides_activations(elsewhere: Elsewhere, recompute: str) -> None:
+    """Gathered keys and values are not kept."""
+    recipe = tiny(f"training.recompute={recompute}")
     halves = replace(recipe, parallel=ParallelConfig(context_parallel_size=2))
     whole, half = (elsewhere(planning.footprint, one, "middle", 2).kept for one in (recipe, halves))
     assert half == pytest.approx(whole / 2, rel=0.05)
