@@ -18,7 +18,7 @@ from megatron_dmc.model.compression_loss import compression_ratio, merge_fractio
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import Recipe, check_batch
 from megatron_dmc.training.build import build_chunks, check_machine, freeze_base, megatron_config
-from megatron_dmc.training.data import SampleDataset, build_datasets, global_batch
+from megatron_dmc.training.data import SampleDataset, build_datasets, check_reach, global_batch
 from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.forward_step import DistillationStep, forward_step, on_this_context_rank
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
@@ -90,6 +90,7 @@ class Trainer:
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         check_batch(recipe, parallel_state.get_data_parallel_world_size())
+        check_reach(recipe)
         training = recipe.training
         self.train_data, self.valid_data = build_datasets(
             recipe.data,

@@ -5,6 +5,7 @@ from megatron_dmc.training.data.chat import iter_conversations, usable_conversat
 from megatron_dmc.training.data.chat_template import load_chat_template
 from megatron_dmc.training.data.documents import iter_documents, standard_library_documents
 from megatron_dmc.training.data.heldout import HeldoutWindows, heldout_windows
+from megatron_dmc.training.data.reach import check_reach
 from megatron_dmc.training.data.samples import SampleDataset, build_datasets, global_batch
 from megatron_dmc.training.data.split import split_documents
 
@@ -14,6 +15,7 @@ __all__ = [
     "build_chat_dataset",
     "build_datasets",
     "build_indexed_dataset",
+    "check_reach",
     "global_batch",
     "heldout_windows",
     "iter_conversations",
