@@ -29,24 +29,33 @@ _BLOCKS_PER_FILE = 4
 
 def model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """The model's sharded state dict; tensors are named globally, whatever the layout."""
-    chunks = [_without_wrapper(chunk) for chunk in model_chunks]
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict()}
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    parts = [
+        {name: value for name, value in _without_wrapper(chunk).sharded_state_dict().items() if not is_extra(name)}
+        for chunk in model_chunks
+    ]
+    return {"model": parts[0]} if len(parts) == 1 else {f"model{i}": part for i, part in enumerate(parts)}
 
 
 def set_model_state(
     model_chunks: Sequence[torch.nn.Module], state: dict[str, Any], may_be_missing: Callable[[str], bool] | None = None
 ) -> None:
     """Puts a loaded state dict into the model; raises RuntimeError if a weight is missing that may not be."""
-    chunks = [_without_wrapper(chunk) for chunk in model_chunks]
-    for i, chunk in enumerate(chunks):
-        part = state["model" if len(chunks) == 1 else f"model{i}"]
-        missing = chunk.load_state_dict(part, strict=may_be_missing is None)
-        if may_be_missing is not None:
-            lost = [name for name in missing.missing_keys if not may_be_missing(name)]
-            if lost or missing.unexpected_keys:
-                raise RuntimeError(f"weights do not fit: missing {lost}, unexpected {missing.unexpected_keys}")
+    for i, chunk in enumerate(model_chunks):
+        part = state["model" if len(model_chunks) == 1 else f"model{i}"]
+        found = _without_wrapper(chunk).load_state_dict(part, strict=False)
+        lost = [
+            name for name in found.missing_keys if not (is_extra(name) or (may_be_missing and may_be_missing(name)))
+        ]
+        if lost or found.unexpected_keys:
+            raise RuntimeError(f"weights do not fit: missing {lost}, unexpected {found.unexpected_keys}")
+
+
+def is_extra(name: str) -> bool:
+    """Whether it is what Transformer Engine's layers remember beside their weights: the history of FP8 scales.
+
+    Here FP8 has none (see megatron_config), layers of other makes know nothing of it, and Transformer Engine unpickles it.
+    """
+    return name.endswith("_extra_state")
 
 
 def only_decisions(state: dict[str, Any]) -> dict[str, Any]:

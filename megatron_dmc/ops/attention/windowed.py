@@ -217,6 +217,7 @@ def attend_backward(
             gradients = faded_backward(grad, later, *before, far_out, far_lse, scale, channel, causal=False)
             d_later = d_later + gradients.query
             sums.add_far(gradients, parts.before)
+        del gradients  # added up; the near part needs the room
         if not window:
             return d_later
     assert keys.key is not None and keys.value is not None
