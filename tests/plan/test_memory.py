@@ -152,11 +152,11 @@ def test_a_teacher_and_an_adapter_count(elsewhere: Elsewhere) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_context_parallelism_divides_activations(elsewhere: Elsewhere, recompute: str) -> None:
-    """Gathered keys and values are not kept."""
+    """Gathered keys and values are not kept; where nothing is recomputed, a second copy of the values is."""
     recipe = tiny(f"training.recompute={recompute}")
     halves = replace(recipe, parallel=ParallelConfig(context_parallel_size=2))
     whole, half = (elsewhere(planning.footprint, one, "middle", 2).kept for one in (recipe, halves))
-    assert half == pytest.approx(whole / 2, rel=0.05)
+    assert half == pytest.approx(whole / 2, rel=0.01 if recompute == "full" else 0.07)
 
 
 def test_gathered_keys_take_memory_however_many_ranks_share_a_sequence(elsewhere: Elsewhere) -> None:
