@@ -4,11 +4,14 @@ As megatron-core cuts it: into 2 * ranks chunks, of which rank r holds chunks r 
 causal attention an early chunk is little work and a late one much; so all ranks have the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_Map = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 def chunk_numbers(group: dist.ProcessGroup) -> tuple[int, int]:
@@ -41,43 +44,32 @@ def sum_to_local(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return local
 
 
-class GatherSequence(torch.autograd.Function):
-    """gather_sequence with a gradient, summed over what all ranks make of the whole."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return gather_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_to_local(grads[0], ctx.group), None
+def gather_sequence_with_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """gather_sequence; its gradient is summed over what all ranks make of the whole."""
+    return _Exchange.apply(x, group, gather_sequence, sum_to_local)
 
 
-class SwapHeads(torch.autograd.Function):
+def swap_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[batch, seq / ranks, heads, ...] -> [batch, seq, heads / ranks, ...]: a part of the sequence for a part of the heads."""
+    return _Exchange.apply(x, group, _to_heads, _to_sequence)
+
+
+def swap_to_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The inverse of swap_to_heads."""
+    return _Exchange.apply(x, group, _to_sequence, _to_heads)
+
+
+class _Exchange(torch.autograd.Function):
+    """A linear map between ranks, and its adjoint for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _to_heads(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, exchange: _Map, adjoint: _Map) -> Tensor:
+        ctx.group, ctx.adjoint = group, adjoint
+        return exchange(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_sequence(grads[0], ctx.group), None
-
-
-class SwapSequence(torch.autograd.Function):
-    """The inverse of SwapHeads."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _to_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.adjoint(grads[0], ctx.group), None, None, None
 
 
 def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -19,7 +19,13 @@ from megatron_dmc.ops.attention.windowed import (
     attend_whole,
     gather_keys,
 )
-from megatron_dmc.ops.context_parallel import SwapHeads, SwapSequence, chunk_numbers, gather_sequence, sum_to_local
+from megatron_dmc.ops.context_parallel import (
+    chunk_numbers,
+    gather_sequence,
+    sum_to_local,
+    swap_to_heads,
+    swap_to_sequence,
+)
 
 Exchange = Literal["all_gather", "a2a"]
 
@@ -71,8 +77,8 @@ def context_parallel_attention(
     ranks = dist.get_world_size(group)
     if key.shape[2] % ranks:
         raise ValueError(f"a2a needs KV heads that the {ranks} ranks divide, got {key.shape[2]}; use all_gather")
-    swapped = cast(States, tuple(None if x is None else SwapHeads.apply(x, group) for x in states))
-    return SwapSequence.apply(attend_whole(swapped, form._replace(documents=documents)), group)
+    swapped = cast(States, tuple(None if x is None else swap_to_heads(x, group) for x in states))
+    return swap_to_sequence(attend_whole(swapped, form._replace(documents=documents)), group)
 
 
 class _GatheredAttention(torch.autograd.Function):

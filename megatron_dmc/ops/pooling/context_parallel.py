@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dmc.ops.context_parallel import GatherSequence, chunk_numbers
+from megatron_dmc.ops.context_parallel import chunk_numbers, gather_sequence_with_gradient
 from megatron_dmc.ops.matrix_product import matrix_product
 from megatron_dmc.ops.pooling import PoolState, pool
 from megatron_dmc.ops.pooling.parallel import rows, unrows
@@ -46,7 +46,7 @@ def context_parallel_pool(
     batch, kv_heads, head_dim = key.shape[0], *key.shape[2:]
     # [batch, 2, kv_heads, 2 * head_dim + 2]
     left = torch.cat(_ChunkEnd.apply(*chunks), dim=-1).unflatten(0, (batch, 2))
-    maps = GatherSequence.apply(left, group)
+    maps = gather_sequence_with_gradient(left, group)
     state = maps.new_zeros(batch, kv_heads, 2 * head_dim + 1)
     states = [state]
     for end, product in zip(maps[..., :-1].unbind(1), maps[..., -1:].unbind(1), strict=True):
