@@ -19,11 +19,11 @@ import common
 import torch
 from models import SIZES
 
-from megatron_dmc.training.arguments import Recipe, recipe_from_dict
-from megatron_dmc.training.data import build_indexed_dataset, standard_library_documents
-from megatron_dmc.training.distributed import world
+from megatron_dmc.data import build_indexed_dataset, standard_library_documents
+from megatron_dmc.data.tokenizer import train_tokenizer
+from megatron_dmc.distributed.world import world
+from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.schedule import plan_step
-from megatron_dmc.training.tokenizer import train_tokenizer
 from megatron_dmc.training.trainer import Trainer
 
 KINDS = [(train, weight) for weight in (0.0, 1.0) for train in ("full", "adapter")]

@@ -8,9 +8,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.distributed import cpu
 from megatron_dmc.model.gpt import build_model, dmc_layers, transformer_config
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.training import cpu
 
 SIZES = ModelConfig(
     num_layers=4,

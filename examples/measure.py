@@ -15,10 +15,10 @@ SMOKE_WINDOWS = 8
 
 def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
     """A row of plain values. Runs in the run's folder, inside ``world()``."""
+    from megatron_dmc.data import heldout_windows
     from megatron_dmc.evaluation.cache_size import measure_cache
     from megatron_dmc.evaluation.perplexity import evaluate
     from megatron_dmc.inference.loading import load_model
-    from megatron_dmc.training.data import heldout_windows
 
     loaded = load_model(Path("checkpoints", checkpoint))
     data = loaded.recipe.data
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument("checkpoint", help="below checkpoints/, such as recipe/final")
     parser.add_argument("--smoke", action="store_true", help="a few held-out windows only")
     parsed = parser.parse_args()
+    from megatron_dmc.checkpoint import CheckpointError
     from megatron_dmc.config import ConfigError
-    from megatron_dmc.training.checkpoint import CheckpointError
-    from megatron_dmc.training.distributed import world
+    from megatron_dmc.distributed.world import world
 
     try:
         with world():

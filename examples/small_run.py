@@ -55,7 +55,7 @@ class SmallRun:
         write_whole(done, json.dumps(wanted))
 
     def _documents(self) -> Iterator[str]:
-        from megatron_dmc.training.data import iter_documents, standard_library_documents
+        from megatron_dmc.data import iter_documents, standard_library_documents
 
         return standard_library_documents() if self.data is None else iter_documents(self.data)
 
@@ -68,8 +68,8 @@ class SmallRun:
 
     def _write_text(self) -> None:
         from megatron_dmc.config import ConfigError
-        from megatron_dmc.training.data import build_indexed_dataset, split_documents
-        from megatron_dmc.training.tokenizer import train_tokenizer
+        from megatron_dmc.data import build_indexed_dataset, split_documents
+        from megatron_dmc.data.tokenizer import train_tokenizer
 
         folder = self.folder / "data"
         # What a stopped run left half-done.

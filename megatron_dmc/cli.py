@@ -45,7 +45,7 @@ def _is_users(error: Exception) -> bool:
     # Before the imports, which take seconds.
     if isinstance(error, ConfigError):
         return True
-    from megatron_dmc.training.checkpoint import CheckpointError
+    from megatron_dmc.checkpoint import CheckpointError
     from megatron_dmc.training.trainer import TrainingError
 
     return isinstance(error, (CheckpointError, TrainingError))
@@ -105,11 +105,11 @@ def _retrofit(parsed: argparse.Namespace) -> int:
     after the current step and exits with status 75; the same command goes on from there."""
     # Before the imports, which take seconds: until then a signal ends the process.
     with stop_request() as request:
-        from megatron_dmc.training.arguments import load_recipe
+        from megatron_dmc.recipe import load_recipe
 
         recipe = load_recipe(parsed.recipe, parsed.overrides)
 
-        from megatron_dmc.training.distributed import world
+        from megatron_dmc.distributed.world import world
         from megatron_dmc.training.trainer import Trainer
 
         with world(recipe.parallel):
@@ -123,7 +123,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     # The real model on the meta device: what is planned must not depend on the machine that plans.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
-    from megatron_dmc.training.arguments import load_recipe
+    from megatron_dmc.recipe import load_recipe
 
     try:
         recipe = load_recipe(parsed.recipe, parsed.overrides)
@@ -148,8 +148,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
+    from megatron_dmc.distributed.world import world
     from megatron_dmc.evaluation.inspect import run
-    from megatron_dmc.training.distributed import world
 
     with world():
         run(parsed.checkpoint, parsed.text, parsed.tokens, as_json=parsed.json, base=parsed.base)
@@ -157,8 +157,8 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 def _generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt with the compressed cache and prints the text."""
+    from megatron_dmc.distributed.world import world
     from megatron_dmc.inference.generate import run
-    from megatron_dmc.training.distributed import world
 
     with world():
         run(parsed.checkpoint, parsed.prompt, parsed.max_new_tokens, parsed.temperature, parsed.seed, base=parsed.base)

@@ -21,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # megatron-core warns of every optional package that is not there, when it is imported.
     warnings.simplefilter("ignore")
+    from megatron_dmc.checkpoint import CheckpointError
     from megatron_dmc.config import ConfigError
     from megatron_dmc.convert.from_hf import import_hf
-    from megatron_dmc.training.checkpoint import CheckpointError
 
     try:
         import_hf(options.hf_folder, options.output_folder)

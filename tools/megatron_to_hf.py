@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     import torch
 
+    from megatron_dmc.checkpoint import CheckpointError
     from megatron_dmc.config import ConfigError
     from megatron_dmc.convert.to_hf import export_adapter, export_hf
-    from megatron_dmc.training.checkpoint import CheckpointError
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:

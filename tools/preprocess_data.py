@@ -60,8 +60,8 @@ def preprocess(options: argparse.Namespace) -> None:
     # Here, so that --help needs no torch, and so that megatron-core's remarks on missing GPU packages can be left out.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-        from megatron_dmc.training import data
-        from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
+        from megatron_dmc import data
+        from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
     if options.chat and options.train_tokenizer is not None:
         raise ConfigError("--chat needs --tokenizer: a newly trained tokenizer has no chat template")
     if options.chat_template is not None and not options.chat:

@@ -27,8 +27,8 @@ RUNS = {"recipe": "recommended", "adapter": "adapter, distilled", "neuron": "pap
 
 def measure_all(smoke: bool) -> dict[str, Any]:
     """All numbers of the table. Runs in the quickstart's folder."""
-    from megatron_dmc.training.data import heldout_windows
-    from megatron_dmc.training.tokenizer import load_tokenizer
+    from megatron_dmc.data import heldout_windows
+    from megatron_dmc.data.tokenizer import load_tokenizer
 
     text = heldout_windows("data/valid", CACHE_TOKENS, load_tokenizer("data/tokenizer"))[0]["tokens"]
     plain = measure_plain_cache("hf-control", text)
@@ -113,9 +113,9 @@ def main() -> None:
     if parsed.show:
         show(json.loads(SUMMARY.read_text()), Console(width=130))
         return
+    from megatron_dmc.checkpoint import CheckpointError
     from megatron_dmc.config import ConfigError
-    from megatron_dmc.training.checkpoint import CheckpointError
-    from megatron_dmc.training.distributed import world
+    from megatron_dmc.distributed.world import world
 
     try:
         with world():

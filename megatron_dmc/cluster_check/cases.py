@@ -9,11 +9,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from omegaconf import OmegaConf
 
 from megatron_dmc.cluster_check.layouts import Layout
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import train_tokenizer
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import Recipe, recipe_from_dict
+from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.build import why_no_fp8
-from megatron_dmc.training.data import build_indexed_dataset
-from megatron_dmc.training.tokenizer import train_tokenizer
 
 STEPS = 5
 VOCABULARY = 320

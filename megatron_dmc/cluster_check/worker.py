@@ -30,7 +30,7 @@ from megatron_dmc.cluster_check.cases import (
 )
 from megatron_dmc.cluster_check.layouts import Layout, all_layouts
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.distributed import world
+from megatron_dmc.distributed.world import world
 from megatron_dmc.training.monitor import StepRecord
 from megatron_dmc.training.schedule import StepPlan
 from megatron_dmc.training.trainer import StepResult, Trainer

@@ -11,10 +11,10 @@ from typing import Any
 
 import tokenizers
 
+from megatron_dmc.checkpoint.folder import flush_to_disk
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
-from megatron_dmc.training.checkpoint_folder import flush_to_disk
-from megatron_dmc.training.tokenizer import load_tokenizer
+from megatron_dmc.data.tokenizer import load_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_dmc.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
+from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import Weights
+from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.training.arguments import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig
-from megatron_dmc.training.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
-from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
-from megatron_dmc.training.weights import model_state
+from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.distributed.world import world
 from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.training.distributed import world
 
 
 @contextlib.contextmanager

@@ -8,6 +8,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_dmc.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    check_checkpoint,
+    copy_tokenizer,
+    load_checkpoint,
+)
+from megatron_dmc.checkpoint.metadata import read_metadata
+from megatron_dmc.checkpoint.weights import (
+    check_has_merged,
+    is_base_weight,
+    is_decision,
+    load_weights,
+    model_state,
+    only_decisions,
+    saved_recipe,
+    set_model_state,
+)
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import (
     GENERATION_CONFIG,
@@ -22,25 +40,7 @@ from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
-from megatron_dmc.training.arguments import Recipe
-from megatron_dmc.training.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
-    check_checkpoint,
-    copy_tokenizer,
-    load_checkpoint,
-)
-from megatron_dmc.training.checkpoint_metadata import read_metadata
-from megatron_dmc.training.weights import (
-    check_has_merged,
-    is_base_weight,
-    is_decision,
-    load_weights,
-    model_state,
-    only_decisions,
-    saved_recipe,
-    set_model_state,
-)
+from megatron_dmc.recipe import Recipe
 
 
 def export_hf(

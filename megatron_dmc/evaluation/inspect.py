@@ -10,10 +10,10 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.data import iter_documents, standard_library_documents
+from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
 from megatron_dmc.inference.loading import load_model, require_merging
-from megatron_dmc.training.data import iter_documents, standard_library_documents
-from megatron_dmc.training.tokenizer import Tokenizer
 
 
 def run(checkpoint: str, text: str | None, tokens: int, *, as_json: bool = False, base: str | None = None) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.data import HeldoutWindows
 from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.model.compression_loss import compression_ratio
 from megatron_dmc.model.documents import pack_documents
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.data import HeldoutWindows
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.loading import LoadedModel, load_model, require_merging
-from megatron_dmc.training.tokenizer import Tokenizer
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megatron_dmc.checkpoint import CheckpointInfo, check_checkpoint
+from megatron_dmc.checkpoint.weights import check_has_merged, is_dmc_checkpoint, load_weights
 from megatron_dmc.config import ConfigError
+from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.model.gpt import build_model, transformer_config
-from megatron_dmc.training.arguments import Recipe, recipe_from_dict
-from megatron_dmc.training.checkpoint import CheckpointInfo, check_checkpoint
-from megatron_dmc.training.distributed import seed_weights
-from megatron_dmc.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_dmc.training.weights import check_has_merged, is_dmc_checkpoint, load_weights
+from megatron_dmc.recipe import Recipe, recipe_from_dict
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron_dmc.plan.footprint import message_shape
 from megatron_dmc.plan.gpus import GPU
 from megatron_dmc.plan.memory import Footprints, StageMemory, chunk_kinds
 from megatron_dmc.plan.schedule import bubble_share
-from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.recipe import Recipe
 
 # Of a link's data-sheet rate, what collectives are taken to reach. An assumption.
 LINK_EFFICIENCY = 0.8

@@ -7,7 +7,7 @@ from megatron_dmc.plan.communication import Layout, StepTime, Traffic, data_mess
 from megatron_dmc.plan.flops import Work, step_work
 from megatron_dmc.plan.gpus import GPU
 from megatron_dmc.plan.memory import Footprints, StageMemory, stage_memory, whole_model
-from megatron_dmc.training.arguments import Recipe, check_batch
+from megatron_dmc.recipe import Recipe, check_batch
 
 
 @dataclass(frozen=True)

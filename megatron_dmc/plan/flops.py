@@ -9,7 +9,7 @@ decisions' scans are left out: below 0.1 % of a layer.
 from dataclasses import dataclass
 
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_dmc.training.arguments import Recipe
+from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
 
 c10d = torch.ops.c10d

@@ -6,7 +6,7 @@ from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.plan.footprint import Footprint, run_micro_batch
 from megatron_dmc.plan.rank import META, fake_rank, stage_chunks
 from megatron_dmc.plan.schedule import most_kept
-from megatron_dmc.training.arguments import ParallelConfig, Recipe
+from megatron_dmc.recipe import ParallelConfig, Recipe
 
 
 @dataclass(frozen=True)

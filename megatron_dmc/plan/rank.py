@@ -9,11 +9,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_dmc.distributed import cpu
+from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.plan.stock import use_stock_kernels
-from megatron_dmc.training import cpu
-from megatron_dmc.training.arguments import ParallelConfig, Recipe
+from megatron_dmc.recipe import ParallelConfig, Recipe
 from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config
-from megatron_dmc.training.distributed import seed_weights
 
 META = torch.device("meta")
 

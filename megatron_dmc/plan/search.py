@@ -10,7 +10,7 @@ from megatron_dmc.plan.communication import data_messages, step_time
 from megatron_dmc.plan.estimate import Cluster, Plan, find_layout, make_plan
 from megatron_dmc.plan.memory import Footprints, StageMemory, chunk_kinds, whole_model
 from megatron_dmc.plan.schedule import most_kept
-from megatron_dmc.training.arguments import Recipe, check_recipe, divisors
+from megatron_dmc.recipe import Recipe, check_recipe, divisors
 
 MICRO_BATCHES = (1, 2, 4)
 CONTEXT_RANKS = (1, 2, 4, 8)

@@ -11,11 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
+from megatron_dmc.checkpoint.weights import is_decision
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.model.layer_spec import has_transformer_engine
-from megatron_dmc.training.arguments import Recipe
-from megatron_dmc.training.weights import is_decision
+from megatron_dmc.recipe import Recipe
 
 # Ada and Hopper.
 _FIRST_WITH_FP8 = (8, 9)

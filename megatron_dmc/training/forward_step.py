@@ -14,7 +14,7 @@ from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.distillation_loss import distillation_loss
 from megatron_dmc.model.documents import PackedDocuments, pack_documents
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import DistillationConfig
+from megatron_dmc.recipe import DistillationConfig
 
 Batch = dict[str, Tensor]
 Output = tuple[Tensor, Any]

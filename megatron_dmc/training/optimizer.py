@@ -7,8 +7,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dmc.training import cpu
-from megatron_dmc.training.arguments import PhaseConfig, Recipe
+from megatron_dmc.distributed import cpu
+from megatron_dmc.recipe import PhaseConfig, Recipe
 
 
 def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:

@@ -9,10 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_dmc.config import ConfigError
-from megatron_dmc.training.agreement import gather, on_all_ranks
-from megatron_dmc.training.arguments import Recipe
-from megatron_dmc.training.checkpoint import (
+from megatron_dmc.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     check_checkpoint,
@@ -20,12 +17,10 @@ from megatron_dmc.training.checkpoint import (
     publish,
     read_latest,
 )
-from megatron_dmc.training.checkpoint_background import BackgroundWriter
-from megatron_dmc.training.checkpoint_save import stage_checkpoint, write_checkpoint
-from megatron_dmc.training.data.indexed_dataset import content_digest
-from megatron_dmc.training.optimizer import gather_parameters
-from megatron_dmc.training.optimizer_state import OptimizerState
-from megatron_dmc.training.weights import (
+from megatron_dmc.checkpoint.agreement import gather, on_all_ranks
+from megatron_dmc.checkpoint.background import BackgroundWriter
+from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
+from megatron_dmc.checkpoint.weights import (
     adapter_base,
     base_folder,
     is_base_weight,
@@ -35,6 +30,11 @@ from megatron_dmc.training.weights import (
     saved_recipe,
     set_model_state,
 )
+from megatron_dmc.config import ConfigError
+from megatron_dmc.data.indexed_dataset import content_digest
+from megatron_dmc.recipe import Recipe
+from megatron_dmc.training.optimizer import gather_parameters
+from megatron_dmc.training.optimizer_state import OptimizerState
 
 
 def check_writable(folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.training.arguments import PhaseConfig
+from megatron_dmc.recipe import PhaseConfig
 
 # zero_out fades the channel over the first part of its steps and trains on with the channel at zero (paper, section 4).
 FADE_FRACTION = 0.8

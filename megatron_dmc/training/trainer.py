@@ -13,13 +13,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_dmc.checkpoint.weights import check_fits, check_teacher, load_teacher
+from megatron_dmc.data import SampleDataset, build_datasets, check_reach, global_batch
+from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import Recipe, check_batch
+from megatron_dmc.recipe import Recipe, check_batch
 from megatron_dmc.training.build import build_chunks, check_machine, freeze_base, megatron_config
-from megatron_dmc.training.data import SampleDataset, build_datasets, check_reach, global_batch
-from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.forward_step import DistillationStep, forward_step, on_this_context_rank
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
 from megatron_dmc.training.optimizer import build_optimizer, gather_parameters, phase_scheduler, restart_optimizer
@@ -27,8 +29,6 @@ from megatron_dmc.training.progress import TrainingProgress
 from megatron_dmc.training.run_state import RunStore, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.signals import StopRequest
-from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer
-from megatron_dmc.training.weights import check_fits, check_teacher, load_teacher
 
 
 class TrainingError(RuntimeError):

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_dmc.convert.single_process import single_process
-from megatron_dmc.training.tokenizer import train_tokenizer
+from megatron_dmc.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,8 @@ from llama3_rotary import LLAMA3
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, save_checkpoint
+from megatron_dmc.checkpoint.weights import adapter_base, model_state, only_decisions
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
@@ -26,8 +28,6 @@ from megatron_dmc.convert.to_hf import export_adapter, export_hf
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
 from megatron_dmc.inference.loading import load_model
-from megatron_dmc.training.checkpoint import CheckpointError, CheckpointInfo, save_checkpoint
-from megatron_dmc.training.weights import adapter_base, model_state, only_decisions
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 DMC = {

@@ -11,6 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from megatron_dmc.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    check_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_dmc.checkpoint.weights import is_dmc_checkpoint, model_state, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.hf_config import read_config
@@ -19,15 +27,7 @@ from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.training.arguments import recipe_from_dict
-from megatron_dmc.training.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
-    check_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from megatron_dmc.training.weights import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.recipe import recipe_from_dict
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_output, new_folder, special_tokens
-from megatron_dmc.training.checkpoint import copy_tokenizer
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:

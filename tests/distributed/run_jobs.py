@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dmc.cli import main
-from megatron_dmc.training import cpu
-from megatron_dmc.training.arguments import load_recipe
-from megatron_dmc.training.distributed import world
+from megatron_dmc.distributed import cpu
+from megatron_dmc.distributed.world import world
+from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.trainer import Trainer
 
 

@@ -9,10 +9,10 @@ import torch
 from models import positions, random_model, tokens
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.data import HeldoutWindows
 from megatron_dmc.evaluation.perplexity import evaluate
 from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.data import HeldoutWindows
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -8,14 +8,14 @@ import torch
 from models import SIZES, random_model, tokens
 from tokenizers import decoders, models
 
+from megatron_dmc.checkpoint import CheckpointInfo
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import measure_cache
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.generate import forward, generate, new_text
 from megatron_dmc.inference.loading import LoadedModel
-from megatron_dmc.training.arguments import Recipe
-from megatron_dmc.training.checkpoint import CheckpointInfo
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

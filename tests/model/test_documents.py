@@ -13,7 +13,7 @@ from megatron_dmc.model import attention
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.documents import pack_documents
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import DistillationConfig
+from megatron_dmc.recipe import DistillationConfig
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
 
 pytestmark = pytest.mark.usefixtures("one_process")

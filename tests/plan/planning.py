@@ -17,7 +17,7 @@ from megatron_dmc.plan.memory import Footprints, StageMemory, stage_memory
 from megatron_dmc.plan.rank import META, fake_rank, stage_chunks
 from megatron_dmc.plan.report import verdict
 from megatron_dmc.plan.search import search, smaller_plan
-from megatron_dmc.training.arguments import ParallelConfig, Recipe, load_recipe
+from megatron_dmc.recipe import ParallelConfig, Recipe, load_recipe
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from megatron_dmc.plan.communication import Layout, data_messages, step_time
 from megatron_dmc.plan.flops import layer_weights, layer_work, output_work, step_work
 from megatron_dmc.plan.gpus import GPUS
 from megatron_dmc.plan.memory import Footprints, StageMemory
-from megatron_dmc.training.arguments import ParallelConfig, load_recipe
+from megatron_dmc.recipe import ParallelConfig, load_recipe
 
 Elsewhere = Callable[..., Any]
 

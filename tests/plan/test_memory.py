@@ -9,7 +9,7 @@ import pytest
 from planning import FULL_70B, LLAMA2_70B, tiny
 
 from megatron_dmc.plan.schedule import most_kept, warmup
-from megatron_dmc.training.arguments import ParallelConfig, load_recipe
+from megatron_dmc.recipe import ParallelConfig, load_recipe
 
 Elsewhere = Callable[..., Any]
 

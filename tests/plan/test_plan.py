@@ -10,7 +10,7 @@ import pytest
 from planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 from megatron_dmc.plan.gpus import GPU, GPUS
-from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.recipe import load_recipe
 
 Elsewhere = Callable[..., Any]
 

@@ -7,7 +7,7 @@ import pytest
 from jobs import Cluster
 from toy import recipe_values, scalars, write_text
 
-from megatron_dmc.training.checkpoint import check_checkpoint, read_latest
+from megatron_dmc.checkpoint import check_checkpoint, read_latest
 
 pytestmark = pytest.mark.slurm
 

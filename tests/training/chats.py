@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 
-from megatron_dmc.training.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _TURN = "<|im_start|>{{ m.role }}\n"
 _PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from texts import TEXTS
 
-from megatron_dmc.training.data import build_indexed_dataset
-from megatron_dmc.training.tokenizer import Tokenizer, train_tokenizer
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.training.arguments import PhaseConfig, load_recipe, recipe_from_dict
+from megatron_dmc.recipe import PhaseConfig, load_recipe, recipe_from_dict
 from megatron_dmc.training.schedule import integer_ratios, plan_step
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

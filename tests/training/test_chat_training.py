@@ -11,11 +11,7 @@ from toy import assert_same_tensors, recipe_values, scalars, write_recipe
 
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
-from megatron_dmc.evaluation.perplexity import evaluate
-from megatron_dmc.inference.loading import load_model
-from megatron_dmc.model.attention import StepContext
-from megatron_dmc.training.arguments import load_recipe
-from megatron_dmc.training.data import (
+from megatron_dmc.data import (
     HeldoutWindows,
     build_chat_dataset,
     build_indexed_dataset,
@@ -23,6 +19,10 @@ from megatron_dmc.training.data import (
     iter_conversations,
     load_chat_template,
 )
+from megatron_dmc.evaluation.perplexity import evaluate
+from megatron_dmc.inference.loading import load_model
+from megatron_dmc.model.attention import StepContext
+from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.trainer import Trainer
 

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_dmc.training import cpu
-from megatron_dmc.training.checkpoint import (
+from megatron_dmc.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     check_checkpoint,
@@ -31,8 +30,9 @@ from megatron_dmc.training.checkpoint import (
     save_checkpoint,
     update_latest,
 )
-from megatron_dmc.training.checkpoint_background import BackgroundWriter
-from megatron_dmc.training.checkpoint_save import StagedCheckpoint, stage_checkpoint, write_checkpoint
+from megatron_dmc.checkpoint.background import BackgroundWriter
+from megatron_dmc.checkpoint.save import StagedCheckpoint, stage_checkpoint, write_checkpoint
+from megatron_dmc.distributed import cpu
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

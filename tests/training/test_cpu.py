@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from megatron_dmc.training import cpu
+from megatron_dmc.distributed import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim does nothing where CUDA is available")
 

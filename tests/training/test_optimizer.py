@@ -7,13 +7,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from toy import recipe_values
 
+from megatron_dmc.checkpoint.weights import model_state
+from megatron_dmc.distributed.adam import GroupAdamW
+from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.model.gpt import build_model, transformer_config
-from megatron_dmc.training.adam import GroupAdamW
-from megatron_dmc.training.arguments import Recipe, recipe_from_dict
-from megatron_dmc.training.distributed import seed_weights
+from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.optimizer import build_optimizer, restart_optimizer
 from megatron_dmc.training.optimizer_state import OptimizerState
-from megatron_dmc.training.weights import model_state
 
 
 def groups() -> list[dict[str, object]]:

@@ -7,9 +7,9 @@ import pytest
 from toy import recipe_values, write_recipe, write_text
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.arguments import ParallelConfig, load_recipe
+from megatron_dmc.distributed.world import world
+from megatron_dmc.recipe import ParallelConfig, load_recipe
 from megatron_dmc.training.build import megatron_config
-from megatron_dmc.training.distributed import world
 from megatron_dmc.training.trainer import Trainer
 
 TP, PP, VPP = (f"parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline"))

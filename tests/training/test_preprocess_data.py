@@ -12,8 +12,8 @@ import pytest
 from chats import chat_tokenizer, conversations, message, naive_document, write_chats
 from texts import TEXTS, full_disk
 
-from megatron_dmc.training.data.indexed_dataset import read_index
-from megatron_dmc.training.tokenizer import load_tokenizer
+from megatron_dmc.data.indexed_dataset import read_index
+from megatron_dmc.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dmc.training.arguments import load_recipe
+from megatron_dmc.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

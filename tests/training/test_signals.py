@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from toy import recipe_values, scalars, write_recipe, write_text
 
-from megatron_dmc.training.arguments import load_recipe
-from megatron_dmc.training.checkpoint import read_latest
+from megatron_dmc.checkpoint import read_latest
+from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.signals import stop_request
 from megatron_dmc.training.trainer import Trainer
 

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.distributed import meet
-from megatron_dmc.training.slurm import SlurmTask, first_host, slurm_task
+from megatron_dmc.distributed.slurm import SlurmTask, first_host, slurm_task
+from megatron_dmc.distributed.world import meet
 
 TASK = {
     "SLURM_JOB_ID": "1234",

@@ -6,7 +6,7 @@ import os
 import pytest
 from texts import TEXTS, fails
 
-from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
 
 def test_text_comes_back_unchanged(tokenizer):

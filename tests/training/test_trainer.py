@@ -13,13 +13,13 @@ from texts import full_disk
 from toy import TEXT, assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.cli import main
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.attention import DMCSelfAttention
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.training.arguments import load_recipe
-from megatron_dmc.training.data import build_indexed_dataset
+from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.schedule import plan_step
-from megatron_dmc.training.tokenizer import load_tokenizer
 from megatron_dmc.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -9,9 +9,9 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from toy import assert_same_tensors, recipe_values, write_recipe, write_text
 
 from megatron_dmc.cli import main
+from megatron_dmc.distributed.world import world
 from megatron_dmc.model.norm import RMSNorm
-from megatron_dmc.training.arguments import load_recipe
-from megatron_dmc.training.distributed import world
+from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

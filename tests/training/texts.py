@@ -11,8 +11,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.arguments import DataConfig
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.data.tokenizer import Tokenizer
+from megatron_dmc.recipe import DataConfig
 
 TEXTS = [
     f"def function_{i}(x):\n    return x + {i * i}  # größer 日本 {'🙂' * (i % 3)}\n" * (i % 4 + 1) for i in range(40)

@@ -7,8 +7,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dmc.training.data import build_indexed_dataset
-from megatron_dmc.training.tokenizer import train_tokenizer
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import train_tokenizer
 
 TEXT = [f"Document {i}. " + "The cat sat on the mat; the dog ran to the log. " * (5 + i % 7) for i in range(60)]
 

@@ -7,7 +7,7 @@ import pytest
 from chats import conversations, message, write_chats
 from texts import fails
 
-from megatron_dmc.training.data.chat import iter_conversations, usable_conversations
+from megatron_dmc.data.chat import iter_conversations, usable_conversations
 
 
 def read(path):

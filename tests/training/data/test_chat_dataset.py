@@ -12,7 +12,7 @@ from chats import PLAIN, chat_tokenizer, conversations, naive_document
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from texts import data_config, fails, full_disk, stored_tokens
 
-from megatron_dmc.training.data import (
+from megatron_dmc.data import (
     build_chat_dataset,
     build_datasets,
     build_indexed_dataset,
@@ -20,8 +20,8 @@ from megatron_dmc.training.data import (
     heldout_windows,
     load_chat_template,
 )
-from megatron_dmc.training.data.chat import Conversation
-from megatron_dmc.training.data.indexed_dataset import check_dataset, content_digest, read_index
+from megatron_dmc.data.chat import Conversation
+from megatron_dmc.data.indexed_dataset import check_dataset, content_digest, read_index
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -8,9 +8,9 @@ from chats import IN_A_MACRO, MARKED, PLAIN, REWRITES_HISTORY, chat_tokenizer, c
 from published_templates import FORMS
 from texts import fails
 
-from megatron_dmc.training.data import load_chat_template
-from megatron_dmc.training.data.build import _overlap
-from megatron_dmc.training.data.chat import Conversation
+from megatron_dmc.data import load_chat_template
+from megatron_dmc.data.build import _overlap
+from megatron_dmc.data.chat import Conversation
 
 CHATS = [Conversation(chat, f"chat.jsonl:{i + 1}") for i, chat in enumerate(conversations(13))]
 

@@ -6,7 +6,7 @@ import os
 import pytest
 from texts import fails
 
-from megatron_dmc.training.data import iter_documents, standard_library_documents
+from megatron_dmc.data import iter_documents, standard_library_documents
 
 
 def test_folder_in_sorted_order(tmp_path):

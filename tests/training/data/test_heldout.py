@@ -6,8 +6,8 @@ import pytest
 import torch
 from texts import TEXTS, fails, stored_tokens
 
-from megatron_dmc.training.data import global_batch, heldout_windows
-from megatron_dmc.training.data.indexed_dataset import read_index
+from megatron_dmc.data import global_batch, heldout_windows
+from megatron_dmc.data.indexed_dataset import read_index
 
 
 @pytest.mark.parametrize("sequence_length", [2, 33, 64])

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from texts import TEXTS, data_config, fails, full_disk, stored_tokens
 
-from megatron_dmc.training.data import build_datasets, build_indexed_dataset, global_batch
-from megatron_dmc.training.data.indexed_dataset import read_index
+from megatron_dmc.data import build_datasets, build_indexed_dataset, global_batch
+from megatron_dmc.data.indexed_dataset import read_index
 
 ROOT = Path(__file__).parents[3]
 
@@ -151,9 +151,9 @@ def test_two_ranks_read_what_one_process_reads(tmp_path, tokenizer, dataset):
     # both ranks are forks of one process: its imports take longer than all else
     program = f"""
 import torch, torch.multiprocessing
-from megatron_dmc.training.arguments import DataConfig
-from megatron_dmc.training.data import build_datasets, global_batch
-from megatron_dmc.training.tokenizer import load_tokenizer
+from megatron_dmc.recipe import DataConfig
+from megatron_dmc.data import build_datasets, global_batch
+from megatron_dmc.data.tokenizer import load_tokenizer
 def run(rank):
     torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
     config = DataConfig(train=[{dataset!r}] * 2, tokenizer={str(tokenizer.folder)!r}, sequence_length=32,

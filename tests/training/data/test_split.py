@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import fails
 
-from megatron_dmc.training.data import split_documents
+from megatron_dmc.data import split_documents
 
 
 @settings(max_examples=50, deadline=None)

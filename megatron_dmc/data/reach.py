@@ -3,8 +3,8 @@
 import numpy
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.arguments import Recipe
-from megatron_dmc.training.data.indexed_dataset import read_index
+from megatron_dmc.data.indexed_dataset import read_index
+from megatron_dmc.recipe import Recipe
 
 
 def check_reach(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.data.indexed_dataset import DatasetIndex
+from megatron_dmc.data.indexed_dataset import DatasetIndex
 
 
 @contextmanager

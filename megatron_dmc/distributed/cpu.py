@@ -49,7 +49,7 @@ def install_adam() -> None:
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from megatron_dmc.training.adam import GroupAdamW
+    from megatron_dmc.distributed.adam import GroupAdamW
 
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = distrib_optimizer.Adam = GroupAdamW

@@ -13,7 +13,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.data.tokenizer import Tokenizer
 
 # The .idx file: magic, version, type code, number of sequences, number of document boundaries; then int32 lengths,
 # int64 byte offsets and int64 document boundaries (megatron-core's indexed_dataset.py).

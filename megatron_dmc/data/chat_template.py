@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.data.chat import Conversation
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.data.chat import Conversation
+from megatron_dmc.data.tokenizer import Tokenizer
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Code points that no text holds: Unicode keeps them for a program's own use.

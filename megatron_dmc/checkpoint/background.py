@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_dmc.training.agreement import gather, on_all_ranks
+from megatron_dmc.checkpoint.agreement import gather, on_all_ranks
 
 # The slowest rank's file may take long; its peers wait for it in a collective.
 _TIMEOUT = timedelta(hours=2)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, check_checkpoint, load_checkpoint
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.arguments import Recipe, recipe_from_dict
-from megatron_dmc.training.checkpoint import CheckpointError, CheckpointInfo, check_checkpoint, load_checkpoint
+from megatron_dmc.recipe import Recipe, recipe_from_dict
 
 # What a merging model's weights mean depends on these.
 MEANING = (

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.data.chat_template import RenderedChat
-from megatron_dmc.training.data.indexed_dataset import MASK_SUFFIX, DatasetCounts
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.data.chat_template import RenderedChat
+from megatron_dmc.data.indexed_dataset import MASK_SUFFIX, DatasetCounts
+from megatron_dmc.data.tokenizer import Tokenizer
 
 Document = TypeVar("Document")
 

@@ -7,7 +7,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_dmc.training.data.indexed_dataset import MASK_SUFFIX, has_loss_mask
+from megatron_dmc.data.indexed_dataset import MASK_SUFFIX, has_loss_mask
 
 # Above any token's bits.
 _TRAINED, _STARTS = 1 << 32, 1 << 33

@@ -14,11 +14,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_dmc.training.arguments import DataConfig
-from megatron_dmc.training.data.index_cache import index_cache
-from megatron_dmc.training.data.indexed_dataset import DatasetIndex, check_dataset
-from megatron_dmc.training.data.packing import PackedDataset
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.data.index_cache import index_cache
+from megatron_dmc.data.indexed_dataset import DatasetIndex, check_dataset
+from megatron_dmc.data.packing import PackedDataset
+from megatron_dmc.data.tokenizer import Tokenizer
+from megatron_dmc.recipe import DataConfig
 
 
 class SampleDataset(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_dmc.training.checkpoint_folder import CheckpointError
+from megatron_dmc.checkpoint.folder import CheckpointError
 
 
 @contextlib.contextmanager

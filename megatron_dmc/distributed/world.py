@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training import cpu
-from megatron_dmc.training.arguments import ParallelConfig, divisors
-from megatron_dmc.training.slurm import SlurmTask, slurm_task
+from megatron_dmc.distributed import cpu
+from megatron_dmc.distributed.slurm import SlurmTask, slurm_task
+from megatron_dmc.recipe import ParallelConfig, divisors
 
 
 @contextlib.contextmanager

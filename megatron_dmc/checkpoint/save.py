@@ -1,6 +1,6 @@
 """Saves a checkpoint: staged at one moment of the training, then written aside, checked, and renamed when it is whole.
 
-Staging needs the model to stand still; writing does not, and may go on in a thread (see ``checkpoint_background``) on a
+Staging needs the model to stand still; writing does not, and may go on in a thread (see ``background``) on a
 process group of its own.
 
 The data is written by torch's own ``FileSystemWriter`` in the calling process. ``dist_checkpointing.save`` spawns a
@@ -33,8 +33,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint import save as torch_save
 
-from megatron_dmc.training.agreement import gather, on_all_ranks, one_line, size_text
-from megatron_dmc.training.checkpoint_folder import (
+from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line, size_text
+from megatron_dmc.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointError,
     CheckpointInfo,

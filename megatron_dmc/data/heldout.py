@@ -3,7 +3,7 @@
 import numpy
 import torch
 
-from megatron_dmc.training.data.indexed_dataset import (
+from megatron_dmc.data.indexed_dataset import (
     MASK_SUFFIX,
     DatasetIndex,
     check_dataset,
@@ -12,8 +12,8 @@ from megatron_dmc.training.data.indexed_dataset import (
     read_index,
     token_stream,
 )
-from megatron_dmc.training.data.packing import packed_sample
-from megatron_dmc.training.tokenizer import Tokenizer
+from megatron_dmc.data.packing import packed_sample
+from megatron_dmc.data.tokenizer import Tokenizer
 
 
 class HeldoutWindows:

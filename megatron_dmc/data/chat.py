@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.training.data.documents import JSON_LINES_SUFFIX, json_lines, text_files
+from megatron_dmc.data.documents import JSON_LINES_SUFFIX, json_lines, text_files
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,4 @@
-"""Checkpoints that are whole or absent: megatron-core's distributed format, written aside, checked before it is read.
-
-A checkpoint is a folder ``root/name`` with the files of ``megatron.core.dist_checkpointing`` (``metadata.json``,
-``.metadata``, ``common.pt``, ``*.distcp``), ``dmc.json`` (:class:`CheckpointInfo`) and, if given, ``tokenizer/``. It is
-written as ``root/.name.tmp-*`` and renamed when every file is on the disk. ``root/latest`` names the newest full one.
-Writing is ``checkpoint_save``'s; checking and loading stand here.
-"""
+"""Checks and loads checkpoints of megatron-core's distributed format; nothing but tensors and plain values is unpickled."""
 
 import contextlib
 import os
@@ -22,31 +16,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-from megatron_dmc.training.agreement import gather, on_all_ranks, one_line
-from megatron_dmc.training.checkpoint_folder import (
-    CheckpointError,
-    CheckpointInfo,
-    prune,
-    read_info,
-    read_json,
-    read_latest,
-    update_latest,
-)
-from megatron_dmc.training.checkpoint_metadata import UnsafeMetadataError, bytes_per_file, read_metadata, sizes
-from megatron_dmc.training.checkpoint_save import BACKENDS, copy_tokenizer, publish, save_checkpoint
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointInfo",
-    "check_checkpoint",
-    "copy_tokenizer",
-    "load_checkpoint",
-    "prune",
-    "publish",
-    "read_latest",
-    "save_checkpoint",
-    "update_latest",
-]
+from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line
+from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, read_info, read_json
+from megatron_dmc.checkpoint.metadata import UnsafeMetadataError, bytes_per_file, read_metadata, sizes
+from megatron_dmc.checkpoint.save import BACKENDS
 
 # Settings of recipe.model that may differ between the checkpoint and the run: they do not change what the weights mean.
 _FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})

@@ -1,0 +1,24 @@
+"""Checkpoints that are whole or absent: megatron-core's distributed format, written aside, checked before it is read.
+
+A checkpoint is a folder ``root/name`` with the files of ``megatron.core.dist_checkpointing`` (``metadata.json``,
+``.metadata``, ``common.pt``, ``*.distcp``), ``dmc.json`` (:class:`CheckpointInfo`) and, if given, ``tokenizer/``. It is
+written as ``root/.name.tmp-*`` and renamed when every file is on the disk. ``root/latest`` names the newest full one.
+``folder`` knows the files, ``save`` writes, ``load`` checks and loads, ``weights`` puts a model together.
+"""
+
+from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, prune, read_latest, update_latest
+from megatron_dmc.checkpoint.load import check_checkpoint, load_checkpoint
+from megatron_dmc.checkpoint.save import copy_tokenizer, publish, save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "check_checkpoint",
+    "copy_tokenizer",
+    "load_checkpoint",
+    "prune",
+    "publish",
+    "read_latest",
+    "save_checkpoint",
+    "update_latest",
+]

@@ -1,0 +1,1 @@
+"""Process groups, SLURM's variables, and what a machine without CUDA needs."""
