@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from llama3_rotary import LLAMA3
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +27,7 @@ from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.training.checkpoint import CheckpointError, CheckpointInfo, save_checkpoint
 from megatron_dmc.training.weights import adapter_base, model_state, only_decisions
+from tests.support.llama3_rotary import LLAMA3
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 DMC = {

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from llama3_rotary import LLAMA3
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,6 +27,7 @@ from megatron_dmc.training.checkpoint import (
     save_checkpoint,
 )
 from megatron_dmc.training.weights import is_dmc_checkpoint, model_state, set_model_state
+from tests.support.llama3_rotary import LLAMA3
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from counting_worker import CASE
 
 from megatron_dmc.cluster_check.cases import run_folder
 from megatron_dmc.cluster_check.launch import run_layouts
 from megatron_dmc.cluster_check.layouts import REFERENCE, all_layouts
+from tests.distributed.counting_worker import CASE
 
 pytestmark = pytest.mark.distributed
 

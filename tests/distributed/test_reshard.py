@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
-from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+
+from tests.support.toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
 

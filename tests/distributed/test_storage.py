@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import recipe_values, write_recipe, write_text
 
 from megatron_dmc.cli import main
+from tests.support.toy import recipe_values, write_recipe, write_text
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
 

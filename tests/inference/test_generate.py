@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from models import SIZES, random_model, tokens
 from tokenizers import decoders, models
 
 from megatron_dmc.config import ConfigError, DMCConfig
@@ -16,6 +15,7 @@ from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.training.arguments import Recipe
 from megatron_dmc.training.checkpoint import CheckpointInfo
 from megatron_dmc.training.tokenizer import Tokenizer
+from tests.support.models import SIZES, random_model, tokens
 
 
 @pytest.fixture(scope="module")

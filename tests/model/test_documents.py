@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from models import positions, random_model, tokens
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
@@ -15,6 +14,7 @@ from megatron_dmc.model.documents import pack_documents
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import DistillationConfig
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
+from tests.support.models import positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import planning
 import pytest
-from planning import LLAMA2_70B, tiny
 
 from megatron_dmc.plan.communication import Layout, data_messages, step_time
 from megatron_dmc.plan.flops import layer_weights, layer_work, output_work, step_work
 from megatron_dmc.plan.gpus import GPUS
 from megatron_dmc.plan.memory import Footprints, StageMemory
 from megatron_dmc.training.arguments import ParallelConfig, load_recipe
+from tests.support import planning
+from tests.support.planning import LLAMA2_70B, tiny
 
 Elsewhere = Callable[..., Any]
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import planning
 import pytest
-from planning import FULL_70B, LLAMA2_70B, tiny
 
 from megatron_dmc.plan.schedule import most_kept, warmup
 from megatron_dmc.training.arguments import ParallelConfig, load_recipe
+from tests.support import planning
+from tests.support.planning import FULL_70B, LLAMA2_70B, tiny
 
 Elsewhere = Callable[..., Any]
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import planning
 import pytest
-from planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 from megatron_dmc.plan.gpus import GPU, GPUS
 from megatron_dmc.training.arguments import load_recipe
+from tests.support import planning
+from tests.support.planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 Elsewhere = Callable[..., Any]
 

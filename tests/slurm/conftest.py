@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import REPOSITORY, Cluster
+
+from tests.support.slurm_jobs import REPOSITORY, Cluster
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")

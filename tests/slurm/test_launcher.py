@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Cluster
-from toy import recipe_values, scalars, write_text
 
 from megatron_dmc.training.checkpoint import check_checkpoint, read_latest
+from tests.support.slurm_jobs import Cluster
+from tests.support.toy import recipe_values, scalars, write_text
 
 pytestmark = pytest.mark.slurm
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from chats import chat_tokenizer, conversations, write_chats
-from toy import assert_same_tensors, recipe_values, scalars, write_recipe
 
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
@@ -25,6 +23,8 @@ from megatron_dmc.training.data import (
 )
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.trainer import Trainer
+from tests.support.chats import chat_tokenizer, conversations, write_chats
+from tests.support.toy import assert_same_tensors, recipe_values, scalars, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

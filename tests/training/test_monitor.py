@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from texts import full_disk
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes, memory_kind, render_heatmap
 from megatron_dmc.training.progress import TrainingProgress, format_duration
+from tests.support.texts import full_disk
 
 LAYERS, KV_HEADS = 3, 2
 

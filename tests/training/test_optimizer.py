@@ -5,7 +5,6 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from toy import recipe_values
 
 from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.training.adam import GroupAdamW
@@ -14,6 +13,7 @@ from megatron_dmc.training.distributed import seed_weights
 from megatron_dmc.training.optimizer import build_optimizer, restart_optimizer
 from megatron_dmc.training.optimizer_state import OptimizerState
 from megatron_dmc.training.weights import model_state
+from tests.support.toy import recipe_values
 
 
 def groups() -> list[dict[str, object]]:

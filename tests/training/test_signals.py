@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy import recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.training.arguments import load_recipe
 from megatron_dmc.training.checkpoint import read_latest
 from megatron_dmc.training.signals import stop_request
 from megatron_dmc.training.trainer import Trainer
+from tests.support.toy import recipe_values, scalars, write_recipe, write_text
 
 # More steps than are taken before the signal comes.
 PHASES = [{"kind": "compress", "steps": 5000, "lr": 5e-3, "start_compression_ratio": 2.0}]

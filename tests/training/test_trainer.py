@@ -9,8 +9,6 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
 from omegaconf import OmegaConf
-from texts import full_disk
-from toy import TEXT, assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
@@ -21,6 +19,8 @@ from megatron_dmc.training.data import build_indexed_dataset
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.tokenizer import load_tokenizer
 from megatron_dmc.training.trainer import Trainer
+from tests.support.texts import full_disk
+from tests.support.toy import TEXT, assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -386,9 +386,8 @@ def test_base_of_another_size_is_refused(data: Path, finished: Path, tmp_path: P
 
 
 def test_attention_without_sample_numbers_is_refused() -> None:
-    from models import positions, random_model, tokens
-
     from megatron_dmc.config import DMCConfig
+    from tests.support.models import positions, random_model, tokens
 
     model, ids = random_model(DMCConfig()).train(), tokens(1, 8)
     assert any(isinstance(module, DMCSelfAttention) for module in model.modules())

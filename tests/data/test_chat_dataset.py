@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from chats import PLAIN, chat_tokenizer, conversations, naive_document
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from texts import data_config, fails, full_disk, stored_tokens
 
 from megatron_dmc.training.data import (
     build_chat_dataset,
@@ -22,6 +20,8 @@ from megatron_dmc.training.data import (
 )
 from megatron_dmc.training.data.chat import Conversation
 from megatron_dmc.training.data.indexed_dataset import check_dataset, content_digest, read_index
+from tests.support.chats import PLAIN, chat_tokenizer, conversations, naive_document
+from tests.support.texts import data_config, fails, full_disk, stored_tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from texts import TEXTS
 
 from megatron_dmc.training.data import build_indexed_dataset
 from megatron_dmc.training.tokenizer import Tokenizer, train_tokenizer
+from tests.support.texts import TEXTS
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ import json
 import logging
 
 import pytest
-from chats import conversations, message, write_chats
-from texts import fails
 
 from megatron_dmc.training.data.chat import iter_conversations, usable_conversations
+from tests.support.chats import conversations, message, write_chats
+from tests.support.texts import fails
 
 
 def read(path):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from texts import TEXTS, data_config, stored_tokens
 
 from megatron_dmc.training.data import build_datasets, build_indexed_dataset, global_batch, heldout_windows
+from tests.support.texts import TEXTS, data_config, stored_tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

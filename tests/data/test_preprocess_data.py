@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from chats import chat_tokenizer, conversations, message, naive_document, write_chats
-from texts import TEXTS, full_disk
 
 from megatron_dmc.training.data.indexed_dataset import read_index
 from megatron_dmc.training.tokenizer import load_tokenizer
+from tests.support.chats import chat_tokenizer, conversations, message, naive_document, write_chats
+from tests.support.texts import TEXTS, full_disk
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"

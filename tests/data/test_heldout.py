@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from texts import TEXTS, fails, stored_tokens
 
 from megatron_dmc.training.data import global_batch, heldout_windows
 from megatron_dmc.training.data.indexed_dataset import read_index
+from tests.support.texts import TEXTS, fails, stored_tokens
 
 
 @pytest.mark.parametrize("sequence_length", [2, 33, 64])

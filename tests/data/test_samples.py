@@ -15,10 +15,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from texts import TEXTS, data_config, fails, full_disk, stored_tokens
 
 from megatron_dmc.training.data import build_datasets, build_indexed_dataset, global_batch
 from megatron_dmc.training.data.indexed_dataset import read_index
+from tests.support.texts import TEXTS, data_config, fails, full_disk, stored_tokens
 
 ROOT = Path(__file__).parents[3]
 

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import fails
 
 from megatron_dmc.training.data import split_documents
+from tests.support.texts import fails
 
 
 @settings(max_examples=50, deadline=None)

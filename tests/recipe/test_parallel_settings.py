@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import recipe_values, write_recipe, write_text
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training.arguments import ParallelConfig, load_recipe
 from megatron_dmc.training.build import megatron_config
 from megatron_dmc.training.distributed import world
 from megatron_dmc.training.trainer import Trainer
+from tests.support.toy import recipe_values, write_recipe, write_text
 
 TP, PP, VPP = (f"parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline"))
 SEQUENCE = "parallel.sequence_parallel=true"

@@ -4,7 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from toy import TEXT
+
+from tests.support.toy import TEXT
 
 PATH = Path(__file__).parents[2] / "examples" / "small_run.py"
 

@@ -9,11 +9,11 @@ import numpy
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from texts import TEXTS, fails
 
 from megatron_dmc.training.data import build_indexed_dataset, iter_documents
 from megatron_dmc.training.data.indexed_dataset import check_dataset, content_digest, read_index
 from megatron_dmc.training.tokenizer import load_tokenizer, train_tokenizer
+from tests.support.texts import TEXTS, fails
 
 
 def test_tokens_and_counts(tmp_path, tokenizer, dataset):

@@ -4,9 +4,9 @@ import logging
 import os
 
 import pytest
-from texts import fails
 
 from megatron_dmc.training.data import iter_documents, standard_library_documents
+from tests.support.texts import fails
 
 
 def test_folder_in_sorted_order(tmp_path):

@@ -3,13 +3,13 @@
 import numpy
 import pytest
 import torch
-from texts import fails
-from toy import recipe_values, write_text
 
 from megatron_dmc.model.compression_loss import carried_out
 from megatron_dmc.training.arguments import recipe_from_dict
 from megatron_dmc.training.data import check_reach
 from megatron_dmc.training.data.reach import highest_ratio
+from tests.support.texts import fails
+from tests.support.toy import recipe_values, write_text
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 40])

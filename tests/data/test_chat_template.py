@@ -4,13 +4,13 @@ import json
 import sys
 
 import pytest
-from chats import IN_A_MACRO, MARKED, PLAIN, REWRITES_HISTORY, chat_tokenizer, conversations, message
-from published_templates import FORMS
-from texts import fails
 
 from megatron_dmc.training.data import load_chat_template
 from megatron_dmc.training.data.build import _overlap
 from megatron_dmc.training.data.chat import Conversation
+from tests.support.chats import IN_A_MACRO, MARKED, PLAIN, REWRITES_HISTORY, chat_tokenizer, conversations, message
+from tests.support.published_templates import FORMS
+from tests.support.texts import fails
 
 CHATS = [Conversation(chat, f"chat.jsonl:{i + 1}") for i, chat in enumerate(conversations(13))]
 

@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from texts import TEXTS, fails
 
 from megatron_dmc.training.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+from tests.support.texts import TEXTS, fails
 
 
 def test_text_comes_back_unchanged(tokenizer):

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
-from toy import assert_same_tensors, recipe_values, write_recipe, write_text
 
 from megatron_dmc.cli import main
 from megatron_dmc.model.norm import RMSNorm
 from megatron_dmc.training.arguments import load_recipe
 from megatron_dmc.training.distributed import world
 from megatron_dmc.training.trainer import Trainer
+from tests.support.toy import assert_same_tensors, recipe_values, write_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
