@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
 
 from megatron_dmc.cli import main
 from megatron_dmc.model.norm import RMSNorm
 from megatron_dmc.training.arguments import load_recipe
 from megatron_dmc.training.distributed import world
 from megatron_dmc.training.trainer import Trainer
-from tests.support.toy import assert_same_tensors, recipe_values, write_recipe, write_text
+from tests.support.tensors import assert_same_tensors, checkpoint_tensors
+from tests.support.toy import recipe_values, write_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -44,4 +44,4 @@ def test_a_checkpoint_fits_layers_that_remember_more(tmp_path: Path) -> None:
         trainer.store.save_weights("again", 0, 0, None)
     found = tmp_path / "again" / "again"
     assert norms and b"norm._extra_state" not in (found / ".metadata").read_bytes()
-    assert_same_tensors(load_plain_tensors(str(found)), load_plain_tensors(str(base)))
+    assert_same_tensors(checkpoint_tensors(found), checkpoint_tensors(base))

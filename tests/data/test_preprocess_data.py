@@ -1,33 +1,21 @@
 """tools/preprocess_data.py, mostly called in this process."""
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from megatron_dmc.training.data.indexed_dataset import read_index
 from megatron_dmc.training.tokenizer import load_tokenizer
 from tests.support.chats import chat_tokenizer, conversations, message, naive_document, write_chats
+from tests.support.processes import ROOT, run
+from tests.support.scripts import load_script
 from tests.support.texts import TEXTS, full_disk
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "preprocess_data.py"
+TOOL = "tools/preprocess_data.py"
 
-
-def load_tool() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-preprocess_data = load_tool()
+preprocess_data = load_script(TOOL)
 
 
 @pytest.fixture
@@ -91,8 +79,8 @@ def test_full_disk(tmp_path, tokenizer, capsys):
 
 
 def test_help_needs_no_package():
-    command = [sys.executable, "-S", str(TOOL), "--help"]
-    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    # -S: without site-packages.
+    done = run("-S", ROOT / TOOL, "--help", PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and "--valid-fraction" in done.stdout, done.stderr
 
 

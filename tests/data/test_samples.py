@@ -1,11 +1,8 @@
 """Samples: their order, blends, caches, and what they are refused for."""
 
 import fcntl
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +15,8 @@ from hypothesis import strategies as st
 
 from megatron_dmc.training.data import build_datasets, build_indexed_dataset, global_batch
 from megatron_dmc.training.data.indexed_dataset import read_index
+from tests.support.processes import run
 from tests.support.texts import TEXTS, data_config, fails, full_disk, stored_tokens
-
-ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -148,24 +144,7 @@ def test_one_run_at_a_time_builds_indices(tmp_path, tokenizer, dataset):
 def test_two_ranks_read_what_one_process_reads(tmp_path, tokenizer, dataset):
     config = data_config(tmp_path / "alone", tokenizer, dataset, dataset)
     alone = global_batch(build_datasets(config, tokenizer, 50, 0)[0], range(50))["tokens"]
-    # both ranks are forks of one process: its imports take longer than all else
-    program = f"""
-import torch, torch.multiprocessing
-from megatron_dmc.training.arguments import DataConfig
-from megatron_dmc.training.data import build_datasets, global_batch
-from megatron_dmc.training.tokenizer import load_tokenizer
-def run(rank):
-    torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
-    config = DataConfig(train=[{dataset!r}] * 2, tokenizer={str(tokenizer.folder)!r}, sequence_length=32,
-                        cache={str(tmp_path / "together")!r})
-    train, _ = build_datasets(config, load_tokenizer(config.tokenizer), 50, 0)
-    torch.save(global_batch(train, range(50))["tokens"], f"{tmp_path}/rank{{rank}}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-torch.multiprocessing.start_processes(run, nprocs=2, start_method="fork")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    done = run("-m", "tests.data.two_ranks_worker", dataset, tokenizer.folder, tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), alone)

@@ -27,8 +27,7 @@ VALID_TOKENS = "allreduce_ 4"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("messages")
-    worker = Path(__file__).with_name("counting_worker.py")
-    assert not run_layouts(folder, LAYOUTS, [CASE], 8, (str(worker),))
+    assert not run_layouts(folder, LAYOUTS, [CASE], 8, ("-m", "tests.distributed.counting_worker"))
     return folder
 
 

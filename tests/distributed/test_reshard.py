@@ -1,17 +1,15 @@
 """A checkpoint of any layout loads in any other: the same state to the last bit, and the run goes on as if never stopped."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
 
-from tests.support.toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+from tests.support.processes import run
+from tests.support.tensors import assert_same_tensors, checkpoint_tensors
+from tests.support.toy import recipe_values, scalars, write_recipe, write_text
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
 
@@ -100,16 +98,12 @@ def job(folder: Path, kind: str, *path: str, stops: bool = False, only_saves: bo
     }
 
 
-def run(jobs: list[dict[str, Any]], folder: Path) -> None:
+def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("run_jobs.py")), str(folder / "jobs.json")]
-    with (folder / "log.txt").open("w") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900).returncode
-    said = (folder / "log.txt").read_text()
-    assert status == 0, said[-3000:]
+    done = run("-W", "ignore", "-m", "tests.distributed.jobs_worker", folder / "jobs.json", timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     # megatron-core warns so where the ranks' plain values are not the same.
-    assert "common state dict differs" not in said
+    assert "common state dict differs" not in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +116,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed = {path: job(folder, *path) for path in [*RESUMED, *((kind, layout, layout) for kind, layout in SAME)]}
     saved = {path[:2]: job(folder, *path[:2], stops=True) for path in [*resumed, *again]}
     whole = {path: job(folder, *path) for path in [*SAME, *((kind, "one") for kind in TOLERANCE)]}
-    run([*jobs, *saved.values(), *whole.values(), *resumed.values(), *again.values()], folder)
+    run_jobs([*jobs, *saved.values(), *whole.values(), *resumed.values(), *again.values()], folder)
     return folder
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint, put together: weights, main parameters, moments."""
-    return {name: value for name, value in load_plain_tensors(str(folder)).items() if isinstance(value, torch.Tensor)}
 
 
 @pytest.mark.parametrize("path", SAVED_AGAIN, ids="-to-".join)
@@ -136,7 +125,7 @@ def test_every_number_is_carried(folder: Path, path: tuple[str, str, str]) -> No
     kind, saver, loader = path
     before = folder / f"{kind}-to-{saver}" / "checkpoints" / "step_00000004"
     again = folder / f"{kind}-to-{saver}-to-{loader}-again" / "checkpoints" / "again" / "step_00000004"
-    assert_same_tensors(tensors(again), tensors(before))
+    assert_same_tensors(checkpoint_tensors(again), checkpoint_tensors(before))
     common = [torch.load(folder / "common.pt", weights_only=True) for folder in (before, again)]
     assert common[0] == common[1]
     assert common[0]["adam_step"] == 2 and 0 < common[0]["merge_fraction"] < 1
@@ -157,4 +146,4 @@ def test_resumed_in_the_same_layout_is_the_same_to_the_last_bit(folder: Path, pa
     kind, layout = path
     whole = folder / f"{kind}-to-{layout}-whole" / "checkpoints" / "step_00000006"
     resumed = folder / f"{kind}-to-{layout}-to-{layout}" / "checkpoints" / "step_00000006"
-    assert_same_tensors(tensors(resumed), tensors(whole))
+    assert_same_tensors(checkpoint_tensors(resumed), checkpoint_tensors(whole))

@@ -1,20 +1,15 @@
 """The quickstart's text: the same text is not prepared again, another is not taken for it."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import load_script
 from tests.support.toy import TEXT
-
-PATH = Path(__file__).parents[2] / "examples" / "small_run.py"
 
 
 def test_another_text_under_the_same_name_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    specification = importlib.util.spec_from_file_location("small_run", PATH)
-    assert specification is not None and specification.loader is not None
-    run = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(run)
+    run = load_script("examples/small_run.py")
     data = tmp_path / "data"
     data.mkdir()
     for i in range(200):

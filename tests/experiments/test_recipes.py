@@ -1,25 +1,17 @@
 """The comparison of recipes: every row is a valid run, and its table and figure show what was measured."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from megatron_dmc.training.arguments import load_recipe
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support.processes import ROOT
+from tests.support.scripts import load_script
 
 
 def script(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(f"recipes_{name}", EXAMPLES / "recipes" / f"{name}.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # where dataclasses look for it
-    specification.loader.exec_module(module)
-    return module
+    return load_script(f"examples/recipes/{name}.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def test_every_row_is_a_valid_run() -> None:
     rows = run.rows()
     assert len({row.name for row in rows}) == len(rows)
     for row in [*rows, *run.smoke_rows()]:
-        recipe = load_recipe(EXAMPLES / "quickstart" / f"{row.recipe}.yaml", row.overrides)
+        recipe = load_recipe(ROOT / "examples" / "quickstart" / f"{row.recipe}.yaml", row.overrides)
         dmc = recipe.dmc
         assert (dmc.local_window, dmc.operation) == (row.local_window, row.operation)
         assert dmc.target_compression_ratio == row.ratio and recipe.merges

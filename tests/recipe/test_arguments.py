@@ -7,8 +7,9 @@ import pytest
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.training.arguments import PhaseConfig, load_recipe, recipe_from_dict
 from megatron_dmc.training.schedule import integer_ratios, plan_step
+from tests.support.processes import ROOT
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 PHASES = [
     PhaseConfig(kind="zero_out", steps=10),
     PhaseConfig(kind="compress", steps=30),

@@ -3,7 +3,6 @@
 import contextlib
 import io
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from megatron_dmc.plan.report import verdict
 from megatron_dmc.plan.search import search, smaller_plan
 from megatron_dmc.training.arguments import ParallelConfig, Recipe, load_recipe
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 LLAMA2_70B = ROOT / "examples/llama2_70b_dmc8/recipe.yaml"
 H100 = Cluster(nodes=16, gpus_per_node=8, gpu=GPUS["h100"], mfu=0.4)
 

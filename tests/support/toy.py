@@ -1,4 +1,4 @@
-"""A toy run: text, tokenizer, datasets and a recipe of a few steps."""
+"""A toy run: text, tokenizer, datasets, a recipe of a few steps, and what a run leaves."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,21 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_dmc.training.arguments import load_recipe
 from megatron_dmc.training.data import build_indexed_dataset
 from megatron_dmc.training.tokenizer import train_tokenizer
+from megatron_dmc.training.trainer import Trainer
 
 TEXT = [f"Document {i}. " + "The cat sat on the mat; the dog ran to the log. " * (5 + i % 7) for i in range(60)]
+LR = 5e-3
+RETROFIT = [
+    {"kind": "compress", "steps": 6, "lr": LR},
+    {"kind": "solidify", "steps": 3, "lr": LR, "min_lr": LR / 10, "lr_decay_style": "cosine"},
+]
 
 
 def write_text(folder: Path) -> None:
+    """A tokenizer in ``tokenizer``, and datasets ``train`` and ``valid``."""
     tokenizer = train_tokenizer(TEXT, 300, folder / "tokenizer")
     for name, documents in (("train", TEXT[:50]), ("valid", TEXT[50:])):
         build_indexed_dataset(documents, tokenizer, str(folder / name))
@@ -58,14 +66,19 @@ def write_recipe(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+def train(recipe: Path, *overrides: str) -> Trainer:
+    """A trainer whose run is over."""
+    trainer = Trainer(load_recipe(recipe, overrides))
+    trainer.run()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model[0].named_parameters()}
+
+
 def scalars(run: Path, tag: str) -> dict[int, float]:
     """{step: value} from a run's TensorBoard files."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
-
-
-def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    different = [name for name in actual if not torch.equal(actual[name], expected[name])]
-    assert not different, f"differ: {different}"

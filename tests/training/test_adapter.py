@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import LR, RETROFIT, train, weights
 
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import load_recipe
 from megatron_dmc.training.trainer import Trainer
-from tests.support.toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+from tests.support.tensors import assert_same_tensors
+from tests.support.toy import LR, RETROFIT, recipe_values, scalars, train, weights, write_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -24,7 +24,8 @@ from megatron_dmc.training.data import (
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.trainer import Trainer
 from tests.support.chats import chat_tokenizer, conversations, write_chats
-from tests.support.toy import assert_same_tensors, recipe_values, scalars, write_recipe
+from tests.support.tensors import assert_same_tensors
+from tests.support.toy import recipe_values, scalars, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
