@@ -15,10 +15,7 @@ from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.training.arguments import recipe_from_dict
-from megatron_dmc.training.checkpoint import (
-    CheckpointError,
-    check_checkpoint,
-)
+from megatron_dmc.training.checkpoint import CheckpointError, check_checkpoint
 from megatron_dmc.training.weights import is_dmc_checkpoint
 from tests.support.llama3_rotary import LLAMA3
 from tests.support.llamas import TOKENS, load_megatron, megatron_logits

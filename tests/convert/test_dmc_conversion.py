@@ -18,11 +18,7 @@ from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.training.arguments import recipe_from_dict
-from megatron_dmc.training.checkpoint import (
-    CheckpointInfo,
-    check_checkpoint,
-    save_checkpoint,
-)
+from megatron_dmc.training.checkpoint import CheckpointInfo, check_checkpoint, save_checkpoint
 from megatron_dmc.training.weights import model_state
 from tests.support.llamas import TOKENS, load_megatron, megatron_logits
 from tests.support.tensors import assert_same_tensors, hugging_face_tensors

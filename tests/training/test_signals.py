@@ -12,17 +12,10 @@ from megatron_dmc.training.checkpoint import read_latest
 from megatron_dmc.training.signals import stop_request
 from megatron_dmc.training.trainer import Trainer
 from tests.support.processes import PRODUCT, meeting_place, started
-from tests.support.toy import recipe_values, scalars, write_recipe, write_text
+from tests.support.toy import recipe_values, scalars, write_recipe
 
 # More steps than are taken before the signal comes.
 PHASES = [{"kind": "compress", "steps": 5000, "lr": 5e-3, "start_compression_ratio": 2.0}]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_text(folder)
-    return folder
 
 
 def recipe(data: Path, folder: Path) -> Path:
