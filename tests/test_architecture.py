@@ -26,7 +26,7 @@ FLOORS = (
     ("experiments", "cli", "__main__"),
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-# On one floor all the same: (who, whom), and why.
+# Imports on one floor that are allowed: (from, to), and why.
 ALLOWED = {
     ("megatron_dmc", "config"): "the package offers DMCConfig under its own name",
     ("megatron_dmc", "errors"): "the package offers its errors under its own name",
@@ -37,7 +37,7 @@ ALLOWED = {
 EXPORTED = "megatron_dmc.hf.modeling_dmc"
 # safetensors is no further need: transformers requires it.
 EXPORT_NEEDS = {"torch", "transformers", "safetensors"}
-# Benchmarks are programs that import what lies beside them: one function gives them the path that Python would.
+# Benchmarks import the modules of their own folder: one function adds that folder for a test, as Python does.
 MAY_EDIT_THE_PATH = {"tests.support.scripts"}
 
 
@@ -75,7 +75,7 @@ def imports_of_ops(package: Modules) -> Iterator[str]:
 
 
 def imports_of_an_export(package: Modules) -> Iterator[str]:
-    """What is copied beside exported weights runs where torch and transformers are."""
+    """The code that is copied with exported weights runs where torch and transformers are installed."""
     for module in sorted(package.closure(EXPORTED)):
         for found in package.imports(module):
             top = found.name.split(".")[0]

@@ -1,4 +1,4 @@
-"""What the attention benchmark times is what its rows are called."""
+"""The attention benchmark times what the names of its rows say."""
 
 from types import ModuleType
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from tests.support.scripts import load_benchmark
 
-# A first block, groups of two and of one, and a rest: all that the sliding window's CPU form can meet.
+# A first block, groups of two and of one, and a rest: every case of the sliding window's CPU form.
 SEQ, WINDOW = 1100, 256
 
 ORACLES = {

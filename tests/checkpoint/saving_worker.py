@@ -1,4 +1,4 @@
-"""Ranks that save while something happens to them: SCENARIO FOLDER.
+"""Ranks that are killed, or cannot write, while they save: SCENARIO FOLDER.
 
 The scenario is ``kill`` or ``two``, or one of them with ``-background``.
 """
@@ -29,7 +29,7 @@ def save_in_background(root: Path, name: str, staged: StagedCheckpoint, group: d
 
 
 def save(root: Path, name: str, sharded_state_dict: dict[str, Any], background: BackgroundWriter | None) -> None:
-    """And makes it the latest."""
+    """Saves a checkpoint and makes it the latest."""
     staged = stage_checkpoint(sharded_state_dict, copies=background is not None)
     if background is None:
         write_checkpoint(root, name, staged, INFO)

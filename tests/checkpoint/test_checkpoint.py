@@ -91,7 +91,7 @@ def test_prune_keeps_latest_and_whatever_is_not_a_full_checkpoint(tmp_path: Path
     update_latest(tmp_path, "step_10")
     assert prune(tmp_path, keep_last=3) == ["step_1"]
     update_latest(tmp_path, "step_3")
-    # What is newer belongs to a run that was given up: it neither goes nor counts.
+    # A newer one belongs to a run that was given up: it is neither removed nor counted.
     assert prune(tmp_path, keep_last=1) == ["step_2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cr_2",
@@ -102,7 +102,7 @@ def test_prune_keeps_latest_and_whatever_is_not_a_full_checkpoint(tmp_path: Path
     ]
 
 
-def test_a_checkpoint_moved_behind_a_link_is_replaced_and_pruned(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_a_link_is_replaced_and_pruned(saved: Path, tmp_path: Path) -> None:
     for value in (5.0, 6.0):
         saved.symlink_to(saved.rename(tmp_path / f"moved_{value}"))
         save_checkpoint(saved.parent, saved.name, state(value), INFO)
@@ -166,14 +166,14 @@ def test_damaged_data_is_one_line(saved: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_another_model_is_told_by_its_settings(saved: Path) -> None:
+def test_another_model_is_recognized_by_its_settings(saved: Path) -> None:
     expected = {**MODEL, "num_layers": 6, "num_query_groups": 2, "max_position_embeddings": 9}
     with pytest.raises(CheckpointError, match=r"num_layers is 2 there, 6 here; model\.num_query_groups is 1 there"):
         load_checkpoint(saved, state(), expected_model=expected)
     load_checkpoint(saved, state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
 
 
-def test_another_model_is_told_by_its_tensors(saved: Path) -> None:
+def test_another_model_is_recognized_by_its_tensors(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"another model's: weight has shape \[4, 3\] there, \[5, 3\] here"):
         load_checkpoint(saved, state(rows=5))
     wanted = state()

@@ -62,7 +62,7 @@ def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path, at
 
 def test_metadata_may_not_change_what_outlives_it(saved: Path) -> None:
     index = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadataIndex\n"
-    # BUILD with (None, {"polluted": None}) calls setattr on whatever lies below, here a class.
+    # BUILD with (None, {"polluted": None}) calls setattr on what lies below on the stack, here a class.
     attack = index + b"N}\x8c\x08pollutedNs\x86b."
     pickle.loads(attack)
     assert hasattr(MetadataIndex, "polluted")

@@ -1,4 +1,4 @@
-"""Saving: whole or absent, whatever happens meanwhile: a full disk, a kill, a rank that cannot write; in the background."""
+"""Saving leaves a whole checkpoint or none: on a full disk, killed, with a rank that cannot write, in the background."""
 
 import os
 import signal

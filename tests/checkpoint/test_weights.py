@@ -1,4 +1,4 @@
-"""What of a model is weights, and what layers of another make keep beside them."""
+"""Checkpoints hold weights alone: what other libraries' layers keep with them is neither saved nor asked for."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 class RememberingNorm(RMSNorm):
-    """As Transformer Engine's modules are: they have a state of their own, and unpickle what they are given for one."""
+    """As Transformer Engine's modules: they have an extra state, and unpickle what they are given for it."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.ones(3, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""An adapter's checkpoint exported whole and by itself, its base given, moved, or another one."""
+"""An adapter's checkpoint, exported merged and alone; its base is given, has moved, or is another one."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_with_its_base_it_is_the_merged_model(
 ) -> None:
     adapter = save_adapter(DMC[dmc], dtype, **llama)
     export_hf(adapter.checkpoint, tmp_path / "merged")
-    shutil.rmtree(adapter.base)  # an adapter by itself does not need it
+    shutil.rmtree(adapter.base)  # an adapter that is exported alone does not need it
     export_adapter(adapter.checkpoint, tmp_path / "adapter")
     files = {path.name for path in tmp_path.joinpath("adapter").iterdir()}
     assert files == {path.name for path in tmp_path.joinpath("merged").iterdir()} - {"model.safetensors"} | {

@@ -70,7 +70,7 @@ def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], t
     before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
     assert torch.equal(before(TOKENS).logits, after(TOKENS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("one text").input_ids
-    # from the base's generation_config.json, not the tokenizer's <|endoftext|>, which is 0
+    # From the base's generation_config.json, not the tokenizer's <|endoftext|>, which is 0.
     assert before.generation_config.eos_token_id == 2
     assert after.generation_config.eos_token_id == before.generation_config.eos_token_id
 
@@ -84,9 +84,9 @@ def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], t
         ({"temperature": 0.6, "do_sample": True}, {"eos_token_id": 5, "bos_token_id": 4}, (5, 4)),
         ({"eos_token_id": 7}, {"eos_token_id": 5, "bos_token_id": 4}, (7, 4)),
     ],
-    ids=["tokenizer", "config", "config-bos", "config-beside-generation", "generation-first"],
+    ids=["tokenizer", "config", "config-bos", "config-and-generation", "generation-first"],
 )
-def test_end_tokens_are_kept_wherever_they_stand(
+def test_end_tokens_are_kept_whichever_file_names_them(
     save_llama: Callable[..., Path],
     tmp_path: Path,
     generation: dict[str, Any] | None,
@@ -130,7 +130,7 @@ def test_export_in_another_dtype(save_llama: Callable[..., Path], dtype: torch.d
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
 
 
-def test_what_older_transformers_saved_beside_the_weights(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_extra_tensors_of_older_transformers_are_left_out(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama(tie_word_embeddings=True)
     saved = load_file(folder / "model.safetensors")
     extra = {
@@ -196,7 +196,7 @@ def test_a_damaged_generation_config_is_found_before_the_training(
         (path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match=f"{folder}/generation_config.json is not JSON"):
         import_hf(folder, tmp_path / "again")
-    # by the name of the file that is to be mended, not of its copy
+    # The message names the file to mend, not its copy.
     with pytest.raises(ConfigError, match=f"{checkpoint}/tokenizer/generation_config.json is not JSON"):
         export_hf(checkpoint, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]

@@ -84,7 +84,7 @@ DMC = {
 def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path: Path) -> None:
     network = load_megatron(dmc_checkpoint)
     margin, merged = logit_margin(network)
-    # enough for rounding, and both decisions occur
+    # The margin is enough for rounding, and both decisions occur.
     assert margin > 1e-4 and 0.1 < merged < 0.9
     export_hf(dmc_checkpoint, tmp_path / "hf")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()

@@ -1,3 +1,5 @@
+"""config.json of a Llama: what is read, and what is refused by name."""
+
 import json
 from pathlib import Path
 from typing import Any

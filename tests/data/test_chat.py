@@ -1,4 +1,4 @@
-"""Conversations as they stand in files: what is read, left out and refused."""
+"""Files of conversations: what is read, left out and refused."""
 
 import json
 import logging

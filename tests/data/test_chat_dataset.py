@@ -95,7 +95,7 @@ def test_no_second_end_of_document(tmp_path, tokenizer):
     chat = Conversation(CHATS[1], "here")
     build_chat_dataset([template.render(chat)], tokenizer, tmp_path / "chat")
     tokens, mask = (stored_tokens(str(tmp_path / name)) for name in ("chat", "chat.mask"))
-    # as Llama 2's: every turn of the assistant ends with it, and the model has to learn to write it
+    # As Llama 2's: every turn of the assistant ends with it, and the model has to learn to write it.
     turns = sum(turn["role"] == "assistant" for turn in CHATS[1])
     assert mask[tokens == tokenizer.eod].sum() == turns and tokens[-2] != tokenizer.eod == tokens[-1]
 
@@ -150,7 +150,7 @@ def test_a_mask_of_other_lengths_or_type(tokenizer, dataset):
     lengths = read_index(dataset).sequence_lengths.tolist()
     write_mask(dataset, lengths)
     check_dataset(dataset, tokenizer, 8)
-    # as many values, in other documents
+    # As many values, in other documents.
     for wrong in (lengths[:-1], [*lengths[:-1], lengths[-1] + 1], [lengths[0] + 1, lengths[1] - 1, *lengths[2:]]):
         write_mask(dataset, wrong)
         fails(r"chat\.mask\.idx is not the loss mask of", check_dataset, dataset, tokenizer, 8)
@@ -169,7 +169,7 @@ def test_a_truncated_or_missing_mask(tokenizer, dataset, suffix):
 
 def test_a_mask_beside_a_dataset_that_has_none(tmp_path, tokenizer, dataset):
     build_indexed_dataset(["text"] * 9, tokenizer, dataset)
-    # the mask of the chat data went with it
+    # The mask of the chat data was removed with it.
     assert sorted(os.listdir(Path(dataset).parent)) == ["chat.bin", "chat.idx", "chat.json"]
     write_mask(dataset, read_index(dataset).sequence_lengths.tolist())
     fails(

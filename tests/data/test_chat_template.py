@@ -35,7 +35,7 @@ def test_spans_are_the_assistants_turns(tokenizer, tmp_path, source):
 
 
 def test_equals_transformers_own_mask(tokenizer, tmp_path):
-    """Where its offsets are those of the text; here the tokenizer's post-processor would trim them."""
+    """Compared where transformers' offsets are those of the text: this tokenizer's post-processor would trim them."""
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast.from_pretrained(str(tokenizer.folder))
@@ -88,7 +88,7 @@ def test_published_templates_equal_transformers_own_mask(tmp_path, name):
 
 
 def test_calls_of_tools_are_learned(tokenizer, tmp_path):
-    """As Qwen 2.5's: what there is to call stands in the system's turn, a call in the assistant's."""
+    """As Qwen 2.5's: the tools are listed in the system's turn, a call is in the assistant's."""
     source = (
         "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
         + PLAIN.replace(
@@ -134,7 +134,7 @@ def test_refuses_what_is_not_exact(tokenizer, tmp_path):
     assert template.render(one_turn).spans
     more = Conversation([*one_turn.messages, message("user", "c")], "chat.jsonl:2")
     fails(r"chat.jsonl:2: .* writes messages\[1\] differently at the end than inside", template.render, more)
-    # its generation prompt is not how a turn begins
+    # Its generation prompt is not how a turn begins.
     template = template_of(tokenizer, tmp_path, PLAIN.replace("assistant\n{% endif", "assistant\n<think>{% endif"))
     fails(r"chat.jsonl:1: .* --chat-template", template.render, one_turn)
 
@@ -145,7 +145,7 @@ def test_refuses_what_is_not_exact(tokenizer, tmp_path):
         "",
         "hello",
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-        # what asks for the turn is all of it
+        # The prompt for the turn is the whole turn.
         "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}",
     ],
 )

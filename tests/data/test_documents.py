@@ -85,7 +85,7 @@ def test_missing_empty_and_special(tmp_path):
 
 
 def test_unreadable(tmp_path):
-    # reads of this file fail for every user, root included
+    # Reading this file fails for every user, root included.
     (tmp_path / "a.txt").symlink_to("/proc/self/mem")
     fails("a.txt cannot be read: Input/output error", lambda: list(iter_documents(tmp_path / "a.txt")))
     fails("a.txt cannot be read: Input/output error", lambda: list(iter_documents(tmp_path)))

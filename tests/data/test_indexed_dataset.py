@@ -59,7 +59,7 @@ def test_failing_documents_leave_what_was_there(tmp_path, tokenizer, dataset):
 def test_a_replacement_that_stops_half_way_leaves_no_dataset(tmp_path, tokenizer, dataset):
     Path(dataset + ".json").unlink()
     Path(dataset + ".json").mkdir()
-    # as large as before, so that the old index would fit the new tokens
+    # As large as before: the old index would fit the new tokens.
     fails("cannot write the dataset", build_indexed_dataset, TEXTS[::-1], tokenizer, dataset)
     fails("has no text.idx", read_index, dataset)
 
@@ -76,7 +76,7 @@ def test_content_digest(tmp_path, tokens):
     data = numpy.arange(tokens) % 300
     first = write("first", data)
     assert write("again", data) == first
-    # as long as the first, so that the index is the same
+    # As long as the first: the index is the same.
     assert write("other", data[::-1].copy()) != first
     for changed in (0, tokens - 1):
         assert write("changed", numpy.where(numpy.arange(tokens) == changed, 7, data)) != first

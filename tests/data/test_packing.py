@@ -55,7 +55,7 @@ def test_blend(tmp_path, tokenizer, dataset):
 
 
 def test_an_end_token_inside_a_document_begins_none(tmp_path, tokenizer):
-    """As a chat template has it that ends every turn with the token that ends a document."""
+    """As with a chat template that ends every turn with the token that ends a document."""
     end = tokenizer.eod
     builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=numpy.uint16)
     documents = [[100 + i, end, 150 + i, end] for i in range(40)] + [[], [end]]

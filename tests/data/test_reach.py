@@ -13,7 +13,7 @@ from tests.support.toy import recipe_values, write_text
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 40])
-def test_highest_ratio_is_that_of_all_decisions_carried_out(window):
+def test_highest_ratio_is_that_of_all_decisions_in_effect(window):
     lengths = numpy.random.default_rng(0).integers(1, 70, 50).astype(numpy.int32)
     merged = 0
     for length in lengths:

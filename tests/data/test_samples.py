@@ -1,4 +1,4 @@
-"""Samples: their order, blends, caches, and what they are refused for."""
+"""Samples: their order, blends and caches, and which datasets are refused."""
 
 import fcntl
 import pickle
@@ -31,7 +31,7 @@ def test_samples_are_the_documents_packed(tmp_path, tokenizer, dataset):
         sample = train[index]
         assert sample["tokens"][1:].tolist() == sample["labels"][:-1].tolist()
         assert sample["position_ids"].tolist() == list(range(32)) and sample["loss_mask"].eq(1).all()
-        # documents are shuffled before they are packed, so only samples within one document are found as they are
+        # Documents are shuffled before they are packed: only a sample within one document is found as it is.
         if tokenizer.eod not in sample["tokens"][:-1]:
             inside += 1
             assert "".join(f"{token} " for token in sample["tokens"].tolist()) in joined
@@ -76,12 +76,12 @@ def test_several_are_blended_by_their_tokens(tmp_path, tokenizer):
     b = set(tokenizer.tokenize("b" * 50))
     small = sum(not b.isdisjoint(train[i]["tokens"].tolist()) for i in range(400))
     assert 95 <= small <= 105
-    # every stretch of the run has the blend
+    # Every part of the run has the blend's proportions.
     assert 20 <= sum(not b.isdisjoint(train[i]["tokens"].tolist()) for i in range(100)) <= 30
 
 
 def test_blend_may_need_more_of_one_than_its_share(tmp_path, tokenizer, dataset):
-    # each holds exactly one sample per epoch, and three cannot be shared out evenly
+    # Each holds exactly one sample per epoch, and three cannot be divided evenly.
     sequence_length = read_index(dataset).tokens - 1
     config = data_config(tmp_path, tokenizer, dataset, dataset, sequence_length=sequence_length)
     assert len(build_datasets(config, tokenizer, 3, 0)[0]) == 3
@@ -131,7 +131,7 @@ def test_one_run_at_a_time_builds_indices(tmp_path, tokenizer, dataset):
     [lock] = Path(config.cache).glob("*/lock")
     with lock.open() as file, ThreadPoolExecutor(1) as pool:
         fcntl.flock(file, fcntl.LOCK_EX)
-        # another number of samples has indices of its own
+        # Another number of samples has its own indices.
         built = pool.submit(build_datasets, config, tokenizer, 60, 0)
         time.sleep(0.5)
         waited = not built.done() and len(list(lock.parent.glob("*-shuffle_index.npy"))) == 1
@@ -172,7 +172,7 @@ def test_outside(tmp_path, tokenizer, dataset, sample):
 
 
 class _Evil:
-    """Leaves a file behind when it is unpickled."""
+    """Makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

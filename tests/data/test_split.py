@@ -30,7 +30,7 @@ def test_amount_seed_and_order():
     assert 95 <= len(valid) <= 100
     assert valid == sorted(valid, key=documents.index)
     assert set(valid) != set(split_documents(documents, 0.1, 2)[1])
-    # a document does not change sides because another file appears
+    # Another file does not move a document to the other side.
     assert len(set(valid) & set(split_documents([*documents, "one more"], 0.1, 1)[1])) > 0.95 * len(valid)
 
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer, and reading a folder's."""
+"""Training a tokenizer, and reading one from a folder."""
 
 import json
 import os

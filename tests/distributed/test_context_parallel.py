@@ -1,4 +1,4 @@
-"""Pooling and attention of a sequence that is cut over a context-parallel group; whole retrofits are test_layouts.py's."""
+"""Pooling and attention of a sequence that is cut over a context-parallel group; test_layouts.py tests whole retrofits."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The shim for machines without CUDA: megatron gets its GPU, everybody else sees plain torch."""
+"""The shim for machines without CUDA: Megatron sees a GPU, all other code sees plain torch."""
 
 import sys
 import types

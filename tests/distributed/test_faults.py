@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
     ("fault", "outcomes"),
     [
         ("noise", {"TP2": "different", "PP2": "different", "DP2": "different"}),
-        # Stages and replicas have all heads.
+        # Pipeline stages and replicas hold all heads.
         ("loss", {"TP2": "different"}),
         ("messages", {"PP2": "same", "PP2xVPP2": "different"}),
         # A layout after one that broke runs all the same.

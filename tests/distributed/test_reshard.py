@@ -1,4 +1,4 @@
-"""A checkpoint of any layout loads in any other: the same state to the last bit, and the run goes on as if never stopped."""
+"""A checkpoint of any layout loads in any other: the same state to the last bit, and the run continues as if never stopped."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ KINDS = {
     "adapter": ["training.train=adapter", "dmc.local_window=4", "distillation.weight=0.5"],
     "tied": ["model.share_embeddings_and_output_weights=true", "checkpoint.load_base=null"],
 }
-# (kind, layout that saves after 4 of 6 steps, layout that goes on)
+# (kind, layout that saves after 4 of 6 steps, layout that resumes)
 RESUMED = [
     ("full", "one", "tp2"),
     ("full", "tp2", "pp2-vpp2"),
@@ -85,7 +85,7 @@ def recipe(folder: Path, name: str) -> str:
 
 
 def job(folder: Path, kind: str, *path: str, stops: bool = False, only_saves: bool = False) -> dict[str, Any]:
-    """One that runs a kind in the last layout of a path, and goes on from what the one before it saved."""
+    """A job that runs a kind in the last layout of a path, and resumes from what the layout before it saved."""
     name = "-to-".join((kind, *path)) + ("-again" if only_saves else "-whole" if not stops and len(path) == 1 else "")
     processes, overrides = LAYOUTS[path[-1]]
     overrides = KINDS[kind] + overrides + (["training.exit_after_steps=4"] if stops else [])
@@ -102,7 +102,7 @@ def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = run("-W", "ignore", "-m", "tests.distributed.jobs_worker", folder / "jobs.json", timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    # megatron-core warns so where the ranks' plain values are not the same.
+    # megatron-core warns with these words where the ranks' plain values differ.
     assert "common state dict differs" not in done.stdout + done.stderr
 
 
@@ -121,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", SAVED_AGAIN, ids="-to-".join)
-def test_every_number_is_carried(folder: Path, path: tuple[str, str, str]) -> None:
+def test_every_number_is_kept(folder: Path, path: tuple[str, str, str]) -> None:
     kind, saver, loader = path
     before = folder / f"{kind}-to-{saver}" / "checkpoints" / "step_00000004"
     again = folder / f"{kind}-to-{saver}-to-{loader}-again" / "checkpoints" / "again" / "step_00000004"

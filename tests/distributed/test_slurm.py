@@ -1,4 +1,4 @@
-"""A task's place from SLURM's variables, and tasks that do not meet. A real SLURM runs in tests/slurm."""
+"""A task's rank from SLURM's variables, and tasks that do not find one another. tests/slurm runs a real SLURM."""
 
 import re
 import socket

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
     ("second_node", "message"),
     [
         ("sees nothing", r"rank 1 on \S+ does not see checkpoints/step_00000002, which rank 0 resumes from"),
-        # It goes on from rank 0's, and comes as far as the next save.
+        # It resumes from rank 0's, and gets as far as the next save.
         ("sees an older latest", r"cannot save checkpoints/final: rank 1 on \S+ does not see"),
     ],
     ids=["nothing", "older"],

@@ -1,4 +1,4 @@
-"""The quickstart's text: the same text is not prepared again, another is not taken for it."""
+"""The quickstart's text: the same text is not prepared again, and another text is noticed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The exported folder works by itself: torch and transformers, no megatron_dmc."""
+"""The exported folder needs torch and transformers, and no megatron_dmc."""
 
 import ast
 import json
@@ -58,7 +58,7 @@ def test_a_stranger_loads_and_generates(make_model, dmc, left_padded, tmp_path):
 
 
 def test_copies_are_the_sources(tmp_path):
-    """The same code but for the imports, and the manifest lists what the model needs and nothing else."""
+    """Only the imports differ, and the manifest lists what the model needs and nothing else."""
 
     def body(text):
         tree = ast.parse(text)

@@ -1,4 +1,4 @@
-"""Packed documents: a model computes for each what it computes for that document alone."""
+"""Packed documents: a model computes for each document what it computes for that document alone."""
 
 from typing import Any
 
@@ -115,7 +115,7 @@ def test_packed_equals_each_document_alone(
 
 @pytest.mark.parametrize("distills", [False, True], ids=["alone", "taught"])
 def test_forward_step_hands_documents_to_all_models(distills: bool) -> None:
-    """What stands in one document changes no loss in another, of the student or of its teacher."""
+    """The tokens of one document change no loss in another, neither the student's nor its teacher's."""
     dmc = DMCConfig(decision_bias=0.5)
     model, teacher = random_model(dmc), random_model(None, seed=1)
     step: Any = forward_step

@@ -42,7 +42,7 @@ def test_operations_of_a_step() -> None:
 
 @pytest.mark.parametrize(("train", "collectives"), [("full", 13), ("adapter", 11)])
 def test_bytes_of_tensor_parallelism(elsewhere: Elsewhere, train: str, collectives: int) -> None:
-    """Sequence parallel: gathered before qkv, decisions and the MLP, scattered behind attention and the MLP; mirrored
+    """Sequence parallel: gathered before qkv, decisions and the MLP, scattered after attention and the MLP; mirrored
     backward, and gathered once more for each weight that learns and reads a gathered input."""
     parallel = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     recipe = tiny(f"training.train={train}", *parallel)

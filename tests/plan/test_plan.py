@@ -1,4 +1,4 @@
-"""The command: what fits and what does not, why, and what to do; layouts that are found."""
+"""The command: what fits, what does not and why, what to do, and which layouts it finds."""
 
 import json
 from collections.abc import Callable

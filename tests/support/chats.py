@@ -44,7 +44,7 @@ def conversations(count: int) -> list[list[dict[str, Any]]]:
             if i % 6 == 5:
                 turns.append(message("tool", f"Result {turn}"))
             turns.append(message("assistant", f"Answer {i} {turn}\n\n  日本 🙂 " + "because " * (i * 7 % 11) + "yes"))
-        # the last word may be the user's
+        # The user may have the last word.
         made.append([*turns, message("user", f"Thanks {i}")] if i % 5 == 4 else turns)
     return made
 
@@ -65,7 +65,7 @@ def chat_tokenizer(
     train_tokenizer([f"assistant user system {text}" for text in texts], vocab_size - 2, folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(list(special_tokens))
-    # as Llama 3's: it takes white space out of the tokens' offsets
+    # As Llama 3's: it takes white space out of the tokens' offsets.
     backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     backend.save(str(folder / "tokenizer.json"))
     if template is not None:

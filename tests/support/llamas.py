@@ -17,7 +17,7 @@ TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 
 
 def save_random_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> None:
-    """Args: overrides: LlamaConfig's."""
+    """Saves the model, without a tokenizer; ``overrides`` are LlamaConfig's."""
     settings: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""What the tests of plans run in a process of its own."""
+"""Functions that the tests of plans run in another process."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from tests.support.processes import ROOT
 LLAMA2_70B = ROOT / "examples/llama2_70b_dmc8/recipe.yaml"
 H100 = Cluster(nodes=16, gpus_per_node=8, gpu=GPUS["h100"], mfu=0.4)
 
-# A layout is divided as a large model's is; everything trains.
+# Small sizes that the layouts divide as they divide a large model's; all weights train.
 TINY = (
     *("model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=8"),
     *("model.num_query_groups=4", "model.vocab_size=128", "model.max_position_embeddings=256", "dmc.local_window=16"),
@@ -47,7 +47,7 @@ def stages(recipe: Recipe, world_size: int) -> list[StageMemory]:
 
 
 def footprint(recipe: Recipe, kind: str, layers: int) -> Footprint:
-    """As a plan makes it from chunks of one and two layers."""
+    """As a plan estimates it from chunks of one and two layers."""
     return Footprints().chunk(recipe, kind, layers)
 
 

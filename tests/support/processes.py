@@ -14,7 +14,7 @@ PRODUCT = ("-m", "megatron_dmc")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's, with one thread, and with the repository to import ``tests`` from, whatever the working folder is."""
+    """This process's, with one thread; ``tests`` can be imported from any working folder."""
     inherited = os.environ.get("PYTHONPATH", "")
     paths = [str(ROOT), *(os.path.abspath(path) for path in inherited.split(os.pathsep) if path)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
@@ -66,7 +66,7 @@ def run_ranks(
 
 @contextmanager
 def started(*arguments: object, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """``python ARGUMENTS`` while the block runs; it does not outlive the block. Its stdout is what it says, stderr too."""
+    """``python ARGUMENTS`` while the block runs; it does not outlive the block. Its stdout holds its stderr, too."""
     with subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         env=environment(**variables),

@@ -52,7 +52,7 @@ FORMS = {
         _LLAMA_3 + "{% if add_generation_prompt %}{{ '" + _LLAMA_3_PROMPT + "' }}{% endif %}",
         may_begin_with_assistant=True,
     ),
-    # As it was first published: the prompt stands at the end of every conversation.
+    # As it was first published: the prompt ends every conversation.
     "llama-3 first": Form(_LLAMA_3_TOKENS, _LLAMA_3 + "{{ '" + _LLAMA_3_PROMPT + "' }}", may_begin_with_assistant=True),
     "qwen-2.5": Form(
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -71,7 +71,7 @@ FORMS = {
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
         has_system=False,
     ),
-    # A text that is not to go on ends with a token of its own.
+    # A finished text ends with its own token.
     "phi-3": Form(
         ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"

@@ -23,7 +23,7 @@ def load_script(path: str) -> ModuleType:
 
 
 def load_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A benchmark, which finds the modules beside it as it does where Python runs it: until the test's end."""
+    """A benchmark; until the test's end it finds the modules of its folder, as it does when Python runs it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     # Another module by this name may have been imported from elsewhere.
     monkeypatch.delitem(sys.modules, name, raising=False)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.processes import ROOT
 
 
 class Cluster:
@@ -20,9 +20,7 @@ class Cluster:
         self.environment, self.logs = environment, logs
 
     def call(self, *command: str) -> str:
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=self.environment, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout + done.stderr
 

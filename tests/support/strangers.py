@@ -26,8 +26,8 @@ def run_as_stranger(program: str, *arguments: object, folder: Path) -> str:
     Returns:
         What it wrote to stderr.
     """
-    home = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    done = run("-c", _ALONE + program, *arguments, folder=folder, **home)
+    home = str(folder / "home")
+    done = run("-c", _ALONE + program, *arguments, folder=folder, HF_HOME=home, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("fine\n")
     return done.stderr

@@ -1,4 +1,4 @@
-"""What the tests of text, tokenizers and datasets share."""
+"""Texts, the settings of a dataset of them, errors in one line, and a full disk."""
 
 import resource
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Runs on chat data: what they learn from, what they do without a word of the assistant's, and their resume."""
+"""Runs on chat data: which tokens they learn from, samples without a word of the assistant's, and resuming."""
 
 import math
 from pathlib import Path

@@ -175,7 +175,7 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path):
     with Monitor(tmp_path / "first", LAYERS, KV_HEADS) as monitor, full_disk(1024), redirect_stderr(lines):
         train(monitor)
     assert lines.getvalue().count("TensorBoard log stopped, training goes on") == 1
-    # the job's own log lies on the same disk
+    # The job's own log is on the same disk.
     with (
         Monitor(tmp_path / "second", LAYERS, KV_HEADS) as monitor,
         (tmp_path / "log").open("w", buffering=1) as log,

@@ -1,4 +1,4 @@
-"""A signal stops a run after its step, on all ranks, and the run goes on as if it had not been stopped."""
+"""A signal stops a run after its step, on all ranks; resumed, the run equals one that was never stopped."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from megatron_dmc.training.trainer import Trainer
 from tests.support.processes import PRODUCT, meeting_place, started
 from tests.support.toy import recipe_values, scalars, write_recipe
 
-# More steps than are taken before the signal comes.
+# The signal comes before the run has taken so many steps.
 PHASES = [{"kind": "compress", "steps": 5000, "lr": 5e-3, "start_compression_ratio": 2.0}]
 
 
@@ -37,7 +37,7 @@ def wait_for_first_step(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number: signal.Signals) -> None:
+def test_a_signal_is_noted_and_its_handler_is_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_request() as request:
         assert request.received is None
