@@ -1,7 +1,5 @@
-"""What the attention benchmark times is what its rows are called."""
+"""The attention benchmark times what the names of its rows say."""
 
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,10 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention import windowed_dmc_attention
+from tests.support.scripts import load_benchmark
 
-torch.set_num_threads(1)
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# A first block, groups of two and of one, and a rest: all that the sliding window's CPU form can meet.
+# A first block, groups of two and of one, and a rest: every case of the sliding window's CPU form.
 SEQ, WINDOW = 1100, 256
 
 ORACLES = {
@@ -28,12 +25,7 @@ ORACLES = {
 
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    # Another module by this name may have been imported from elsewhere.
-    monkeypatch.delitem(sys.modules, "attention", raising=False)
-    import attention
-
-    return attention
+    return load_benchmark("attention", monkeypatch)
 
 
 def gradients(tensors: list[Tensor]) -> list[Tensor]:
@@ -62,12 +54,14 @@ def test_all_forms_but_the_plain_one_are_covered(attention: ModuleType) -> None:
 
 def test_a_peak_counts_slots_that_are_tensors_of_their_own(attention: ModuleType) -> None:
     """Merging with a window reads raw keys and slots: two tensors and two gradients more than evicting."""
-    import common
-
     seq, heads, head_dim = 2048, 4, 64
     shape = ["--seq", str(seq), "--heads", str(heads), "--head-dim", str(head_dim), "--threads", "1"]
     merge, evict = (
-        int(common.in_own_process(attention.__file__, ["--peak", f"window, {operation}, free channel", *shape]))
+        int(
+            attention.common.in_own_process(
+                attention.__file__, ["--peak", f"window, {operation}, free channel", *shape]
+            )
+        )
         for operation in ("merge", "evict")
     )
     tensor = 4 * seq * heads * head_dim

@@ -1,23 +1,19 @@
 """The GPU check's own logic, on a CPU: it passes what is right and flags what is not."""
 
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.support.processes import ROOT, run
+from tests.support.scripts import load_benchmark
 
 
 @pytest.fixture
 def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_check
-
-    return gpu_check
+    return load_benchmark("gpu_check", monkeypatch)
 
 
 def test_a_wrong_result_is_flagged(gpu_check: ModuleType) -> None:
@@ -51,8 +47,7 @@ def test_without_cuda_it_says_so_in_one_line(
 
 
 def test_all_checks_pass_at_toy_size_on_a_cpu() -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run(ROOT / "benchmarks" / "gpu_check.py", "--device", "cpu", "--rounds", "1", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     forms = [
         f"{form}, {channel}"

@@ -1,4 +1,4 @@
-"""What counts as the same step, and what the report makes of it."""
+"""What counts as the same step, and what the report says of it."""
 
 import copy
 import json

@@ -1,26 +1,18 @@
 """Random tiny Llamas, and a tokenizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_dmc.convert.single_process import single_process
 from megatron_dmc.data.tokenizer import train_tokenizer
+from tests.support.llamas import save_random_llama
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def process() -> Iterator[None]:
-    with single_process():
-        yield
+def process(one_process: None) -> None:
+    """Every test here is a conversion's, in a world of one process."""
 
 
 @pytest.fixture(scope="session")
@@ -32,30 +24,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def save_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Callable[..., Path]:
-    """Saves a random Llama and the tokenizer in a new folder; keyword arguments are LlamaConfig's."""
+    """Saves a random Llama and the tokenizer in a new folder; keyword arguments are save_random_llama's."""
 
-    def save(*, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
-        settings: dict[str, Any] = {
-            "vocab_size": 300,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-5,
-            "initializer_range": 0.2,
-            "dtype": torch.float32,
-        }
-        torch.manual_seed(seed)
-        config = LlamaConfig(**(settings | overrides))
-        model = LlamaForCausalLM(config).to(config.dtype)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
+    def save(**settings: Any) -> Path:
         folder = tmp_path_factory.mktemp("llama")
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        save_random_llama(folder, **settings)
         for path in tokenizer_folder.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         return folder

@@ -1,11 +1,7 @@
-"""An adapter's checkpoint exported whole and by itself, its base given, moved, or another one."""
+"""An adapter's checkpoint, exported merged and alone; its base is given, has moved, or is another one."""
 
 import json
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from llama3_rotary import LLAMA3
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -25,11 +20,14 @@ from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
-from megatron_dmc.convert.weights import Weights
 from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
 from megatron_dmc.inference.loading import load_model
+from tests.support.llama3_rotary import LLAMA3
+from tests.support.llamas import TOKENS
+from tests.support.scripts import load_script
+from tests.support.strangers import run_as_stranger
+from tests.support.tensors import hugging_face_tensors
 
-TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 DMC = {
     "merge": DMCConfig(decision_bias=0.5),
     "window": DMCConfig(decision_bias=0.5, local_window=4),
@@ -70,18 +68,13 @@ def save_adapter(save_llama: Callable[..., Path], tokenizer_folder: Path, tmp_pa
     return save
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    weights = Weights(folder)
-    return {name: weights[name] for name in weights.shapes}
-
-
 @pytest.mark.parametrize("dmc", DMC.values(), ids=DMC)
 def test_merged_it_is_the_model_that_was_trained(
     save_adapter: Callable[..., Adapter], dmc: DMCConfig, tmp_path: Path
 ) -> None:
     adapter = save_adapter(dmc)
     export_hf(adapter.checkpoint, tmp_path / "merged")
-    merged, base = tensors(tmp_path / "merged"), tensors(adapter.llama)
+    merged, base = hugging_face_tensors(tmp_path / "merged"), hugging_face_tensors(adapter.llama)
     decisions = {name for name in merged if ".decision." in name}
     assert len(decisions) == 4 and merged.keys() == base.keys() | decisions
     assert all(torch.equal(merged[name], base[name]) for name in base)
@@ -107,7 +100,7 @@ def test_with_its_base_it_is_the_merged_model(
 ) -> None:
     adapter = save_adapter(DMC[dmc], dtype, **llama)
     export_hf(adapter.checkpoint, tmp_path / "merged")
-    shutil.rmtree(adapter.base)  # an adapter by itself does not need it
+    shutil.rmtree(adapter.base)  # an adapter that is exported alone does not need it
     export_adapter(adapter.checkpoint, tmp_path / "adapter")
     files = {path.name for path in tmp_path.joinpath("adapter").iterdir()}
     assert files == {path.name for path in tmp_path.joinpath("merged").iterdir()} - {"model.safetensors"} | {
@@ -138,14 +131,6 @@ def test_with_its_base_it_is_the_merged_model(
 
 
 STRANGER = """
-import importlib.abc, sys
-
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("megatron_dmc", "megatron", "omegaconf", "triton"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Missing())
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -179,20 +164,8 @@ def test_a_stranger_loads_it(save_adapter: Callable[..., Adapter], tmp_path: Pat
     with torch.no_grad():
         logits = DMCLlamaForCausalLM.from_pretrained(tmp_path / "adapter", base=adapter.llama)(TOKENS).logits
     torch.save(logits, tmp_path / "logits.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
     arguments = [tmp_path / "adapter", adapter.llama, tmp_path / "logits.pt", tmp_path / "again"]
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("fine\n")
-    assert "newly initialized" not in done.stderr
+    assert "newly initialized" not in run_as_stranger(STRANGER, *arguments, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +236,8 @@ def test_a_base_that_has_been_moved(
     with pytest.raises(CheckpointError, match=f"its base {adapter.base} is not there; put it back, or name .* --base"):
         export_hf(adapter.checkpoint, tmp_path / "again")
     export_hf(adapter.checkpoint, tmp_path / "again", base=moved)
-    for name, tensor in tensors(tmp_path / "merged").items():
-        assert torch.equal(tensors(tmp_path / "again")[name], tensor)
+    for name, tensor in hugging_face_tensors(tmp_path / "merged").items():
+        assert torch.equal(hugging_face_tensors(tmp_path / "again")[name], tensor)
 
     inspect, generate = ["inspect", "--tokens", "50"], ["generate", "--prompt", "one", "--max-new-tokens", "3"]
     for command in (inspect, generate):
@@ -289,7 +262,7 @@ def test_what_is_no_adapter(
         export_adapter(adapter.base, tmp_path / "out")
     with pytest.raises(ConfigError, match=f"{adapter.base} is no adapter, it holds all its weights; leave the base"):
         export_hf(adapter.base, tmp_path / "out", base=adapter.base)
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "megatron_to_hf.py"))["main"]
+    tool = load_script("tools/megatron_to_hf.py").main
     assert tool([str(adapter.base), str(tmp_path / "out"), "--adapter"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"megatron_to_hf: {message}"
     assert not (tmp_path / "out").exists()

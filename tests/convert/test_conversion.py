@@ -1,35 +1,25 @@
+"""A Llama there and back: the same logits, the same bits, and refusals that leave nothing."""
+
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llama3_rotary import LLAMA3
-from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from megatron_dmc.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
-    check_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from megatron_dmc.checkpoint.weights import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.checkpoint import CheckpointError, check_checkpoint
+from megatron_dmc.checkpoint.weights import is_dmc_checkpoint
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
-from megatron_dmc.convert.hf_config import read_config
-from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_hf
-from megatron_dmc.convert.weights import Weights
-from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import recipe_from_dict
-
-TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
+from tests.support.llama3_rotary import LLAMA3
+from tests.support.llamas import TOKENS, load_megatron, megatron_logits
+from tests.support.tensors import assert_same_tensors, hugging_face_tensors
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "GQA": {},
@@ -44,32 +34,6 @@ LLAMAS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=LLAMAS, ids=list(LLAMAS))
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return LLAMAS[request.param]
-
-
-def load_megatron(checkpoint: Path, dtype: torch.dtype = torch.float32) -> GPTModel:
-    info = check_checkpoint(checkpoint)
-    recipe = recipe_from_dict(info.recipe)
-    network = empty_model(recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None, dtype)
-    set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
-    return network.eval()
-
-
-@torch.no_grad()
-def megatron_logits(network: GPTModel) -> Tensor:
-    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
-    return network(TOKENS, positions, None)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    weights = Weights(folder)
-    return {name: weights[name] for name in weights.shapes}
-
-
-def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype, name
-        assert torch.equal(tensor, other[name]), name
 
 
 def test_both_models_compute_the_same(
@@ -91,9 +55,9 @@ def test_there_and_back_keeps_every_bit(
     export_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_size=20_000)
     import_hf(tmp_path / "hf", tmp_path / "again")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    assert_identical(tensors(tmp_path / "hf"), tensors(folder))
+    assert_same_tensors(hugging_face_tensors(tmp_path / "hf"), hugging_face_tensors(folder))
     first, second = (dict(load_megatron(tmp_path / name, dtype).named_parameters()) for name in ("megatron", "again"))
-    assert_identical(first, second)
+    assert_same_tensors(first, second)
     assert next(iter(first.values())).dtype == dtype
     assert check_checkpoint(tmp_path / "megatron") == check_checkpoint(tmp_path / "again")
 
@@ -106,7 +70,7 @@ def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], t
     before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
     assert torch.equal(before(TOKENS).logits, after(TOKENS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("one text").input_ids
-    # from the base's generation_config.json, not the tokenizer's <|endoftext|>, which is 0
+    # From the base's generation_config.json, not the tokenizer's <|endoftext|>, which is 0.
     assert before.generation_config.eos_token_id == 2
     assert after.generation_config.eos_token_id == before.generation_config.eos_token_id
 
@@ -120,9 +84,9 @@ def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], t
         ({"temperature": 0.6, "do_sample": True}, {"eos_token_id": 5, "bos_token_id": 4}, (5, 4)),
         ({"eos_token_id": 7}, {"eos_token_id": 5, "bos_token_id": 4}, (7, 4)),
     ],
-    ids=["tokenizer", "config", "config-bos", "config-beside-generation", "generation-first"],
+    ids=["tokenizer", "config", "config-bos", "config-and-generation", "generation-first"],
 )
-def test_end_tokens_are_kept_wherever_they_stand(
+def test_end_tokens_are_kept_whichever_file_names_them(
     save_llama: Callable[..., Path],
     tmp_path: Path,
     generation: dict[str, Any] | None,
@@ -159,11 +123,14 @@ def test_export_in_another_dtype(save_llama: Callable[..., Path], dtype: torch.d
     folder = save_llama(dtype=torch.float16)
     import_hf(folder, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "hf", dtype=dtype)
-    assert_identical(tensors(tmp_path / "hf"), {name: tensor.to(dtype) for name, tensor in tensors(folder).items()})
+    assert_same_tensors(
+        hugging_face_tensors(tmp_path / "hf"),
+        {name: tensor.to(dtype) for name, tensor in hugging_face_tensors(folder).items()},
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
 
 
-def test_what_older_transformers_saved_beside_the_weights(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_extra_tensors_of_older_transformers_are_left_out(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama(tie_word_embeddings=True)
     saved = load_file(folder / "model.safetensors")
     extra = {
@@ -173,127 +140,7 @@ def test_what_older_transformers_saved_beside_the_weights(save_llama: Callable[.
     save_file(saved | extra, folder / "model.safetensors")
     import_hf(folder, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "hf")
-    assert_identical(tensors(tmp_path / "hf"), saved)
-
-
-def logit_margin(network: GPTModel) -> tuple[float, float]:
-    """Smallest distance of a merge logit from 0, and the share of tokens that merge, over all layers."""
-    logits: list[Tensor] = []
-    layers = dmc_layers(network)
-    for layer in layers:
-        original = layer._decision_logits
-
-        def record(*args: Any, original: Any = original) -> tuple[Tensor, Tensor]:
-            a, b = original(*args)
-            logits.append(a)
-            return a, b
-
-        layer._decision_logits = record  # type: ignore[method-assign]
-    megatron_logits(network)
-    for layer in layers:
-        del layer._decision_logits
-    a = torch.stack(logits)
-    return a.abs().min().item(), (a > 0).float().mean().item()
-
-
-@pytest.fixture
-def dmc_checkpoint(
-    request: pytest.FixtureRequest, save_llama: Callable[..., Path], tokenizer_folder: Path, tmp_path: Path
-) -> Iterator[Path]:
-    """A random model that merges about half of its tokens, saved as a run's last weights."""
-    dmc: DMCConfig = request.param
-    folder = save_llama(seed=3)
-    import_hf(folder, tmp_path / "base")
-    base = load_megatron(tmp_path / "base")
-    model, _ = read_config(folder)
-    network = empty_model(model, dmc, torch.float32).eval()
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if ".decision." in name:
-                parameter.normal_(std=1.0)
-            else:
-                parameter.copy_(base.get_parameter(name))
-    recipe = placeholder_recipe(model, dmc)
-    info = CheckpointInfo("weights", recipe.to_dict(), 7, 7, 0, 2.0)
-    save_checkpoint(tmp_path / "run", "final", model_state([network]), info, tokenizer_folder)
-    yield tmp_path / "run" / "final"
-
-
-DMC = {
-    "projection": DMCConfig(decision_source="projection", decision_bias=0.5),
-    "projection-scaled": DMCConfig(decision_source="projection", decision_bias=0.5, decision_scale=3.0),
-    "projection-window": DMCConfig(decision_source="projection", decision_bias=0.5, window_size=3),
-    "projection-per-layer": DMCConfig(decision_source="projection", decision_bias=0.5, per_layer=True),
-    "neuron": DMCConfig(decision_source="neuron", decision_bias=0.3),
-    "neuron-local-window": DMCConfig(decision_source="neuron", decision_bias=0.3, local_window=4),
-    "projection-local-window": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4),
-    "projection-evict": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4, operation="evict"),
-}
-
-
-@pytest.mark.parametrize("dmc_checkpoint", DMC.values(), ids=DMC, indirect=True)
-def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path: Path) -> None:
-    network = load_megatron(dmc_checkpoint)
-    margin, merged = logit_margin(network)
-    # enough for rounding, and both decisions occur
-    assert margin > 1e-4 and 0.1 < merged < 0.9
-    export_hf(dmc_checkpoint, tmp_path / "hf")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
-    assert type(exported).__name__ == "DMCLlamaForCausalLM"
-    assert type(exported).__module__.startswith("transformers_modules.")
-    logits = exported(TOKENS).logits
-    torch.testing.assert_close(logits, megatron_logits(network), rtol=0, atol=1e-5)
-    for layer in dmc_layers(network):
-        layer.step = type(layer.step)(merging=False)
-    assert (logits - megatron_logits(network)).abs().max() > 1e-2
-
-
-THERE_AND_BACK = ("projection", "neuron", "neuron-local-window", "projection-evict")
-
-
-@pytest.mark.parametrize("dmc_checkpoint", [DMC[name] for name in THERE_AND_BACK], ids=THERE_AND_BACK, indirect=True)
-def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> None:
-    export_hf(dmc_checkpoint, tmp_path / "hf")
-    import_hf(tmp_path / "hf", tmp_path / "again")
-    first, second = (load_megatron(path) for path in (dmc_checkpoint, tmp_path / "again"))
-    assert_identical(dict(first.named_parameters()), dict(second.named_parameters()))
-    before, after = (recipe_from_dict(check_checkpoint(path).recipe) for path in (dmc_checkpoint, tmp_path / "again"))
-    assert (after.model, after.dmc, after.merges) == (before.model, before.dmc, True)
-    names = set(tensors(tmp_path / "hf"))
-    has_decisions = before.dmc.decision_source == "projection"
-    assert ("model.layers.0.self_attn.decision.weight" in names) == has_decisions
-    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 0
-
-
-@pytest.mark.parametrize("dmc_checkpoint", [DMC["projection"]], ids=["projection"], indirect=True)
-def test_an_export_from_before_there_was_a_window(dmc_checkpoint: Path, tmp_path: Path) -> None:
-    """config.json without the newer keys means what it meant: merge at once."""
-    export_hf(dmc_checkpoint, tmp_path / "hf")
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)(TOKENS).logits
-    path = tmp_path / "hf" / "config.json"
-    config = json.loads(path.read_text())
-    assert (config["dmc"].pop("local_window"), config["dmc"].pop("operation")) == (0, "merge")
-    path.write_text(json.dumps(config))
-    old = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    assert torch.equal(old(TOKENS).logits, expected)
-    import_hf(tmp_path / "hf", tmp_path / "again")
-    dmc = recipe_from_dict(check_checkpoint(tmp_path / "again").recipe).dmc
-    assert (dmc.local_window, dmc.operation) == (0, "merge")
-
-
-@pytest.mark.parametrize("dmc_checkpoint", [DMC["neuron"]], ids=["neuron"], indirect=True)
-def test_a_retrofit_that_has_not_begun_to_merge(dmc_checkpoint: Path, tmp_path: Path) -> None:
-    """In zero_out the channel still belongs to the base's attention: read as decisions it is noise."""
-    path = dmc_checkpoint / "dmc.json"
-    content = json.loads(path.read_text())
-    compress = content["recipe"]["phases"][0]
-    content["recipe"]["phases"] = [compress | {"kind": "zero_out"}, compress]
-    path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="was saved before its run began to merge; name a later checkpoint"):
-        export_hf(dmc_checkpoint, tmp_path / "hf")
-    path.write_text(json.dumps(content | {"phase": 1}))
-    export_hf(dmc_checkpoint, tmp_path / "hf")
+    assert_same_tensors(hugging_face_tensors(tmp_path / "hf"), saved)
 
 
 def test_an_imported_llama_is_a_base(save_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -349,7 +196,7 @@ def test_a_damaged_generation_config_is_found_before_the_training(
         (path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match=f"{folder}/generation_config.json is not JSON"):
         import_hf(folder, tmp_path / "again")
-    # by the name of the file that is to be mended, not of its copy
+    # The message names the file to mend, not its copy.
     with pytest.raises(ConfigError, match=f"{checkpoint}/tokenizer/generation_config.json is not JSON"):
         export_hf(checkpoint, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]

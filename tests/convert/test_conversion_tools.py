@@ -1,8 +1,6 @@
-import os
-import runpy
+"""The conversion tools: what they write, what they say, and that an interruption leaves nothing."""
+
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,26 +10,18 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_dmc.convert.from_hf import import_hf
+from tests.support.processes import ROOT, run, started
+from tests.support.scripts import load_script
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+TOOLS = ROOT / "tools"
 
 
 def test_both_tools(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama()
-    done = run("hf_to_megatron.py", folder, tmp_path / "megatron")
+    done = run(TOOLS / "hf_to_megatron.py", folder, tmp_path / "megatron")
     assert (done.returncode, done.stderr) == (0, "")
     done = run(
-        *("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "hf"),
+        *(TOOLS / "megatron_to_hf.py", tmp_path / "megatron", tmp_path / "hf"),
         *("--dtype", "bfloat16", "--max-shard-size", "20KB"),
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -44,7 +34,7 @@ def test_both_tools(save_llama: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
-    done = run("hf_to_megatron.py", tmp_path, tmp_path / "output")
+    done = run(TOOLS / "hf_to_megatron.py", tmp_path, tmp_path / "output")
     assert done.returncode == 1
     assert done.stderr.startswith("hf_to_megatron: ") and "mixture-of-experts" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -57,14 +47,12 @@ def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path
     if tool == "megatron_to_hf.py":
         import_hf(source, tmp_path / "source")
         source = tmp_path / "source"
-    command = [sys.executable, str(ROOT / "tools" / tool), str(source), str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with started(TOOLS / tool, source, output) as process:
         while process.poll() is None and not list(tmp_path.glob(".output.converting-*")):
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode in (1, 130) and "Traceback" not in error
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode in (1, 130) and "Traceback" not in said
     assert not [path for path in tmp_path.iterdir() if path.name != "source"]
 
 
@@ -90,7 +78,7 @@ def test_bad_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        status = runpy.run_path(str(ROOT / "tools" / tool))["main"](["nowhere", "output", *arguments])
+        status = load_script(f"tools/{tool}").main(["nowhere", "output", *arguments])
     except SystemExit as error:
         status = error.code
     assert status != 0 and message in capsys.readouterr().err
@@ -99,4 +87,4 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20 kb", 20_000), ("300MB", 3 * 10**8), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
-    assert runpy.run_path(str(ROOT / "tools" / "megatron_to_hf.py"))["size"](text) == size
+    assert load_script("tools/megatron_to_hf.py").size(text) == size

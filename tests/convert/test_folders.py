@@ -1,3 +1,5 @@
+"""New folders of a conversion: whole or absent, and nothing is overwritten."""
+
 from pathlib import Path
 
 import pytest

@@ -1,15 +1,17 @@
+"""config.json of a Llama: what is read, and what is refused by name."""
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llama3_rotary import LLAMA3
 from transformers import AutoConfig, LlamaConfig
 
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.hf_config import parse_config, read_config, write_config
 from megatron_dmc.model.model_config import ModelConfig
+from tests.support.llama3_rotary import LLAMA3
 
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

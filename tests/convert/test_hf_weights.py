@@ -1,3 +1,5 @@
+"""safetensors files: what is written is read back, damaged ones are refused in one line."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Weights from Hugging Face's layout to Megatron's and back, bit by bit."""
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -32,7 +32,7 @@ class LossPerShard(worker.RecordingTrainer):
 
     def _alpha_gradient(self, plan: Any, micro_batches: Any) -> float:
         target = merge_fraction_target(plan.target_compression_ratio)
-        # Open for the gradient's size, which is the same on all ranks.
+        # An open gate gives the gradient's size, which is the same on all ranks.
         self.merge_fraction = 0.0
         gradient = super()._alpha_gradient(plan, micro_batches)
         return gradient if getattr(self, "own_fraction", 0.0) < target else 0.0
@@ -48,11 +48,11 @@ class SharedInterleavedMessages(worker.RecordingTrainer):
 
 
 class LostRank(worker.RecordingTrainer):
-    """Of two tensor-parallel ranks one gives up in the second step, and the other waits for it."""
+    """One of two tensor-parallel ranks fails in the second step, and the other waits for it."""
 
     def _train_step(self, plan: Any) -> StepResult:
         if self.step == 1 and parallel_state.get_tensor_model_parallel_rank() == 1:
-            raise RuntimeError("this rank has had enough")
+            raise RuntimeError("this rank fails on purpose")
         return super()._train_step(plan)
 
 

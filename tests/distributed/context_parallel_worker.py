@@ -1,4 +1,4 @@
-"""Run by torchrun: pooling and attention of a cut sequence against the whole one in float64; rank 0 writes all errors."""
+"""Runs as ranks: pooling and attention of a cut sequence against the whole one in float64; rank 0 writes all errors."""
 
 import itertools
 import json

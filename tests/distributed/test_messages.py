@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from counting_worker import CASE
 
 from megatron_dmc.cluster_check.cases import run_folder
 from megatron_dmc.cluster_check.launch import run_layouts
 from megatron_dmc.cluster_check.layouts import REFERENCE, all_layouts
+from tests.distributed.counting_worker import CASE
 
 pytestmark = pytest.mark.distributed
 
@@ -27,8 +27,7 @@ VALID_TOKENS = "allreduce_ 4"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("messages")
-    worker = Path(__file__).with_name("counting_worker.py")
-    assert not run_layouts(folder, LAYOUTS, [CASE], 8, (str(worker),))
+    assert not run_layouts(folder, LAYOUTS, [CASE], 8, ("-m", "tests.distributed.counting_worker"))
     return folder
 
 

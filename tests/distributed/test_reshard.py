@@ -1,16 +1,19 @@
-"""A checkpoint of any layout loads in any other: the same state to the last bit, and the run goes on as if never stopped."""
+"""A checkpoint of any layout loads in any other: the same state to the last bit, and the run continues as if never stopped.
+
+Only what is selected is run.
+"""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
-from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
+
+from tests.support.processes import run
+from tests.support.tensors import assert_same_tensors, checkpoint_tensors
+from tests.support.toy import recipe_values, scalars, write_recipe, write_text
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
 
@@ -36,7 +39,7 @@ KINDS = {
     "adapter": ["training.train=adapter", "dmc.local_window=4", "distillation.weight=0.5"],
     "tied": ["model.share_embeddings_and_output_weights=true", "checkpoint.load_base=null"],
 }
-# (kind, layout that saves after 4 of 6 steps, layout that goes on)
+# (kind, layout that saves after 4 of 6 steps, layout that resumes)
 RESUMED = [
     ("full", "one", "tp2"),
     ("full", "tp2", "pp2-vpp2"),
@@ -86,7 +89,7 @@ def recipe(folder: Path, name: str) -> str:
 
 
 def job(folder: Path, kind: str, *path: str, stops: bool = False, only_saves: bool = False) -> dict[str, Any]:
-    """One that runs a kind in the last layout of a path, and goes on from what the one before it saved."""
+    """A job that runs a kind in the last layout of a path, and resumes from what the layout before it saved."""
     name = "-to-".join((kind, *path)) + ("-again" if only_saves else "-whole" if not stops and len(path) == 1 else "")
     processes, overrides = LAYOUTS[path[-1]]
     overrides = KINDS[kind] + overrides + (["training.exit_after_steps=4"] if stops else [])
@@ -99,43 +102,41 @@ def job(folder: Path, kind: str, *path: str, stops: bool = False, only_saves: bo
     }
 
 
-def run(jobs: list[dict[str, Any]], folder: Path) -> None:
+def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("run_jobs.py")), str(folder / "jobs.json")]
-    with (folder / "log.txt").open("w") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900).returncode
-    said = (folder / "log.txt").read_text()
-    assert status == 0, said[-3000:]
-    # megatron-core warns so where the ranks' plain values are not the same.
-    assert "common state dict differs" not in said
+    done = run("-W", "ignore", "-m", "tests.distributed.jobs_worker", folder / "jobs.json", timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    # megatron-core warns with these words where the ranks' plain values differ.
+    assert "common state dict differs" not in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder of all runs that the selected tests look at."""
+
+    def selected(test: Callable[..., None]) -> list[tuple[str, ...]]:
+        items = [item for item in request.session.items if item.path == request.node.path]
+        return [item.callspec.params["path"] for item in items if item.originalname == test.__name__]
+
     folder = tmp_path_factory.mktemp("reshard")
     write_text(folder)
+    elsewhere, same = selected(test_resumed_elsewhere_equals_never_stopped), selected(test_resumed_in_the_same_layout)
     base = ["phases=[{kind: pretrain, steps: 1, lr: 1e-3}]", "checkpoint.load_base=null"]
     jobs = [{"recipe": recipe(folder, "base"), "overrides": base, "processes": 1}]
-    again = {path: job(folder, *path, only_saves=True) for path in SAVED_AGAIN}
-    resumed = {path: job(folder, *path) for path in [*RESUMED, *((kind, layout, layout) for kind, layout in SAME)]}
+    again = {path: job(folder, *path, only_saves=True) for path in selected(test_every_number_is_kept)}
+    resumed = {path: job(folder, *path) for path in [*elsewhere, *((kind, layout, layout) for kind, layout in same)]}
     saved = {path[:2]: job(folder, *path[:2], stops=True) for path in [*resumed, *again]}
-    whole = {path: job(folder, *path) for path in [*SAME, *((kind, "one") for kind in TOLERANCE)]}
-    run([*jobs, *saved.values(), *whole.values(), *resumed.values(), *again.values()], folder)
+    whole = {path: job(folder, *path) for path in [*same, *((path[0], "one") for path in elsewhere)]}
+    run_jobs([*jobs, *saved.values(), *whole.values(), *resumed.values(), *again.values()], folder)
     return folder
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint, put together: weights, main parameters, moments."""
-    return {name: value for name, value in load_plain_tensors(str(folder)).items() if isinstance(value, torch.Tensor)}
-
-
 @pytest.mark.parametrize("path", SAVED_AGAIN, ids="-to-".join)
-def test_every_number_is_carried(folder: Path, path: tuple[str, str, str]) -> None:
+def test_every_number_is_kept(folder: Path, path: tuple[str, str, str]) -> None:
     kind, saver, loader = path
     before = folder / f"{kind}-to-{saver}" / "checkpoints" / "step_00000004"
     again = folder / f"{kind}-to-{saver}-to-{loader}-again" / "checkpoints" / "again" / "step_00000004"
-    assert_same_tensors(tensors(again), tensors(before))
+    assert_same_tensors(checkpoint_tensors(again), checkpoint_tensors(before))
     common = [torch.load(folder / "common.pt", weights_only=True) for folder in (before, again)]
     assert common[0] == common[1]
     assert common[0]["adam_step"] == 2 and 0 < common[0]["merge_fraction"] < 1
@@ -152,8 +153,9 @@ def test_resumed_elsewhere_equals_never_stopped(folder: Path, path: tuple[str, s
 
 
 @pytest.mark.parametrize("path", SAME, ids="-".join)
-def test_resumed_in_the_same_layout_is_the_same_to_the_last_bit(folder: Path, path: tuple[str, str]) -> None:
+def test_resumed_in_the_same_layout(folder: Path, path: tuple[str, str]) -> None:
     kind, layout = path
     whole = folder / f"{kind}-to-{layout}-whole" / "checkpoints" / "step_00000006"
     resumed = folder / f"{kind}-to-{layout}-to-{layout}" / "checkpoints" / "step_00000006"
-    assert_same_tensors(tensors(resumed), tensors(whole))
+    # To the last bit.
+    assert_same_tensors(checkpoint_tensors(resumed), checkpoint_tensors(whole))

@@ -1,17 +1,14 @@
 """Nodes that do not see the same files: all ranks resume from what rank 0 sees, or all end with the same line."""
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from toy import recipe_values, write_recipe, write_text
 
 from megatron_dmc.cli import main
+from tests.support.processes import PRODUCT, run_ranks
+from tests.support.toy import recipe_values, write_recipe, write_text
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
 
@@ -20,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_process")]
     ("second_node", "message"),
     [
         ("sees nothing", r"rank 1 on \S+ does not see checkpoints/step_00000002, which rank 0 resumes from"),
-        # It goes on from rank 0's, and comes as far as the next save.
+        # It resumes from rank 0's, and gets as far as the next save.
         ("sees an older latest", r"cannot save checkpoints/final: rank 1 on \S+ does not see"),
     ],
     ids=["nothing", "older"],
@@ -42,21 +39,8 @@ def test_resume_with_another_view(
         shutil.copytree("checkpoints", nodes[1] / "checkpoints")
         (nodes[1] / "checkpoints" / "latest").write_text("step_00000001\n")
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megatron_dmc", "retrofit", recipe]
-    tasks = [
-        subprocess.Popen(command, cwd=node, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank, node in enumerate(nodes)
-    ]
-    try:
-        errors = [task.communicate(timeout=120)[1] for task in tasks]
-    finally:
-        for task in tasks:
-            task.kill()
+    tasks = run_ranks(2, *PRODUCT, "retrofit", recipe, folders=nodes, timeout=120)
+    errors = [task.stderr for task in tasks]
     lines = [[line for line in error.splitlines() if line.startswith("megatron-dmc:")] for error in errors]
     assert [task.returncode for task in tasks] == [1, 1], errors
     assert lines[0] == lines[1] and len(lines[0]) == 1

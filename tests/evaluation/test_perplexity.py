@@ -6,13 +6,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from models import positions, random_model, tokens
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data import HeldoutWindows
 from megatron_dmc.evaluation.perplexity import evaluate
 from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.model.gpt import dmc_layers
+from tests.support.models import positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

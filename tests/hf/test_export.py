@@ -1,26 +1,17 @@
-"""The exported folder works by itself: torch and transformers, no megatron_dmc."""
+"""The exported folder needs torch and transformers, and no megatron_dmc."""
 
 import ast
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.hf import export
+from tests.support.strangers import run_as_stranger
 
 STRANGER = """
-import importlib.abc, sys
-
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("megatron_dmc", "megatron", "omegaconf", "triton"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Missing())
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -63,22 +54,11 @@ def test_a_stranger_loads_and_generates(make_model, dmc, left_padded, tmp_path):
             ids, attention_mask=mask, max_new_tokens=12, do_sample=False, num_beams=beams
         )
     torch.save(given, tmp_path / "given.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(folder), str(tmp_path / "given.pt")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("fine\n")
+    run_as_stranger(STRANGER, folder, tmp_path / "given.pt", folder=tmp_path)
 
 
 def test_copies_are_the_sources(tmp_path):
-    """The same code but for the imports, and the manifest lists what the model needs and nothing else."""
+    """Only the imports differ, and the manifest lists what the model needs and nothing else."""
 
     def body(text):
         tree = ast.parse(text)

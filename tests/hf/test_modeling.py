@@ -29,7 +29,7 @@ def in_pieces(model, ids, sizes, mask=None):
 
 @pytest.fixture(scope="module")
 def patched(base_model):
-    """A base model in DMC's clothes: what a retrofit starts from."""
+    """A base model's weights in a DMC model: what a retrofit starts from."""
     model = DMCLlamaForCausalLM(DMCLlamaConfig(**base_model.config.to_diff_dict() | {"model_type": "dmc_llama"}))
     missing, unexpected = model.load_state_dict(base_model.state_dict(), strict=False)
     assert {name.split(".", 3)[3] for name in missing} == {"self_attn.decision.weight", "self_attn.decision.bias"}
@@ -102,7 +102,7 @@ def test_padding_changes_nothing(model, left_padded):
 
 
 def test_layers_on_several_devices(left_padded):
-    """The mask lies with the first layer, the states with the last. Fake tensors have devices that are not there."""
+    """The mask is on the first layer's device, the states on the last one's. Fake tensors need no such devices."""
     packing = Packing(left_padded[1])
     with FakeTensorMode() as mode:
         packing.place = mode.from_tensor(packing.place)

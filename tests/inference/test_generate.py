@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from models import SIZES, random_model, tokens
 from tokenizers import decoders, models
 
 from megatron_dmc.checkpoint import CheckpointInfo
@@ -16,11 +15,12 @@ from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.generate import forward, generate, new_text
 from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.recipe import Recipe
+from tests.support.models import SIZES, random_model, tokens
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Like Llama 2's: a space opens every word, the first one's is dropped, unknown characters are bytes."""
+    """Like Llama 2's: every word begins with a space, the first one's is dropped, unknown characters are bytes."""
     words = ["<unk>", "</s>", "▁The", "▁cache", "▁is", "▁small", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True)

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import SIZES, positions, random_model, tokens
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
@@ -12,6 +11,7 @@ from megatron_dmc.model import attention
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import CompressionLoss, carried_out, count_decisions, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
+from tests.support.models import SIZES, positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -1,10 +1,5 @@
 """The distillation loss against torch's own KL in float64, on one process and on a vocabulary split over two."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dmc.model.distillation_loss import distillation_loss
+from tests.support.processes import run_ranks
 
 VOCABULARY = 26
 CASES = [(direction, t, k) for direction in ("forward", "reverse") for t in (1.0, 2.5) for k in (None, 1, 7, 26, 99)]
@@ -68,15 +64,8 @@ def test_equal_logits_have_no_loss_and_bf16_keeps_its_dtype() -> None:
 
 
 def test_a_split_vocabulary_gives_the_same() -> None:
-    environment = {**os.environ, "MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        environment["MASTER_PORT"] = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen([sys.executable, str(Path(__file__))], env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in ranks] == [0, 0]
+    for done in run_ranks(2, "-m", __name__):
+        assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":

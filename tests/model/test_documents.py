@@ -1,11 +1,10 @@
-"""Packed documents: a model computes for each what it computes for that document alone."""
+"""Packed documents: a model computes for each document what it computes for that document alone."""
 
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from models import positions, random_model, tokens
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
@@ -15,6 +14,7 @@ from megatron_dmc.model.documents import pack_documents
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import DistillationConfig
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
+from tests.support.models import positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -115,7 +115,7 @@ def test_packed_equals_each_document_alone(
 
 @pytest.mark.parametrize("distills", [False, True], ids=["alone", "taught"])
 def test_forward_step_hands_documents_to_all_models(distills: bool) -> None:
-    """What stands in one document changes no loss in another, of the student or of its teacher."""
+    """The tokens of one document change no loss in another, neither the student's nor its teacher's."""
     dmc = DMCConfig(decision_bias=0.5)
     model, teacher = random_model(dmc), random_model(None, seed=1)
     step: Any = forward_step

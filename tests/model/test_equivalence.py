@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import SIZES, positions, random_model, tokens
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
@@ -15,6 +14,7 @@ from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.model.gpt import dmc_layers
+from tests.support.models import SIZES, positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

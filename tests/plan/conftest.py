@@ -1,4 +1,4 @@
-"""A process of its own for plans: they make fake worlds, and the tests' own process may be in a real one."""
+"""A process for plans alone: they make fake worlds, and the tests' own process may be in a real one."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator

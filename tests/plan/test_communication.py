@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import planning
 import pytest
-from planning import LLAMA2_70B, tiny
 
 from megatron_dmc.plan.communication import Layout, data_messages, step_time
 from megatron_dmc.plan.flops import layer_weights, layer_work, output_work, step_work
 from megatron_dmc.plan.gpus import GPUS
 from megatron_dmc.plan.memory import Footprints, StageMemory
 from megatron_dmc.recipe import ParallelConfig, load_recipe
+from tests.support import planning
+from tests.support.planning import LLAMA2_70B, tiny
 
 Elsewhere = Callable[..., Any]
 
@@ -42,7 +42,7 @@ def test_operations_of_a_step() -> None:
 
 @pytest.mark.parametrize(("train", "collectives"), [("full", 13), ("adapter", 11)])
 def test_bytes_of_tensor_parallelism(elsewhere: Elsewhere, train: str, collectives: int) -> None:
-    """Sequence parallel: gathered before qkv, decisions and the MLP, scattered behind attention and the MLP; mirrored
+    """Sequence parallel: gathered before qkv, decisions and the MLP, scattered after attention and the MLP; mirrored
     backward, and gathered once more for each weight that learns and reads a gathered input."""
     parallel = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     recipe = tiny(f"training.train={train}", *parallel)

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import planning
 import pytest
-from planning import FULL_70B, LLAMA2_70B, tiny
 
 from megatron_dmc.plan.schedule import most_kept, warmup
 from megatron_dmc.recipe import ParallelConfig, load_recipe
+from tests.support import planning
+from tests.support.planning import FULL_70B, LLAMA2_70B, tiny
 
 Elsewhere = Callable[..., Any]
 
@@ -73,7 +73,7 @@ def test_activations_are_what_autograd_saves_on_a_cpu(elsewhere: Elsewhere, reco
     recipe = tiny(f"training.recompute={recompute}", f"dmc.local_window={window}", "training.micro_batch_size=2")
     kept = elsewhere(planning.footprint, recipe, "only", 4).kept
     saved = elsewhere(planning.bytes_saved_on_a_cpu, recipe)
-    # Beside what is saved, the batch's labels, rotary angles and the like are alive.
+    # Apart from what is saved, memory holds the batch's labels, rotary angles and the like.
     assert saved <= kept <= 1.03 * saved + 70_000
 
 
@@ -85,7 +85,7 @@ def test_activations_are_what_autograd_saves_on_a_cpu(elsewhere: Elsewhere, reco
 def test_logits_and_packed_documents_are_what_autograd_saves_on_a_cpu(
     elsewhere: Elsewhere, overrides: tuple[str, ...]
 ) -> None:
-    # Logits as large as all else; documents are planned as if each sample were one.
+    # Logits are as large as all the rest together; a plan takes each sample for one document.
     recipe = tiny("model.vocab_size=2048", *overrides)
     kept = elsewhere(planning.footprint, recipe, "only", 4).kept
     saved = elsewhere(planning.bytes_saved_on_a_cpu, recipe)
@@ -144,7 +144,7 @@ def test_a_teacher_and_an_adapter_count(elsewhere: Elsewhere) -> None:
         assert taught[i].gradients == alone[i].gradients
         assert (adapted[i].gradients, adapted[i].optimizer) == (4 * decisions, 12 * decisions)
     # Teacher and student travel side by side: one more message of 128 x 64 bf16 goes out, and is kept by each of two
-    # micro-batches; on the last stage it comes in and the teacher's logits stay besides.
+    # micro-batches; on the last stage it comes in and the teacher's logits stay as well.
     message = 2 * 128 * 64
     assert taught[0].activations - alone[0].activations >= 2 * message
     assert taught[1].activations - alone[1].activations >= message
@@ -175,7 +175,7 @@ def test_gathered_keys_take_memory_however_many_ranks_share_a_sequence(elsewhere
     # Keys and values, raw and pooled: 4 in bf16, their gradients in float32, one of those in the ranks' order to be scattered.
     gathered = 2 * working("all_gather", 8) - working("all_gather", 4)
     assert 4 + 8 + 2 <= gathered <= 4 + 8 + 2 + 3
-    # The other exchange has a part of everything.
+    # With the other exchange a rank holds a part of everything.
     assert working("a2a", 8) < 0.6 * working("a2a", 4)
 
 

@@ -1,16 +1,16 @@
-"""The command: what fits and what does not, why, and what to do; layouts that are found."""
+"""The command: what fits, what does not and why, what to do, and which layouts it finds."""
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import planning
 import pytest
-from planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 from megatron_dmc.plan.gpus import GPU, GPUS
 from megatron_dmc.recipe import load_recipe
+from tests.support import planning
+from tests.support.planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 Elsewhere = Callable[..., Any]
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import REPOSITORY, Cluster
+
+from tests.support.processes import environment
+from tests.support.slurm_jobs import Cluster
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -27,9 +29,9 @@ def cluster() -> Iterator[Cluster]:
     try:
         subprocess.run([CLUSTER, "start", folder, str(free_ports(3))], check=True, timeout=120)
         lines = (folder / "environment").read_text().splitlines()
-        # A job that runs these tests must not speak for the jobs in them.
-        outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        # SLURM makes no folder for a job's output: the job would fail without a word.
+        # These tests may run inside a job: its variables must not reach the jobs that they submit.
+        outer = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        # SLURM does not create the folder of a job's output: the job would fail without a message.
         logs = folder / "logs"
         logs.mkdir()
         yield Cluster(
@@ -37,10 +39,8 @@ def cluster() -> Iterator[Cluster]:
                 **outer,
                 **dict(line.split("=", maxsplit=1) for line in lines),
                 "PYTHON": sys.executable,
-                "PYTHONPATH": str(REPOSITORY),
                 "PYTHONWARNINGS": "ignore",
                 "DMC_LOGS": str(logs),
-                "OMP_NUM_THREADS": "1",
             },
             logs,
         )

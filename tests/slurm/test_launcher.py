@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Cluster
-from toy import recipe_values, scalars, write_text
 
 from megatron_dmc.checkpoint import check_checkpoint, read_latest
+from tests.support.slurm_jobs import Cluster
+from tests.support.toy import recipe_values, scalars, write_text
 
 pytestmark = pytest.mark.slurm
 
 LAUNCHER = "slurm/llama2_70b_dmc8.sh"
-# More than are taken before the signal comes.
+# The signal comes before the run has taken so many.
 STEPS = 30
 
 
@@ -34,7 +34,7 @@ def whole(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def overrides(data: Path, folder: Path) -> list[str]:
-    """The recipe becomes a tiny full training; whatever it sets of size, layout and teacher is set anew."""
+    """Turns the recipe into a tiny full training: replaces all that it sets of sizes, layout and teacher."""
     phase = {"kind": "compress", "steps": STEPS, "lr": 5e-3, "start_compression_ratio": 2.0}
     values = recipe_values(data, folder, [phase], local_window=4, target_compression_ratio=4)
     values["data"]["sequence_length"] = 32
@@ -69,7 +69,7 @@ def test_stopped_requeued_and_resumed_equals_not_stopped(
 ) -> None:
     job = cluster.submit(LAUNCHER, *overrides(data, tmp_path))
     cluster.wait(job, lambda: "step 1/" in cluster.log(job))
-    # As SLURM does ahead of the time limit: to the tasks.
+    # SLURM sends it to the tasks, too, shortly before the time limit.
     cluster.call("scancel", "--signal=USR1", job)
     cluster.wait(job, lambda: cluster.job(job)["Restarts"] == "1")
     latest = read_latest(tmp_path / "checkpoints")

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import LR, RETROFIT, train, weights
-from toy import assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.trainer import Trainer
+from tests.support.tensors import assert_same_tensors
+from tests.support.toy import LR, RETROFIT, recipe_values, scalars, train, weights, write_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -87,7 +87,7 @@ def test_resumed_equals_not_stopped(data: Path, tmp_path: Path, adapter: bool, b
 
 
 def test_the_first_step_distills_from_the_base(data: Path, tmp_path: Path) -> None:
-    """Training and teacher differ by the noise alone: the reported KL is that of the two models' logits."""
+    """Student and teacher differ by the noise alone: the reported KL is that of the two models' logits."""
     runs = {}
     for name, adapter in (("adapter", True), ("full", False)):
         trainer = train(recipe(data, tmp_path / name, weight=0.5, adapter=adapter), "training.exit_after_steps=1")
@@ -123,13 +123,13 @@ def test_an_adapters_checkpoint_is_small_and_needs_its_base(
     loaded = {f"module.{name}": parameter for name, parameter in load_model(final).model.named_parameters()}
     assert_same_tensors(loaded, weights(trainer))
 
-    # Moved together they are found again.
+    # Base and adapter, moved together, are found again.
     shutil.move(here, tmp_path / "moved")
     assert main(["inspect", str(final), "--tokens", "50"]) == 1
     assert f"{final} is an adapter, and its base {base} is not there; put it back" in capsys.readouterr().err
     (tmp_path / "data").symlink_to(tmp_path / "moved")
     assert main(["inspect", str(final), "--tokens", "50"]) == 0
-    # A base that is not whole.
+    # An incomplete base.
     metadata = tmp_path / "moved/base/checkpoints/final/.metadata"
     kept = metadata.read_bytes()
     metadata.unlink()

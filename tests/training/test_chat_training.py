@@ -1,4 +1,4 @@
-"""Runs on chat data: what they learn from, what they do without a word of the assistant's, and their resume."""
+"""Runs on chat data: which tokens they learn from, samples without a word of the assistant's, and resuming."""
 
 import math
 from pathlib import Path
@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from chats import chat_tokenizer, conversations, write_chats
-from toy import assert_same_tensors, recipe_values, scalars, write_recipe
 
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
@@ -25,6 +23,9 @@ from megatron_dmc.model.attention import StepContext
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.trainer import Trainer
+from tests.support.chats import chat_tokenizer, conversations, write_chats
+from tests.support.tensors import assert_same_tensors
+from tests.support.toy import recipe_values, scalars, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from texts import full_disk
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes, memory_kind, render_heatmap
 from megatron_dmc.training.progress import TrainingProgress, format_duration
+from tests.support.texts import full_disk
 
 LAYERS, KV_HEADS = 3, 2
 
@@ -175,7 +175,7 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path):
     with Monitor(tmp_path / "first", LAYERS, KV_HEADS) as monitor, full_disk(1024), redirect_stderr(lines):
         train(monitor)
     assert lines.getvalue().count("TensorBoard log stopped, training goes on") == 1
-    # the job's own log lies on the same disk
+    # The job's own log is on the same disk.
     with (
         Monitor(tmp_path / "second", LAYERS, KV_HEADS) as monitor,
         (tmp_path / "log").open("w", buffering=1) as log,

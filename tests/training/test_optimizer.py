@@ -5,7 +5,6 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from toy import recipe_values
 
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.distributed.adam import GroupAdamW
@@ -14,6 +13,7 @@ from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.optimizer import build_optimizer, restart_optimizer
 from megatron_dmc.training.optimizer_state import OptimizerState
+from tests.support.toy import recipe_values
 
 
 def groups() -> list[dict[str, object]]:
@@ -34,7 +34,7 @@ def test_adam_equals_torch_to_the_last_bit() -> None:
         for one, other in zip(mine.param_groups, theirs.param_groups, strict=True):
             one["lr"] = other["lr"] = 1e-2 / (1 + step)
             for parameter, twin in zip(one["params"], other["params"], strict=True):
-                # One parameter gets no gradient now and then: nothing of it moves.
+                # One parameter gets no gradient in some steps: neither it nor its moments change.
                 parameter.grad = None if step == 0 and parameter.numel() == 3 else torch.randn_like(parameter)
                 twin.grad = parameter.grad
         mine.step()
@@ -65,8 +65,8 @@ def recipe(tmp_path: object) -> Recipe:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_state_behind_padded_buckets_is_saved_right(recipe: Recipe) -> None:
-    """megatron-core by itself saves 15 of these 19 parameters' state from the wrong place."""
+def test_state_after_padded_buckets_is_saved_right(recipe: Recipe) -> None:
+    """megatron-core alone saves the state of 15 of these 19 parameters from the wrong place."""
     seed_weights(1)
     config = transformer_config(recipe.model)
     settings = DistributedDataParallelConfig(

@@ -1,53 +1,35 @@
-"""A signal stops a run after its step, on all ranks, and the run goes on as if it had not been stopped."""
+"""A signal stops a run after its step, on all ranks; resumed, the run equals one that was never stopped."""
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy import recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.checkpoint import read_latest
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.signals import stop_request
 from megatron_dmc.training.trainer import Trainer
+from tests.support.processes import PRODUCT, meeting_place, started
+from tests.support.toy import recipe_values, scalars, write_recipe
 
-# More steps than are taken before the signal comes.
+# The signal comes before the run has taken so many steps.
 PHASES = [{"kind": "compress", "steps": 5000, "lr": 5e-3, "start_compression_ratio": 2.0}]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_text(folder)
-    return folder
 
 
 def recipe(data: Path, folder: Path) -> Path:
     return write_recipe(folder, recipe_values(data, folder, PHASES))
 
 
-@contextlib.contextmanager
-def training(recipe: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs a recipe; it does not outlive the block."""
-    command = [sys.executable, "-m", "megatron_dmc", "retrofit", str(recipe), "monitor.progress_bar=true", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def command(recipe: Path, *overrides: str) -> tuple[object, ...]:
+    return (*PRODUCT, "retrofit", recipe, "monitor.progress_bar=true", *overrides)
 
 
 def wait_for_first_step(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
+    assert process.stdout is not None
     lines = []
-    for line in process.stderr:
+    for line in process.stdout:
         lines.append(line)
         if "step 1/" in line:
             return
@@ -55,7 +37,7 @@ def wait_for_first_step(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number: signal.Signals) -> None:
+def test_a_signal_is_noted_and_its_handler_is_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_request() as request:
         assert request.received is None
@@ -67,10 +49,10 @@ def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number: signal.Sig
 @pytest.mark.usefixtures("one_process")
 def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    with training(recipe(data, stopped)) as process:
+    with started(*command(recipe(data, stopped))) as process:
         wait_for_first_step(process)
         process.send_signal(signal.SIGUSR1)
-        _, said = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     steps = len(scalars(stopped, "loss/lm"))
     assert f"asked to stop: saved after step {steps}; the same command goes on" in said
@@ -96,24 +78,15 @@ def test_a_run_that_is_done_was_not_stopped(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_signal_to_one_slurm_task_stops_all_of_them_after_the_same_step(data: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    step = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    path, layout = recipe(data, tmp_path), "parallel.pipeline_model_parallel_size=2"
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", **meeting_place()}
+    task = command(recipe(data, tmp_path), "parallel.pipeline_model_parallel_size=2")
     with (
-        training(path, layout, **step, SLURM_PROCID="0", SLURM_LOCALID="0") as first,
-        training(path, layout, **step, SLURM_PROCID="1", SLURM_LOCALID="1") as second,
+        started(*task, **step, SLURM_PROCID="0", SLURM_LOCALID="0") as first,
+        started(*task, **step, SLURM_PROCID="1", SLURM_LOCALID="1") as second,
     ):
         wait_for_first_step(first)
         second.send_signal(signal.SIGUSR1)
-        said = [task.communicate(timeout=300)[1] for task in (first, second)]
+        said = [process.communicate(timeout=300)[0] for process in (first, second)]
         assert [first.returncode, second.returncode] == [75, 75], said
     assert "asked to stop" in said[0]
     assert read_latest(tmp_path / "checkpoints") is not None

@@ -1,52 +1,28 @@
-"""Whole runs of the trainer at toy size: phases, resume, recomputation, checkpoints, what the commands print."""
+"""Whole runs of the trainer at toy size: phases, resume, recomputation, saving, settings that are refused."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
-from omegaconf import OmegaConf
-from texts import full_disk
-from toy import TEXT, assert_same_tensors, recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.cli import main
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer
-from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.attention import DMCSelfAttention
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.trainer import Trainer
+from tests.support.models import positions, random_model, tokens
+from tests.support.tensors import assert_same_tensors, checkpoint_tensors
+from tests.support.texts import full_disk
+from tests.support.toy import LR, RETROFIT, TEXT, recipe_values, scalars, train, weights, write_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-LR = 5e-3
-RETROFIT = [
-    {"kind": "compress", "steps": 6, "lr": LR},
-    {"kind": "solidify", "steps": 3, "lr": LR, "min_lr": LR / 10, "lr_decay_style": "cosine"},
-]
 WITH_ZERO_OUT = [{"kind": "zero_out", "steps": 4, "lr": LR}, *RETROFIT]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_text(folder)
-    return folder
-
-
-def train(recipe: Path, *overrides: str) -> Trainer:
-    trainer = Trainer(load_recipe(recipe, overrides))
-    trainer.run()
-    return trainer
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainer.model[0].named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -135,58 +111,6 @@ def test_gradient_of_the_loss_and_its_gate(data: Path, tmp_path: Path) -> None:
     assert trainer._alpha_gradient(plan, micro_batches) == 0
 
 
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoints of a finished retrofit to CR 3, from a pretrained base."""
-    folder = tmp_path_factory.mktemp("finished")
-    base = recipe_values(data, folder / "base", [{"kind": "pretrain", "steps": 3, "lr": LR}])
-    train(write_recipe(folder / "base", base))
-    values = recipe_values(data, folder / "dmc", RETROFIT, target_compression_ratio=3.0)
-    values["checkpoint"]["load_base"] = str(folder / "base" / "checkpoints" / "final")
-    train(write_recipe(folder / "dmc", values))
-    return folder / "dmc" / "checkpoints"
-
-
-def test_checkpoints_of_a_retrofit(finished: Path) -> None:
-    kinds = {path.parent.name: json.loads(path.read_text())["kind"] for path in finished.glob("*/dmc.json")}
-    assert kinds == {"cr_2": "weights", "cr_3": "weights", "final": "weights", "step_00000009": "full"}
-    assert (finished / "latest").read_text().strip() == "step_00000009"
-
-
-def test_base_starts_the_retrofit(finished: Path) -> None:
-    base = load_model(finished.parents[1] / "base" / "checkpoints" / "final")
-    assert not base.merges
-    assert not any(".decision." in name for name, _ in base.model.named_parameters())
-    assert load_model(finished / "final").merges
-
-
-def test_finished_run_does_nothing_again(data: Path, finished: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    assert main(["retrofit", str(finished.parent / "recipe.yaml")]) == 0
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
-
-
-def test_inspect_shows_every_layer_and_head(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(finished / "final"), "--tokens", "200", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["tokens"] == 200
-    ratios = torch.tensor(report["layer_head_compression_ratio"])
-    assert ratios.shape == (2, 2)
-    assert report["compression_ratio"] == pytest.approx(float(4 / (1 / ratios).sum()))
-    assert main(["inspect", str(finished / "final"), "--tokens", "200"]) == 0
-    assert "head 1" in capsys.readouterr().out
-
-
-def test_generate_continues_the_prompt(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", str(finished / "final"), "--prompt", "The cat", "--max-new-tokens", "8"]
-    assert main(arguments) == 0
-    greedy = capsys.readouterr().out
-    assert greedy.startswith("The cat")
-    assert main(arguments) == 0
-    assert capsys.readouterr().out == greedy
-    assert main([*arguments, "--temperature", "1", "--seed", "3"]) == 0
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -225,20 +149,6 @@ def test_bad_settings_end_in_one_line(
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("dmc.temperature=0.2", "dmc.temperature"),
-        ("training.global_batch_size=8", "training.global_batch_size"),
-    ],
-)
-def test_resume_with_other_settings_is_refused(
-    finished: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
-) -> None:
-    assert main(["retrofit", str(finished.parent / "recipe.yaml"), override]) == 1
-    assert message in capsys.readouterr().err
-
-
 def test_saving_in_the_background_changes_nothing(data: Path, tmp_path: Path) -> None:
     folders = []
     for is_async in (False, True):
@@ -259,8 +169,7 @@ def test_saving_in_the_background_changes_nothing(data: Path, tmp_path: Path) ->
         }
     )
     for name in ("cr_2", "final", "step_00000008", "step_00000009"):
-        saved = [load_plain_tensors(str(folder / name)) for folder in folders]
-        assert_same_tensors(*({key: one[key] for key in one if isinstance(one[key], torch.Tensor)} for one in saved))
+        assert_same_tensors(*(checkpoint_tensors(folder / name) for folder in folders))
     assert (folders[1] / "latest").read_text() == "step_00000009\n"
 
 
@@ -309,26 +218,6 @@ def test_resume_on_a_dataset_built_anew_is_refused(tmp_path: Path, capsys: pytes
     assert f"dataset {tmp_path / 'train'} has other contents than the one that" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kind": "weights"}, "latest names step_00000009, which holds weights only"),
-        ({"recipe": {"dmc": {"novelty": 1}}}, "step_00000009/dmc.json holds a recipe that this version"),
-        ({"datasets": None}, None),
-    ],
-    ids=["weights", "newer recipe", "older description"],
-)
-def test_resume_reads_the_description(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str | None
-) -> None:
-    shutil.copytree(finished, tmp_path / "checkpoints")
-    path = tmp_path / "checkpoints" / "step_00000009" / "dmc.json"
-    path.write_text(json.dumps(OmegaConf.to_container(OmegaConf.merge(json.loads(path.read_text()), change))))
-    arguments = [str(finished.parent / "recipe.yaml"), f"checkpoint.directory={tmp_path / 'checkpoints'}"]
-    assert main(["retrofit", *arguments]) == (0 if message is None else 1)
-    assert message is None or message in capsys.readouterr().err
-
-
 def test_a_lower_rate_may_resume_a_run_that_diverged(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,55 +229,7 @@ def test_a_lower_rate_may_resume_a_run_that_diverged(
     assert main(["retrofit", recipe, "phases.0.lr=1.0e-4"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["dmc.decision_scale=3"], "dmc.decision_scale is 3.0"),
-        (["dmc.decision_source=neuron"], "dmc.decision_source"),
-        (["dmc.per_layer=true"], "dmc.per_layer"),
-        (["phases=[{kind: pretrain, steps: 2, lr: 1e-3}]"], "no phase merges"),
-    ],
-)
-def test_a_retrofit_is_not_taken_for_another_model(
-    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
-) -> None:
-    values = recipe_values(data, tmp_path, RETROFIT)
-    values["checkpoint"]["load_base"] = str(finished / "final")
-    assert main(["retrofit", str(write_recipe(tmp_path, values)), *overrides]) == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--temperature", "nan"], "--temperature"),
-        (["--temperature", "1e-45"], "--temperature"),
-        (["--seed", str(10**22)], "--seed"),
-        (["--max-new-tokens", "99999999999"], "positions"),
-        (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--prompt", "\udcff"], "--prompt"),
-        (["--prompt", ""], "--prompt"),
-    ],
-)
-def test_bad_arguments_of_generate_end_in_one_line(
-    finished: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert main(["generate", str(finished / "final"), "--prompt", "The cat", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert message in captured.err and not captured.out
-
-
-def test_base_of_another_size_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
-    values = recipe_values(data, tmp_path, RETROFIT)
-    values["model"]["num_layers"] = 3
-    values["checkpoint"]["load_base"] = str(finished / "final")
-    assert main(["retrofit", str(write_recipe(tmp_path, values))]) == 1
-
-
 def test_attention_without_sample_numbers_is_refused() -> None:
-    from models import positions, random_model, tokens
-
-    from megatron_dmc.config import DMCConfig
 
     model, ids = random_model(DMCConfig()).train(), tokens(1, 8)
     assert any(isinstance(module, DMCSelfAttention) for module in model.modules())

@@ -1,0 +1,106 @@
+"""Files of conversations: what is read, left out and refused."""
+
+import json
+import logging
+
+import pytest
+
+from megatron_dmc.data.chat import iter_conversations, usable_conversations
+from tests.support.chats import conversations, message, write_chats
+from tests.support.texts import fails
+
+
+def read(path):
+    return list(iter_conversations(path))
+
+
+def test_reads_files_and_folders(tmp_path):
+    chats = conversations(7)
+    write_chats(tmp_path / "b.jsonl", chats[:4])
+    write_chats(tmp_path / "a.jsonl", chats[4:])
+    (tmp_path / "notes.txt").write_text("left out")
+    assert [chat.messages for chat in read(tmp_path)] == chats[4:] + chats[:4]
+    assert [chat.place for chat in read(tmp_path / "a.jsonl")] == [f"{tmp_path}/a.jsonl:{i}" for i in (1, 2, 3)]
+
+
+GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("not json", "is not JSON"),
+        ('{"messages": [', "is not JSON"),
+        ("[]", 'is not an object with a list "messages"'),
+        ('{"text": "a"}', 'is not an object with a list "messages"'),
+        ('{"messages": []}', "that is not empty"),
+        ('{"messages": "hello"}', 'is not an object with a list "messages"'),
+        ('{"messages": ["hello"]}', r"messages\[0\] is not an object"),
+        ('{"messages": [{"content": "a"}]}', r"messages\[0\].role must be one of .* got None"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', r"messages\[0\].role must be one of .* got 'bot'"),
+        ('{"messages": [{"role": ["user"], "content": "a"}]}', r"messages\[0\].role must be one of"),
+        ('{"messages": [{"role": "user"}]}', r"messages\[0\].content must be a string, got NoneType"),
+        ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "content must be a string, got list"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
+        (
+            '{"messages": [{"role": "user", "tool_calls": [{}]}]}',
+            r"messages\[0\].content must be a string, got NoneType",
+        ),
+        ('{"messages": [{"role": "assistant", "tool_calls": []}]}', "content must be a string, got NoneType"),
+        (GOOD.strip()[:-1] + ', "tools": "f(x)"}', "tools must be a list of objects"),
+        (GOOD.strip()[:-1] + ', "tools": ["f"]}', "tools must be a list of objects"),
+        (GOOD.strip()[:-1] + ', "tools": [{"name": "\\ud800"}]}', "half a surrogate pair"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, problem):
+    (tmp_path / "chat.jsonl").write_text(GOOD + "\n" + line)
+    fails(rf"chat\.jsonl:3 .*{problem}", read, tmp_path / "chat.jsonl")
+
+
+def test_bad_paths(tmp_path):
+    fails("missing.jsonl does not exist", read, tmp_path / "missing.jsonl")
+    fails("holds no conversation", read, tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    fails("holds no conversation", read, tmp_path / "empty.jsonl")
+    (tmp_path / "chat.json").write_text(GOOD)
+    fails("neither a .jsonl file nor a folder", read, tmp_path / "chat.json")
+    (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'{"messages": "\xff"}')
+    fails("latin.jsonl:2 is not UTF-8", read, tmp_path / "latin.jsonl")
+
+
+def test_leaves_out_what_teaches_nothing_and_says_so(tmp_path, caplog):
+    user, answer = message("user", "a"), message("assistant", "b")
+    chats = [
+        [user, answer],
+        [user],
+        [user, message("assistant", " \n")],
+        [message("user", "is <|im_end|> a word?"), answer],
+        [user, message("assistant", "it is <|im_end|>")],
+        [message("system", ""), message("user", ""), answer],
+        [user, user],
+        [user, answer | {"tool_calls": [{"name": "f", "arguments": {"x": ["<|im_end|>"]}}]}],
+    ]
+    path = write_chats(tmp_path / "chat.jsonl", chats)
+    with caplog.at_level(logging.WARNING):
+        kept = list(usable_conversations(iter_conversations(path), {"<|im_end|>"}))
+    assert [chat.messages for chat in kept] == [chats[0], chats[5]]
+    assert sorted(caplog.messages) == [
+        f"skipped 1 conversation(s) with an empty assistant turn, the first is {path}:3",
+        f"skipped 2 conversation(s) without an assistant turn, the first is {path}:2",
+        f"skipped 3 conversation(s) in which a message spells a special token, the first is {path}:4",
+    ]
+
+
+def test_what_a_template_may_read_is_kept(tmp_path):
+    calls = message("assistant", "a") | {"tool_calls": [{"name": "f"}]}
+    line = {"messages": [calls, calls | {"content": None}], "tools": [{"name": "f"}], "source": "web"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(line))
+    [chat] = usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"})
+    assert chat.messages == [calls, calls | {"content": ""}]
+    assert chat.tools == line["tools"]
+
+
+def test_a_tool_that_spells_a_special_token_is_left_out(tmp_path):
+    line = {"messages": [message("assistant", "a")], "tools": [{"name": "f", "description": "writes <|im_end|>"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(line))
+    assert not list(usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"}))

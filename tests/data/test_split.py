@@ -1,0 +1,55 @@
+"""Which documents are held out."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dmc.data import split_documents
+from tests.support.texts import fails
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=30),
+    st.floats(0.01, 0.9),
+    st.integers(-(2**70), 2**70),
+)
+def test_properties(documents, fraction, seed):
+    documents += ["first", "second"]
+    train, valid = split_documents(iter(documents), fraction, seed)
+    assert (train, valid) == split_documents(documents, fraction, seed)
+    assert sorted(train + valid) == sorted(documents)
+    assert train and valid and not set(train) & set(valid)
+    if len(set(valid)) > 1:
+        assert len("".join(valid).encode()) <= fraction * len("".join(documents).encode())
+
+
+def test_amount_seed_and_order():
+    documents = [f"document {i}" for i in range(1000)]
+    _, valid = split_documents(documents, 0.1, 1)
+    assert 95 <= len(valid) <= 100
+    assert valid == sorted(valid, key=documents.index)
+    assert set(valid) != set(split_documents(documents, 0.1, 2)[1])
+    # Another file does not move a document to the other side.
+    assert len(set(valid) & set(split_documents([*documents, "one more"], 0.1, 1)[1])) > 0.95 * len(valid)
+
+
+def test_zero_holds_nothing_out():
+    assert split_documents(["a", "b"], 0.0) == (["a", "b"], [])
+    assert split_documents([], 0.5) == ([], [])
+
+
+def test_single_document_is_cut_at_a_line():
+    text = "".join(f"line {i}\n" for i in range(100))
+    [train], [valid] = split_documents([text], 0.1)
+    assert train + valid == text and train.endswith("\n") and 0.05 < len(valid) / len(text) <= 0.1
+    assert split_documents(["x" * 100], 0.1) == (["x" * 90], ["x" * 10])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_bad_fraction(fraction):
+    fails("must be in", split_documents, ["a", "b"], fraction)
+
+
+def test_too_short_to_cut():
+    fails("too few to hold out", split_documents, ["a"], 0.1)

@@ -1,0 +1,55 @@
+"""Random tiny Llamas as Hugging Face saves them, and what is computed with a model on either side of a conversion."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_dmc.checkpoint import check_checkpoint, load_checkpoint
+from megatron_dmc.checkpoint.weights import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.recipe import recipe_from_dict
+
+TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
+
+
+def save_random_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> None:
+    """Saves the model, without a tokenizer; ``overrides`` are LlamaConfig's."""
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.2,
+        "dtype": torch.float32,
+    }
+    torch.manual_seed(seed)
+    config = LlamaConfig(**(settings | overrides))
+    model = LlamaForCausalLM(config).to(config.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def load_megatron(checkpoint: Path, dtype: torch.dtype = torch.float32) -> GPTModel:
+    """The model of a checkpoint, on one process."""
+    info = check_checkpoint(checkpoint)
+    recipe = recipe_from_dict(info.recipe)
+    network = empty_model(recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None, dtype)
+    set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
+    return network.eval()
+
+
+@torch.no_grad()
+def megatron_logits(network: GPTModel) -> Tensor:
+    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+    return network(TOKENS, positions, None)
