@@ -1,12 +1,10 @@
 """The typed sections of a recipe: every setting of a run, with its type, its default and its meaning."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from omegaconf import MISSING, OmegaConf
-
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.model.model_config import ModelConfig
+from megatron_dmc.model.model_config import MISSING, ModelConfig
 
 PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
 
@@ -149,4 +147,4 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values; ``recipe_from_dict`` reads them back."""
-        return OmegaConf.to_container(OmegaConf.structured(self))  # type: ignore[return-value]
+        return asdict(self)
