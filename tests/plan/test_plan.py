@@ -7,6 +7,7 @@ from typing import Any
 
 import planning
 import pytest
+import yaml
 from planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
 
 from megatron_dmc.plan.gpus import GPU, GPUS
@@ -77,9 +78,12 @@ def test_the_command_prints_everything(elsewhere: Elsewhere) -> None:
 
 @pytest.mark.parametrize("name", ["base", "neuron", "adapter"])
 def test_other_recipes_can_be_planned(elsewhere: Elsewhere, name: str) -> None:
-    recipe = LLAMA2_70B.parents[1] / "quickstart" / f"{name}.yaml"
+    folder = LLAMA2_70B.parents[1] / "quickstart"
+    # All but the base take the model from it, and it is not here.
+    model = f"model={yaml.safe_load((folder / 'base.yaml').read_text())['model']}"
     status, out, err = elsewhere(
-        planning.command, "plan", recipe, "--nodes", 1, "--gpus-per-node", 1, "--gpu", "a100-40"
+        *(planning.command, "plan", folder / f"{name}.yaml", model),
+        *("--nodes", 1, "--gpus-per-node", 1, "--gpu", "a100-40"),
     )
     assert (status, err) == (0, "") and "GPU-hours" in out
 
