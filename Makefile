@@ -24,12 +24,13 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help setup quickstart recipes test bench gpu-check cluster-check slurm transformers-floor clean
+.PHONY: help setup quickstart recipes settings test bench gpu-check cluster-check slurm transformers-floor clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
 	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md"
+	@echo "make settings            write docs/settings.md, every setting of a recipe, from the sources"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
@@ -57,6 +58,10 @@ quickstart: setup
 
 recipes: setup
 	$(BIN)/python examples/recipes/run.py $(SMOKE_FLAG)
+
+settings: setup
+	$(BIN)/python -m megatron_dmc.recipe.settings > docs/settings.md.new
+	mv docs/settings.md.new docs/settings.md
 
 test: setup transformers-floor slurm
 	$(BIN)/ruff check .

@@ -17,21 +17,23 @@ class DMCConfig:
     """Dynamic Memory Compression of one model (Nawrot et al., ICML 2024, arXiv 2403.09636).
 
     Attributes:
-        target_compression_ratio: CR*, tokens per cache slot that the retrofit aims at; >= 1.
+        target_compression_ratio: CR*, the tokens per cache slot that the retrofit aims at; >= 1.
         decision_source: where the logits of alpha (merge) and omega (weight) come from. ``neuron`` (the paper): the last
-            channel of key and query. ``projection``: a linear map of the layer's normed attention input, starting at zero.
-        decision_bias: c. The logits start at a = -c (append) and b = +c (full weight).
+            channel of key and query. ``projection``: a linear map of the layer's normed attention input, which starts at
+            zero.
+        decision_bias: c, in logits. The logits start at a = -c (append) and b = +c (full weight).
         decision_scale: s, multiplies the projection's output: s (W h + beta). Under Adam it acts as a learning-rate
             multiplier of W and beta.
         temperature: tau of the Gumbel-sigmoid that relaxes alpha in training.
-        local_window: w, tokens that stay raw: a decision is carried out when its token is w tokens old. 0: at once (the
-            paper).
-        operation: what becomes of a token with alpha 1 then: ``merge`` into the slot before it, or ``evict`` (DMS, arXiv
-            2506.05345), which needs a local_window.
-        window_size: None for the exact scan over a slot; w truncates a slot to its last w tokens (12: the authors' code).
-        per_layer: DMC-C, all heads of a layer take one decision (the mean logit).
+        local_window: w, tokens. A decision takes effect when its token is w tokens old; until then the token stays raw.
+            0: at once (the paper).
+        operation: what then becomes of a token with alpha 1. ``merge``: it joins the slot before it. ``evict``: it is
+            dropped (DMS, arXiv 2506.05345), which needs a local_window.
+        window_size: tokens. Only the last so many tokens of a slot count in it (12: the authors' code). null: all do, by an
+            exact scan.
+        per_layer: DMC-C: all heads of a layer take one decision, by the mean of their logits.
         loss_coefficient: lambda of the one-sided compression loss.
-        seed: of the decisions' noise.
+        seed: of the decisions' noise; in [0, 2^63).
     """
 
     target_compression_ratio: float = 4.0
@@ -68,19 +70,43 @@ class DMCConfig:
             )
         if self.local_window < 0:
             raise ConfigError(
-                f"local_window must be >= 0 (0: decisions act at once, as in the paper), got {self.local_window}"
+                f"local_window must be >= 0 (0: decisions take effect at once, as in the paper), got {self.local_window}"
             )
-        if self.operation == "evict" and self.local_window == 0:
+        if self.evicts and self.local_window == 0:
             raise ConfigError(
                 "operation evict needs local_window >= 1, got 0: a token would be gone before it is seen; set local_window "
                 "(16 or more), or operation merge"
             )
-        if self.operation == "evict" and self.window_size is not None:
+        if self.evicts and self.window_size is not None:
             raise ConfigError(
                 f"window_size must be null for operation evict (nothing is merged), got {self.window_size}"
             )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be in [0, 2^63), got {self.seed}")
+
+    @property
+    def uses_key_channel(self) -> bool:
+        """Whether decisions are read from the last channel of key and query, which attention must then not see."""
+        return self.decision_source == "neuron"
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether every layer has a decision projection, with weights of its own."""
+        return self.decision_source == "projection"
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a token with alpha 1 is dropped, not merged."""
+        return self.operation == "evict"
+
+    def cache_settings(self) -> dict[str, Any]:
+        """The keyword arguments of a layer's compressed cache, see ``LayerCache``."""
+        return {
+            "local_window": self.local_window,
+            "operation": self.operation,
+            "window_size": self.window_size,
+            "clears_last_channel": self.uses_key_channel,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to ``config.json`` and checkpoints."""

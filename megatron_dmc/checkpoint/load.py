@@ -20,9 +20,7 @@ from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, read_info, read_json
 from megatron_dmc.checkpoint.metadata import UnsafeMetadataError, bytes_per_file, read_metadata, sizes
 from megatron_dmc.checkpoint.save import BACKENDS
-
-# Settings of recipe.model that may differ between the checkpoint and the run: they do not change what the weights mean.
-_FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
+from megatron_dmc.recipe.base import model_differences
 
 
 def check_checkpoint(folder: str | Path) -> CheckpointInfo:
@@ -114,7 +112,7 @@ def _must_fit(
     expected_model: Mapping[str, Any] | None,
     may_be_missing: Callable[[str], bool] | None,
 ) -> None:
-    differences = _model_differences(info.recipe["model"], expected_model) if expected_model else []
+    differences = model_differences(info.recipe["model"], expected_model) if expected_model else []
     if not differences:
         wanted, _ = extract_sharded_base(load_preprocess(sharded_state_dict)[0])
         for entry in nested_values(wanted):
@@ -131,23 +129,6 @@ def _must_fit(
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise CheckpointError(f"checkpoint {folder} is another model's: {'; '.join(differences[:3])}{more}")
-
-
-def _model_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    saved, expected = _with_head_dim(saved), _with_head_dim(expected)
-    return [
-        f"model.{name} is {saved.get(name)!r} there, {expected.get(name)!r} here"
-        for name in sorted({*saved, *expected} - _FREE_SETTINGS)
-        if saved.get(name) != expected.get(name)
-    ]
-
-
-def _with_head_dim(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the default of ``kv_channels`` written out, so that spelling it out is no difference."""
-    values = dict(model)
-    if values.get("kv_channels") is None and values.get("num_attention_heads"):
-        values["kv_channels"] = values.get("hidden_size", 0) // values["num_attention_heads"]
-    return values
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def rows(model: ModelConfig, dmc: DMCConfig | None) -> Iterator[Row]:
     """The table written out for one model; ``dmc`` None: the base model."""
     yield _EMBEDDING
     for layer in range(model.num_layers):
-        decides = dmc is not None and dmc.decision_source == "projection"
+        decides = dmc is not None and dmc.has_projection
         for row in _LAYER + (_DECISION if decides else ()):
             yield row.of_layer(layer)
     yield _FINAL_NORM

@@ -52,10 +52,7 @@ class DMCInferenceContext:
     ) -> Tensor:
         """One layer's attention, called by DMCSelfAttention; the rotary angles are of all positions, [1, max, 1, head_dim]."""
         if layer_number not in self.layers:
-            dmc = self.dmc
-            self.layers[layer_number] = LayerCache(
-                dmc.local_window, dmc.operation, dmc.window_size, clears_last_channel=dmc.decision_source == "neuron"
-            )
+            self.layers[layer_number] = LayerCache(**self.dmc.cache_settings())
         cache = self.layers[layer_number]
         begun = cache.tokens if len(cache.tokens) else torch.zeros(len(key), dtype=torch.long, device=key.device)
         positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)

@@ -85,7 +85,7 @@ class DMCCoreAttention(MegatronModule):
         settings: dict[str, Any] = {"softmax_scale": self.softmax_scale}
         if self.dmc is not None and merge_logits is not None:
             settings["local_window"], settings["operation"] = self.dmc.local_window, self.dmc.operation
-            settings["bias_channel"] = -1 if self.dmc.decision_source == "neuron" else None
+            settings["bias_channel"] = -1 if self.dmc.uses_key_channel else None
         if self.group is not None:
             states = query, key, value, pooled_key, pooled_value, merge_logits
             settings |= {"group": self.group, "exchange": self.exchange}
@@ -137,7 +137,7 @@ class DMCSelfAttention(SelfAttention):
         heads = self.num_query_groups_per_partition
         # Global numbers of this rank's KV heads.
         self.kv_heads = range(rank * heads, (rank + 1) * heads)
-        if dmc is not None and dmc.decision_source == "projection":
+        if dmc is not None and dmc.has_projection:
             # megatron-core's own linear, also under Transformer Engine: decisions stay out of FP8.
             self.decision = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
@@ -188,7 +188,7 @@ class DMCSelfAttention(SelfAttention):
         else:
             a, b = self._decision_logits(hidden_states, query, key)
             omega = omega_from_logits(b)
-            if self.dmc.decision_source == "neuron":
+            if self.dmc.uses_key_channel:
                 query, key = clear_channel(query), clear_channel(key)
             if inference_context is not None:
                 # Of all positions: the context knows which are the tokens'.
@@ -201,7 +201,7 @@ class DMCSelfAttention(SelfAttention):
     def _decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """a, b [batch, seq, kv_heads]"""
         assert self.dmc is not None
-        if self.dmc.decision_source == "neuron":
+        if self.dmc.uses_key_channel:
             a, b = neuron_logits(query, key, self.dmc.decision_bias)
         else:
             projected, _ = self.decision(hidden_states)
@@ -249,7 +249,7 @@ class DMCSelfAttention(SelfAttention):
             local_window=self.dmc.local_window,
             operation=self.dmc.operation,
             window_size=self.dmc.window_size,
-            clear_last_channel=self.dmc.decision_source == "neuron",
+            clear_last_channel=self.dmc.uses_key_channel,
             document_starts=places.starts,
             merge=pool if self.context_group is None else partial(context_parallel_pool, group=self.context_group),
         )

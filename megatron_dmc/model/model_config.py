@@ -11,28 +11,31 @@ MISSING: Any = "???"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention, without biases."""
+    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention, without biases.
 
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_hidden_size: int = MISSING
-    num_attention_heads: int = MISSING
+    A recipe with ``checkpoint.load_base`` takes from the base what it does not give itself.
+    """
+
+    num_layers: int = MISSING  # decoder layers
+    hidden_size: int = MISSING  # channels of the residual stream
+    ffn_hidden_size: int = MISSING  # channels inside the SwiGLU
+    num_attention_heads: int = MISSING  # query heads
     num_query_groups: int = MISSING  # KV heads
-    vocab_size: int = MISSING
-    max_position_embeddings: int = MISSING
-    kv_channels: int | None = None  # head dimension; None: hidden_size / num_attention_heads
-    rotary_base: float = 10000.0
-    rotary_scaling_factor: float | None = None  # Llama 3's frequency scaling (8.0 in 3.1, 32.0 in 3.2); None: plain
-    norm_epsilon: float = 1e-5
-    init_method_std: float = 0.02
-    share_embeddings_and_output_weights: bool = False
+    vocab_size: int = MISSING  # tokens; rows of the embedding
+    max_position_embeddings: int = MISSING  # tokens, the longest sequence
+    kv_channels: int | None = None  # head dimension; null: hidden_size / num_attention_heads
+    rotary_base: float = 10000.0  # theta of the rotary embedding
+    rotary_scaling_factor: float | None = None  # Llama 3's frequency scaling (8.0 in 3.1, 32.0 in 3.2); null: plain
+    norm_epsilon: float = 1e-5  # of RMSNorm
+    init_method_std: float = 0.02  # standard deviation of weights that no checkpoint brings
+    share_embeddings_and_output_weights: bool = False  # the output layer is the embedding
 
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
-        """Raises ConfigError for sizes that do not fit one another. (Missing values are found when a recipe is read.)"""
+        """Raises ConfigError for sizes that do not fit one another. Missing values are found when a recipe is read."""
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, bool) and value <= 0:
                 raise ConfigError(f"model.{name} must be > 0, got {value}")

@@ -42,7 +42,7 @@ def layer_weights(model: ModelConfig, *, projects: bool) -> int:
 def layer_work(recipe: Recipe) -> Work:
     """One transformer layer."""
     model, seq = recipe.model, recipe.data.sequence_length
-    projects = recipe.merges and recipe.dmc.decision_source == "projection"
+    projects = recipe.merges and recipe.dmc.has_projection
     linear = 2.0 * layer_weights(model, projects=projects) * seq
     attention = 2.0 * seq**2 * model.num_attention_heads * model.head_dim
     forward = linear + attention

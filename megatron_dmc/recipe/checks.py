@@ -99,9 +99,9 @@ def _check_phases(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> None:
                 f"phases[{i}].start_compression_ratio must be in [1, dmc.target_compression_ratio = "
                 f"{dmc.target_compression_ratio:g}], got {phase.start_compression_ratio:g}"
             )
-        if phase.kind == "zero_out" and dmc.decision_source != "neuron":
+        if phase.kind == "zero_out" and not dmc.uses_key_channel:
             raise ConfigError(
-                f"phases[{i}].kind zero_out is only for dmc.decision_source neuron: projection takes nothing from the "
+                f"phases[{i}].kind zero_out is only for dmc.decision_source neuron: projection takes no channel from the "
                 "model; remove the phase"
             )
 
@@ -110,7 +110,7 @@ def _check_window(dmc: DMCConfig, sequence_length: int) -> None:
     if dmc.local_window >= sequence_length:
         raise ConfigError(
             f"dmc.local_window ({dmc.local_window}) must be smaller than data.sequence_length ({sequence_length}): no "
-            "decision would ever be carried out"
+            "decision would ever take effect"
         )
     if dmc.local_window * dmc.target_compression_ratio >= sequence_length:
         raise ConfigError(
@@ -124,7 +124,7 @@ def _check_base(recipe: Recipe) -> None:
     """What an adapter and a teacher need."""
     distillation, base = recipe.distillation, recipe.checkpoint.load_base
     if recipe.trains_adapter:
-        if recipe.dmc.decision_source != "projection":
+        if not recipe.dmc.has_projection:
             raise ConfigError(
                 f"training.train adapter needs dmc.decision_source projection, got {recipe.dmc.decision_source}: the frozen "
                 "base has no decisions of its own"
@@ -165,7 +165,7 @@ def _check_fp8(recipe: Recipe) -> None:
         raise ConfigError(
             f"training.fp8 {training.fp8} needs Transformer Engine; set training.transformer_impl to auto, or fp8 to null"
         )
-    if recipe.merges and recipe.dmc.decision_source == "neuron":
+    if recipe.merges and recipe.dmc.uses_key_channel:
         raise ConfigError(
             f"training.fp8 {training.fp8} needs dmc.decision_source projection: the logits of neuron are rows of an FP8 "
             "product, and decide differently in a bfloat16 model; set training.fp8 to null"

@@ -1,20 +1,27 @@
-"""Reads a recipe: YAML over the typed sections, then ``section.field=value`` overrides, then all checks."""
+"""Reads a recipe: YAML, then ``section.field=value`` overrides, then types, then the base's model, then all checks."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, ClassVar
 
-from omegaconf import MISSING, OmegaConf
+import yaml
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.model.model_config import MISSING
+from megatron_dmc.recipe.base import has_base, model_of_base
 from megatron_dmc.recipe.checks import check_recipe
 from megatron_dmc.recipe.sections import Recipe
+from megatron_dmc.recipe.values import SectionReader, shown
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe and ``section.field=value`` overrides, checks all of it.
+
+    With ``checkpoint.load_base``, what the model section does not give is taken from the base.
 
     Raises:
         ConfigError: one line: the file or field, the value, and what to do.
@@ -23,62 +30,149 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist; examples/ holds recipes to start from")
     try:
-        values = OmegaConf.load(path)
-    except Exception as error:  # PyYAML, OmegaConf and the file system each have errors of their own
-        raise ConfigError(f"recipe {path} is not YAML: {_one_line(error)}") from None
-    if not OmegaConf.is_dict(values):
-        raise ConfigError(f"recipe {path} must hold sections (model, data, phases, ...), not a {type(values).__name__}")
-    try:
+        values = _parsed(path)
         for override in overrides:
             _apply(values, override)
-        return _build(values)
+        return _build(_resolved(values), from_person=True)
     except ConfigError as error:
         raise ConfigError(f"recipe {path}: {error}") from None
 
 
-def _apply(values: Any, override: str) -> None:
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint was written with, all its settings; raises ConfigError as :func:`load_recipe` does."""
+    return _build(values, from_person=False)
+
+
+def _build(values: dict[str, Any], *, from_person: bool) -> Recipe:
+    reader = SectionReader(from_person)
+    recipe = reader.section(values, Recipe)
+    missing, base = reader.missing, recipe.checkpoint.load_base
+    # A saved recipe is whole, and its base may be gone.
+    if from_person and base is not None and has_base(base):
+        given = [name for name, value in (values.get("model") or {}).items() if value != MISSING]
+        recipe = replace(recipe, model=model_of_base(base, {name: getattr(recipe.model, name) for name in given}))
+        missing = [name for name in missing if not name.startswith("model.")]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given{_where_from(missing, base) if from_person else ''}")
+    check_recipe(recipe)
+    return recipe
+
+
+def _where_from(missing: Sequence[str], base: str | None) -> str:
+    """Where a model section comes from, for a message."""
+    if not any(name.startswith("model.") for name in missing):
+        return ""
+    if base is None:
+        return "; or name a base in checkpoint.load_base: the model section is taken from there"
+    return (
+        f"; the model section is taken from checkpoint.load_base, but {Path(base) / 'dmc.json'} is not on this machine: "
+        "write the section, or run where the base is"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves every plain word as text, for the type of its setting to read, and refuses a key that is given twice."""
+
+    # Merge keys and nothing at all are what they are in YAML.
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        "<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))],
+        "": [("tag:yaml.org,2002:null", re.compile("^$"))],
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, Any] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
+                lines = [mark.line + 1 for mark in (key.start_mark, first[key.value].start_mark)]
+                raise ConfigError(f"line {lines[0]}: {key.value} is given twice (first in line {lines[1]}); remove one")
+        return node
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        values = _copied(_yaml(path.read_bytes()))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"it cannot be read: {_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError("it cannot be read: it holds itself, or is nested too deeply") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"it must hold sections (model, data, phases, ...), got {shown(values):.80}")
+    return values
+
+
+def _copied(value: Any) -> Any:
+    """Without what an anchor and its aliases share: an override must change one place only."""
+    if isinstance(value, dict):
+        return {str(key): _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _yaml(text: str | bytes) -> Any:
+    """Nested lists, dicts and text; raises ConfigError with the line, and YAMLError for what is no text at all."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "not understood"
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        if "'\\t'" in problem:
+            problem = "a tab stands where only spaces may; indent with spaces"
+        raise ConfigError(f"it is not YAML: {place}{problem}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
     """Sets ``section.field=value``; a number in the path counts list entries: ``phases.0.steps=100``."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must read section.field=value")
     try:
-        OmegaConf.update(values, key, OmegaConf.from_dotlist([f"value={text}"]).value, force_add=True)
-    except Exception as error:  # PyYAML and OmegaConf each have errors of their own
+        _set(values, re.sub(r"\[(\d+)\]", r".\1", key).split("."), _yaml(text))
+    except (ConfigError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: {_one_line(error)}") from None
 
 
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe that a checkpoint was written with; raises ConfigError as :func:`load_recipe` does."""
-    return _build(OmegaConf.create(values))
+def _set(values: Any, path: Sequence[str], value: Any, place: str = "") -> None:
+    """Sets one entry. Settings are merged into those of a section; a list is replaced as a whole."""
+    name, *rest = path
+    entry: Any = name
+    if isinstance(values, list):
+        if not name.isdecimal() or int(name) >= len(values):
+            raise ConfigError(f"{place} has no entry {name!r}; its {len(values)} entries are counted from 0")
+        entry = int(name)
+    elif not isinstance(values, dict):
+        raise ConfigError(f"{place} is {shown(values)}, it holds no setting {name!r}")
+    elif values.get(name) is None:
+        values[name] = {} if rest else None
+    if rest:
+        _set(values[entry], rest, value, f"{place}.{name}".removeprefix("."))
+    elif isinstance(value, dict) and isinstance(values[entry], dict):
+        values[entry].update(value)
+    else:
+        values[entry] = value
 
 
-def _build(values: Any) -> Recipe:
-    _check_shape(OmegaConf.to_container(values, resolve=False), Recipe)
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """The same settings with their ``${...}`` replaced; these may also name settings that have their default."""
+    whole = asdict(Recipe())
+    for name, section in values.items():
+        both = isinstance(section, dict) and isinstance(whole.get(name), dict)
+        whole[name] = {**whole[name], **section} if both else section
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
-    except ConfigError as error:
-        # Only DMCConfig checks itself while it is built.
-        raise ConfigError(f"dmc.{error}") from None
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key}: {_one_line(error)}" if key else _one_line(error)) from None
-    assert isinstance(recipe, Recipe)
-    check_recipe(recipe)
-    return recipe
-
-
-def _check_shape(values: Any, section: Any, place: str = "") -> None:
-    """Sections hold settings, and lists are lists: OmegaConf's own words for what is not name no field."""
-    for name, kind in get_type_hints(section).items():
-        value = values.get(name)
-        if name not in values or (isinstance(value, str) and "${" in value):
-            continue
-        if is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{name} must hold settings (name: value), got {value!r}")
-            _check_shape(value, kind, f"{name}.")
-        elif get_origin(kind) is list and not isinstance(value, list) and value != MISSING:
-            raise ConfigError(f"{place}{name} must be a list, got {value!r}; write [a, b], for one [a]")
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(whole), resolve=True)
+    except OmegaConfBaseException as error:
+        unset = re.search(r"Environment variable '(.*?)' not found", str(error))
+        key = error.full_key or "a setting"
+        if unset:
+            raise ConfigError(
+                f"{key} needs the environment variable {unset[1]}, which is not set; set it, or give a default: "
+                f"${{oc.env:{unset[1]},DEFAULT}}"
+            ) from None
+        raise ConfigError(f"{key}: {_one_line(error)}") from None
+    return {
+        name: {key: resolved[name][key] for key in section} if isinstance(section, dict) else resolved[name]
+        for name, section in values.items()
+    }
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,14 +1,15 @@
 """The typed sections of a recipe: every setting of a run, with its type, its default and its meaning."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from omegaconf import MISSING, OmegaConf
-
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.model.model_config import ModelConfig
+from megatron_dmc.model.model_config import MISSING, ModelConfig
 
 PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
+
+
+# The comment of a setting, after it or above it, is its line in docs/settings.md. A type says what may be written.
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,11 @@ class DataConfig:
     """Text to train on and to hold out, as megatron-core indexed datasets."""
 
     train: list[str] = MISSING  # path prefixes of .bin/.idx pairs
-    valid: list[str] = field(default_factory=list)
+    valid: list[str] = field(default_factory=list)  # path prefixes of held-out .bin/.idx pairs; []: no evaluation
     tokenizer: str = MISSING  # a folder with tokenizer.json
-    sequence_length: int = MISSING
+    sequence_length: int = MISSING  # tokens of a sample
     cache: str = MISSING  # a folder for the dataset indices
-    seed: int = 1234
+    seed: int = 1234  # of the order of the samples; in [0, 2^32)
     reset_at_documents: bool = False  # positions, attention and merging begin anew at every packed document
 
 
@@ -28,17 +29,19 @@ class DataConfig:
 class PhaseConfig:
     """One stretch of the run with its own optimizer state and learning-rate schedule (algorithm.md section 5)."""
 
+    # pretrain: no decisions. zero_out (neuron only): frees the channel that decisions are read from. compress: the target
+    # ratio rises to dmc.target_compression_ratio. solidify: it stays there.
     kind: PhaseKind = MISSING
-    steps: int = MISSING
-    lr: float = 3e-5
-    min_lr: float | None = None  # None: lr (constant)
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
+    steps: int = MISSING  # optimizer steps
+    lr: float = 3e-5  # peak learning rate
+    min_lr: float | None = None  # learning rate at the end; null: lr (constant)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"  # from lr to min_lr, after the warmup
+    lr_warmup_steps: int = 0  # steps over which the learning rate rises from 0 to lr
     start_compression_ratio: float = 1.0  # of kind compress: the target rises from here
 
     @property
     def merges(self) -> bool:
-        """Whether decisions are made and carried out."""
+        """Whether decisions are made and take effect."""
         return self.kind in ("compress", "solidify")
 
 
@@ -46,41 +49,51 @@ class PhaseConfig:
 class DistillationConfig:
     """A loss that the base model teaches: (1 - weight) LM loss + weight KL, see ``distillation_loss``."""
 
-    weight: float = 0.0  # 0: no teacher; 1: the teacher alone
-    teacher: str | None = None  # a base's checkpoint folder; None: checkpoint.load_base. An adapter's is its own base.
+    weight: float = 0.0  # in [0, 1]. 0: no teacher; 1: the teacher alone
+    # A base's checkpoint folder; null: checkpoint.load_base. An adapter is taught by its own base: null.
+    teacher: str | None = None
+    # forward: KL(teacher || student); reverse: KL(student || teacher)
     direction: Literal["forward", "reverse"] = "forward"
-    temperature: float = 1.0
-    top_k: int | None = None  # of the teacher's likeliest tokens; None: the whole vocabulary
+    temperature: float = 1.0  # divides the logits of both
+    top_k: int | None = None  # of the teacher's likeliest tokens; null: the whole vocabulary
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """What is trained, and the optimizer (Adam)."""
+
     train: Literal["full", "adapter"] = "full"  # adapter: the base is frozen, only the decisions' projection learns
-    micro_batch_size: int = 1
-    global_batch_size: int = MISSING
-    bf16: bool = True
+    micro_batch_size: int = 1  # samples that a replica of the model computes at a time
+    global_batch_size: int = MISSING  # samples of one optimizer step, over all replicas
+    bf16: bool = True  # compute in bfloat16; the optimizer keeps float32 weights
     fp8: Literal["e4m3", "hybrid"] | None = None  # of the linear layers, by Transformer Engine; hybrid: e5m2 gradients
-    seed: int = 1234
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    seed: int = 1234  # of initial weights; in [0, 2^32)
+    weight_decay: float = 0.1  # AdamW's
+    adam_beta1: float = 0.9  # decay of the gradient's mean
+    adam_beta2: float = 0.95  # decay of the gradient's mean square
+    adam_eps: float = 1e-8  # Adam's epsilon
+    clip_grad: float = 1.0  # largest norm of the gradient; 0: no limit
+    # Activations computed again in the backward pass, which saves memory. selective: attention's; full: every layer's.
     recompute: Literal["none", "selective", "full"] = "none"
+    # What computes linear layers and norms; auto: Transformer Engine where it is installed, else megatron-core alone.
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     exit_after_steps: int | None = None  # stop (and save) after this many steps of this process
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"  # see context_parallel_attention
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = True
-    overlap: bool = False  # gradient reduction and parameter gathering behind the backward and forward pass
+    """How the model is divided among processes. What is left of their number are data-parallel replicas."""
+
+    tensor_model_parallel_size: int = 1  # processes that share every layer
+    pipeline_model_parallel_size: int = 1  # processes that hold a part of the layers each
+    virtual_pipeline_model_parallel_size: int | None = None  # interleaved stages of each process; null: one
+    context_parallel_size: int = 1  # processes that share the tokens of a sequence
+    cp_comm_type: Literal["all_gather", "a2a"] = (
+        "all_gather"  # exchange under context parallelism; a2a: heads for tokens
+    )
+    sequence_parallel: bool = False  # tensor-parallel processes also divide norms and residuals, by tokens
+    use_distributed_optimizer: bool = True  # replicas share the optimizer's state
+    overlap: bool = False  # gradient reduction during the backward pass, parameter gathering during the forward pass
 
     @property
     def model_ranks(self) -> int:
@@ -90,22 +103,27 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    directory: str = MISSING
-    load_base: str | None = None  # weights-only start: a checkpoint folder of this project
+    """Where a run starts from, and what it saves."""
+
+    directory: str = MISSING  # the run's own folder of checkpoints; a run that finds its own there resumes
+    # A checkpoint folder of this project: the run starts from its weights, and takes the model section from it.
+    load_base: str | None = None
     save_interval: int = 500  # steps between full checkpoints; 0: only at the end
     keep_last: int = 2  # full checkpoints kept
     async_save: bool = False  # written while training goes on, from a copy in the host's memory
-    save_every_integer_ratio: bool = True
+    save_every_integer_ratio: bool = True  # weights as cr_2, cr_3, ... when the target ratio reaches them
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    tensorboard: str | None = None
-    log_interval: int = 10
+    """What a run shows while it goes on."""
+
+    tensorboard: str | None = None  # a folder for TensorBoard's files; null: none are written
+    log_interval: int = 10  # steps between logged numbers
     heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step; 0: none
-    eval_interval: int = 0  # 0: only at the end
-    eval_samples: int = 32
-    progress_bar: bool = True
+    eval_interval: int = 0  # steps between evaluations; 0: only at the end
+    eval_samples: int = 32  # samples of data.valid in an evaluation, in whole global batches; one at least
+    progress_bar: bool = True  # a bar on the terminal
 
 
 @dataclass(frozen=True)
@@ -149,4 +167,4 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values; ``recipe_from_dict`` reads them back."""
-        return OmegaConf.to_container(OmegaConf.structured(self))  # type: ignore[return-value]
+        return asdict(self)

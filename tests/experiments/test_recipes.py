@@ -8,6 +8,7 @@ import pytest
 from megatron_dmc.recipe import load_recipe
 from tests.support.processes import ROOT
 from tests.support.scripts import load_script
+from tests.support.toy import QUICKSTART_MODEL
 
 
 def script(name: str) -> ModuleType:
@@ -30,7 +31,8 @@ def test_every_row_is_a_valid_run() -> None:
     rows = run.rows()
     assert len({row.name for row in rows}) == len(rows)
     for row in [*rows, *run.smoke_rows()]:
-        recipe = load_recipe(ROOT / "examples" / "quickstart" / f"{row.recipe}.yaml", row.overrides)
+        path = ROOT / "examples" / "quickstart" / f"{row.recipe}.yaml"
+        recipe = load_recipe(path, [f"model={QUICKSTART_MODEL}", *row.overrides])
         dmc = recipe.dmc
         assert (dmc.local_window, dmc.operation) == (row.local_window, row.operation)
         assert dmc.target_compression_ratio == row.ratio and recipe.merges

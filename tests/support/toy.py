@@ -11,6 +11,7 @@ from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import train_tokenizer
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.trainer import Trainer
+from tests.support.processes import ROOT
 
 TEXT = [f"Document {i}. " + "The cat sat on the mat; the dog ran to the log. " * (5 + i % 7) for i in range(60)]
 LR = 5e-3
@@ -18,6 +19,10 @@ RETROFIT = [
     {"kind": "compress", "steps": 6, "lr": LR},
     {"kind": "solidify", "steps": 3, "lr": LR, "min_lr": LR / 10, "lr_decay_style": "cosine"},
 ]
+
+
+# The quickstart's recipes take their model from their base, which is not there in a test.
+QUICKSTART_MODEL = yaml.safe_load((ROOT / "examples" / "quickstart" / "base.yaml").read_text("utf-8"))["model"]
 
 
 def write_text(folder: Path) -> None:

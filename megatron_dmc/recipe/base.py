@@ -1,0 +1,84 @@
+"""The model section that a base checkpoint brings, and when two model sections are the same model's."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.model.model_config import ModelConfig
+from megatron_dmc.recipe.values import SectionReader
+
+# Settings that may differ between a checkpoint and a run: they do not change what the weights mean.
+FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
+
+
+def has_base(folder: str) -> bool:
+    """Whether a base's description is on this machine."""
+    return (Path(folder) / "dmc.json").is_file()
+
+
+def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
+    """The model of a base checkpoint, with what the recipe says itself.
+
+    Args:
+        folder: ``checkpoint.load_base``.
+        typed: the settings of the recipe's model section that the recipe gives, typed.
+
+    Raises:
+        ConfigError: ``dmc.json`` is damaged, or the recipe's model is another than the base's.
+    """
+    path = Path(folder) / "dmc.json"
+    # The checkpoint as a whole is checked when its weights are loaded. This is all that a recipe needs of it.
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["recipe"]["model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"checkpoint.load_base: {path} is damaged, it holds no model section "
+            f"({type(error).__name__}: {error}); name another base"
+        ) from None
+    reader = SectionReader(from_person=False)
+    try:
+        saved = reader.section(values, ModelConfig, "model")
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint.load_base: {path} is not understood by this version: {error}") from None
+    if reader.missing:
+        raise ConfigError(f"checkpoint.load_base: {path} is damaged, it lacks {', '.join(reader.missing)}")
+    model = replace(saved, **typed)
+    differences = model_differences(asdict(saved), asdict(model), there=f"in checkpoint.load_base {folder}")
+    if differences:
+        raise ConfigError(
+            f"{'; '.join(differences)}; remove what differs from the model section (it is taken from the base), or name "
+            "another base"
+        )
+    return model
+
+
+def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any], there: str = "there") -> list[str]:
+    """What makes two model sections (plain values) two models, one phrase for each setting."""
+    saved, mine = _with_head_dim(saved), _with_head_dim(mine)
+    return [
+        f"model.{name} is {saved.get(name)!r} {there}, {mine.get(name)!r} here"
+        for name in sorted({*saved, *mine} - FREE_SETTINGS)
+        if not _same(saved.get(name), mine.get(name))
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal; floats as float32, which is what models compute with and what other tools round settings to."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
+    if numbers and (isinstance(a, float) or isinstance(b, float)):
+        with np.errstate(over="ignore"):
+            return bool(np.float32(a) == np.float32(b))
+    return bool(a == b)
+
+
+def _with_head_dim(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the default of ``kv_channels`` written out, so that spelling it out is no difference."""
+    values = dict(model)
+    if values.get("kv_channels") is None and values.get("num_attention_heads"):
+        values["kv_channels"] = values.get("hidden_size", 0) // values["num_attention_heads"]
+    return values
