@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
+from megatron_dmc.plan.cluster import Layout
 from megatron_dmc.plan.flops import Work, layer_work, output_work
 from megatron_dmc.plan.footprint import message_shape
 from megatron_dmc.plan.gpus import GPU
@@ -18,16 +19,6 @@ from megatron_dmc.recipe import Recipe
 
 # Of a link's data-sheet rate, what collectives are taken to reach. An assumption.
 LINK_EFFICIENCY = 0.8
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of a run: ranks, nodes, and how often each rank's model runs in a step."""
-
-    world_size: int
-    gpus_per_node: int
-    replicas: int
-    micro_batches: int
 
 
 @dataclass(frozen=True)

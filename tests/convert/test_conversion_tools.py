@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megatron_dmc.cli import convert_to_hf
 from megatron_dmc.convert.from_hf import import_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,4 +100,4 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20 kb", 20_000), ("300MB", 3 * 10**8), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
-    assert runpy.run_path(str(ROOT / "tools" / "megatron_to_hf.py"))["size"](text) == size
+    assert convert_to_hf.size(text) == size
