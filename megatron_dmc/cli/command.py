@@ -127,6 +127,11 @@ def _run(program: str, options: argparse.Namespace) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except SystemExit as end:
+        # What rich makes of a closed pipe, once it has silenced stdout.
+        if isinstance(end.__context__, BrokenPipeError):
+            return PIPE_CLOSED
+        raise
     except (DMCError, OSError) as error:
         print(f"{program}: {_line(error)}", file=sys.stderr)
         return int(options.failed)

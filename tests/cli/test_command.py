@@ -166,10 +166,11 @@ def test_a_command_runs_in_a_thread_too() -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_has_gone_is_no_fault(unbuffered: str) -> None:
+@pytest.mark.parametrize("write_line", ["print", "rich.print"])
+def test_a_reader_that_has_gone_is_no_fault(write_line: str, unbuffered: str) -> None:
     program = (
-        "import sys; from types import SimpleNamespace; from megatron_dmc.cli import run_alone\n"
-        "def run(options):\n    for _ in range(100_000): print('a long text')\n"
+        "import sys; import rich; from types import SimpleNamespace; from megatron_dmc.cli import run_alone\n"
+        f"def run(options):\n    for _ in range(2000): {write_line}('a long text')\n"
         "sys.exit(run_alone(SimpleNamespace(HELP='', add_arguments=lambda parser: None, run=run), 'tool', []))"
     )
     read, write = os.pipe()
