@@ -96,7 +96,7 @@ def _slug(name: str) -> str:
 
 
 def _values(folder: Path, case: Case, run: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    # Flash kernels for GPUs want larger heads.
+    # Flash kernels for GPUs need larger heads.
     on_gpu = torch.cuda.is_available()
     head_dim, sequence_length = (64, 512) if on_gpu else (8, 48)
     values = OmegaConf.create(

@@ -21,7 +21,7 @@ from megatron_dmc.experiments.small_run import CommandFailed, SmallRun, write_wh
 RATIOS = (4, 8)
 SWEEP_RATIOS = (2, 4, 8)
 WINDOWS = (1, 4, 16, 64)
-SEEDS = (1, 2)  # beside the recipes' own
+SEEDS = (1, 2)  # in addition to the recipes' own
 SEQUENCE_LENGTH = 512
 
 
