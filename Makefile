@@ -29,12 +29,12 @@ DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
 	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
-	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md"
+	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md; SMOKE=1"
 	@echo "make settings            write docs/settings.md, every setting of a recipe, from the sources"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
-	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU"
+	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU (CHECK_ARGS=...)"
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
 	@echo "make clean               remove caches and build output (keeps $(VENV) and runs)"
@@ -54,10 +54,10 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 quickstart: setup
-	$(BIN)/python examples/quickstart/run.py $(SMOKE_FLAG) $(DATA_FLAG)
+	$(BIN)/python -m megatron_dmc quickstart $(SMOKE_FLAG) $(DATA_FLAG)
 
 recipes: setup
-	$(BIN)/python examples/recipes/run.py $(SMOKE_FLAG)
+	$(BIN)/python -m megatron_dmc recipes $(SMOKE_FLAG)
 
 settings: setup
 	$(BIN)/python -m megatron_dmc.recipe.settings > docs/settings.md.new
@@ -79,7 +79,7 @@ gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py
 
 cluster-check: setup
-	$(BIN)/python -m megatron_dmc.cluster_check $(CHECK_ARGS)
+	$(BIN)/python -m megatron_dmc cluster-check $(CHECK_ARGS)
 
 # Never fails: without these programs the tests of the launchers are skipped.
 slurm:

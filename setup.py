@@ -1,6 +1,7 @@
 """Packaging metadata. Settings of the tools stand in pyproject.toml, tested versions in constraints.txt."""
 
 import re
+from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -32,6 +33,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dmc", "megatron_dmc.*"]),
+    package_data={"megatron_dmc": ["py.typed"]},
+    # For `megatron-dmc quickstart` and `recipes` outside a checkout (megatron_dmc/experiments/places.py).
+    data_files=[("share/megatron-dmc/examples/quickstart", sorted(glob("examples/quickstart/*.yaml", root_dir=ROOT)))],
     entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},
     install_requires=[
         "matplotlib",

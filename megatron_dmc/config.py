@@ -4,11 +4,13 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from megatron_dmc.errors import DMCError
+
 DecisionSource = Literal["neuron", "projection"]
 Operation = Literal["merge", "evict"]
 
 
-class ConfigError(ValueError):
+class ConfigError(DMCError, ValueError):
     """A setting that cannot work. The message names the field, its value and the remedy."""
 
 

@@ -31,7 +31,7 @@ ALLOWED = {
     ("megatron_dmc", "config"): "the package offers DMCConfig under its own name",
     ("megatron_dmc", "errors"): "the package offers its errors under its own name",
     ("config", "errors"): "a wrong setting is an error",
-    ("__main__", "cli"): "python -m megatron_dmc is the command",
+    ("__main__", "cli"): "python -m megatron_dmc and python -m megatron_dmc.cluster_check are commands",
     ("cli", "experiments"): "megatron-dmc quickstart, recipes and compare run them",
 }
 EXPORTED = "megatron_dmc.hf.modeling_dmc"
@@ -42,8 +42,10 @@ MAY_EDIT_THE_PATH = {"tests.support.scripts"}
 
 
 def room(module: str) -> str:
-    """``a`` of ``megatron_dmc.a.b``; the package itself is a room, too."""
+    """``a`` of ``megatron_dmc.a.b``; the package itself is a room, too, and so are all modules that ``python -m`` runs."""
     parts = module.split(".")
+    if parts[-1] == "__main__":
+        return "__main__"
     return parts[1] if len(parts) > 1 else parts[0]
 
 

@@ -1,43 +1,18 @@
-"""A Hugging Face Llama folder to a checkpoint of this project: ``python tools/hf_to_megatron.py --help``."""
+"""A Hugging Face Llama folder to a checkpoint of this project, as ``megatron-dmc convert-from-hf`` does it."""
 
-import argparse
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
+# So that the tool runs from any folder, and without an installation of the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Convert a Hugging Face Llama (config.json, safetensors, tokenizer) to a Megatron checkpoint."
-    )
-    parser.add_argument("hf_folder", metavar="HF_FOLDER")
-    parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
-    return parser.parse_args(arguments)
+from megatron_dmc.cli import convert_from_hf, run_alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 1 or 130 (interrupted) after one line on standard error."""
-    options = parse_arguments(arguments)
-    # megatron-core warns of every optional package that is not there, when it is imported.
-    warnings.simplefilter("ignore")
-    from megatron_dmc.checkpoint import CheckpointError
-    from megatron_dmc.config import ConfigError
-    from megatron_dmc.convert.from_hf import import_hf
-
-    try:
-        import_hf(options.hf_folder, options.output_folder)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"hf_to_megatron: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("hf_to_megatron: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    print(f"{options.output_folder}: converted from {options.hf_folder}")
-    return 0
+    return run_alone(convert_from_hf, "hf_to_megatron.py", arguments)
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM also leaves nothing half written behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

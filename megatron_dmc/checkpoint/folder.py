@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dmc.errors import DMCError
+
 FORMAT_VERSION = 1
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DMCError, RuntimeError):
     """A checkpoint that cannot be written or must not be read. One line: what, where, and why."""
 
 

@@ -1,13 +1,13 @@
-"""What is trained while layouts are compared: small recipes whose decisions are mixed from the first step on."""
+"""The recipes of what is compared: small models whose decisions are mixed from the first step on."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from omegaconf import OmegaConf
 
+from megatron_dmc.cluster_check.case import CASES, FP8, GPU_CASES, Case
 from megatron_dmc.cluster_check.layouts import Layout
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import train_tokenizer
@@ -17,54 +17,6 @@ from megatron_dmc.training.build import why_no_fp8
 
 STEPS = 5
 VOCABULARY = 320
-
-
-@dataclass(frozen=True)
-class Case:
-    """A retrofit to compare.
-
-    Attributes:
-        overrides: ``section.field`` to value.
-    """
-
-    name: str
-    overrides: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def precision(self) -> Literal["fp32", "bf16", "fp8"]:
-        if "training.fp8" in self.overrides:
-            return "fp8"
-        return "bf16" if self.overrides.get("training.bf16") else "fp32"
-
-
-CASES = [
-    Case("projection"),
-    # The gate closes and opens again within the steps.
-    Case(
-        "neuron",
-        {"dmc.decision_source": "neuron", "dmc.target_compression_ratio": 1.6, "phases.0.start_compression_ratio": 1.0},
-    ),
-    Case(
-        "window, distilled",
-        {"dmc.local_window": 4, "distillation.weight": 0.5, "distillation.top_k": 20},
-    ),
-    Case(
-        "eviction, adapter, distilled",
-        {
-            "dmc.local_window": 4,
-            "dmc.operation": "evict",
-            "training.train": "adapter",
-            "distillation.weight": 1.0,
-            "distillation.direction": "reverse",
-        },
-    ),
-    Case("DMC-C, tied embeddings", {"dmc.per_layer": True, "model.share_embeddings_and_output_weights": True}),
-    Case("packed documents, window", {"data.reset_at_documents": True, "dmc.local_window": 4}),
-    Case("bf16", {"training.bf16": True}),
-]
-# Attention on a GPU is bf16 in any case.
-GPU_CASES = [Case(case.name, case.overrides | {"training.bf16": True}) for case in CASES if case.precision == "fp32"]
-FP8 = Case("FP8", {"training.bf16": True, "training.fp8": "hybrid"})
 
 
 def cases_here() -> list[Case]:
@@ -144,7 +96,7 @@ def _slug(name: str) -> str:
 
 
 def _values(folder: Path, case: Case, run: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    # Flash kernels for GPUs want larger heads.
+    # Flash kernels for GPUs need larger heads.
     on_gpu = torch.cuda.is_available()
     head_dim, sequence_length = (64, 512) if on_gpu else (8, 48)
     values = OmegaConf.create(

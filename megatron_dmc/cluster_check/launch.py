@@ -10,13 +10,14 @@ from pathlib import Path
 
 from megatron_dmc.cluster_check.cases import Case, run_folder, write_data
 from megatron_dmc.cluster_check.layouts import REFERENCE, Layout
+from megatron_dmc.errors import DMCError
 
 WORKER = ("-m", "megatron_dmc.cluster_check.worker")
 # What the processes say; a folder that holds it is a check's own.
 LOG = "cluster_check.log"
 
 
-class CheckError(RuntimeError):
+class CheckError(DMCError, RuntimeError):
     """The check itself could not be made. The message says why."""
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REFERENCE = "one process"
+# A layout of more GPUs is not known; on a CPU so many processes are started.
+MOST_GPUS, CPU_PROCESSES = 16, 8
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from megatron_dmc.inference.loading import load_model, require_merging
 
 def run(checkpoint: str, text: str | None, tokens: int, *, as_json: bool = False, base: str | None = None) -> None:
     """Prints the table (or JSON) for the first ``tokens`` tokens of a text."""
-    if tokens < 2:
-        raise ConfigError(f"--tokens must be >= 2, got {tokens}")
     loaded = load_model(checkpoint, base)
     require_merging(loaded, checkpoint)
     size = measure_cache(loaded, read_tokens(loaded.tokenizer, text, tokens))

@@ -11,6 +11,7 @@ from megatron_dmc.config import ConfigError
 # What is copied, and under which name: transformers knows a flat folder only.
 MANIFEST = {
     "megatron_dmc.config": "dmc_config",
+    "megatron_dmc.errors": "dmc_errors",
     "megatron_dmc.hf.adapter": "dmc_adapter",
     "megatron_dmc.hf.cache": "dmc_cache",
     "megatron_dmc.hf.configuration_dmc": "configuration_dmc",

@@ -67,16 +67,6 @@ def run(
     checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, *, base: str | None = None
 ) -> None:
     """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
-    if temperature != 0 and not 1e-3 <= temperature < float("inf"):
-        raise ConfigError(f"--temperature must be 0 (greedy) or a number >= 0.001, got {temperature:g}")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"--seed must be in [0, 2^63), got {seed}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ConfigError("--prompt is not UTF-8 text") from None
     loaded = load_model(checkpoint, base)
     require_merging(loaded, checkpoint)
     ids = loaded.tokenizer.tokenize(prompt)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
+from megatron_dmc.plan.cluster import Layout
 from megatron_dmc.plan.flops import Work, layer_work, output_work
 from megatron_dmc.plan.footprint import message_shape
 from megatron_dmc.plan.gpus import GPU
@@ -18,16 +19,6 @@ from megatron_dmc.recipe import Recipe
 
 # Of a link's data-sheet rate, what collectives are taken to reach. An assumption.
 LINK_EFFICIENCY = 0.8
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of a run: ranks, nodes, and how often each rank's model runs in a step."""
-
-    world_size: int
-    gpus_per_node: int
-    replicas: int
-    micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -45,10 +36,10 @@ class StepTime:
     """Seconds of a step; they add up to ``total``.
 
     Attributes:
-        compute: the model's operations at the stated MFU, on the slowest pipeline stage.
-        recompute: the same for what is run again.
-        bubble: the pipeline filling and emptying.
-        tensor, context, pipeline, data: communication that nothing hides.
+        compute: time of the model's operations at the stated MFU, on the slowest pipeline stage.
+        recompute: time of those that are run again.
+        bubble: time in which the pipeline fills and empties.
+        tensor, context, pipeline, data: time of communication that no computation hides.
     """
 
     compute: float
@@ -115,7 +106,7 @@ def step_time(
     rates = [_rate(prod(inner[: i + 1]), layout, gpu) for i in range(len(inner))]
     flops = mfu * gpu.peak_flops * parallel.tensor_model_parallel_size * parallel.context_parallel_size
     between = _rate(layout.world_size, layout, gpu)
-    # Interleaved stages send behind their computation (overlap_p2p_comm).
+    # Interleaved stages send while they compute (overlap_p2p_comm).
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     exposed = 0.0 if chunks > 1 else 1 / between
     samples = recipe.training.micro_batch_size

@@ -2,37 +2,11 @@
 
 from dataclasses import dataclass
 
-from megatron_dmc.config import ConfigError
-from megatron_dmc.plan.communication import Layout, StepTime, Traffic, data_messages, stage_traffic, step_time
+from megatron_dmc.plan.cluster import Cluster, Layout, find_layout
+from megatron_dmc.plan.communication import StepTime, Traffic, data_messages, stage_traffic, step_time
 from megatron_dmc.plan.flops import Work, step_work
-from megatron_dmc.plan.gpus import GPU
 from megatron_dmc.plan.memory import Footprints, StageMemory, stage_memory, whole_model
-from megatron_dmc.recipe import Recipe, check_batch
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a run would be started on.
-
-    Attributes:
-        mfu: part of ``gpu.peak_flops`` that the model's operations reach while nothing waits.
-    """
-
-    nodes: int
-    gpus_per_node: int
-    gpu: GPU
-    mfu: float
-
-    def __post_init__(self) -> None:
-        for name, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
-            if value < 1:
-                raise ConfigError(f"{name} must be >= 1, got {value}")
-        if not 0 < self.mfu <= 1:
-            raise ConfigError(f"--mfu must be in (0, 1], got {self.mfu:g}")
-
-    @property
-    def gpus(self) -> int:
-        return self.nodes * self.gpus_per_node
+from megatron_dmc.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -73,20 +47,6 @@ class Plan:
     def mfu(self) -> float:
         """Of the whole step, waiting included."""
         return self.work.model / (self.time.total * self.cluster.gpus * self.cluster.gpu.peak_flops)
-
-
-def find_layout(recipe: Recipe, cluster: Cluster) -> Layout:
-    """Raises ConfigError for a layout that the GPUs or the batch cannot be divided into."""
-    model_ranks = recipe.parallel.model_ranks
-    if cluster.gpus % model_ranks:
-        raise ConfigError(
-            f"parallel: tensor x pipeline x context = {model_ranks} must divide the number of GPUs ({cluster.nodes} nodes x "
-            f"{cluster.gpus_per_node} = {cluster.gpus}); change --nodes, or parallel"
-        )
-    replicas = cluster.gpus // model_ranks
-    check_batch(recipe, replicas)
-    micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * replicas)
-    return Layout(cluster.gpus, cluster.gpus_per_node, replicas, micro_batches)
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, footprints: Footprints | None = None) -> Plan:

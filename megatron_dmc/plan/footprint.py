@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from megatron_dmc.plan.workspace import attention_workspace
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.forward_step import DistillationStep, forward_step
 
@@ -26,7 +27,7 @@ class Footprint:
 
     Attributes:
         kept: bytes held between its forward and its backward pass: what autograd saves, the output, and what arrived.
-        working: bytes on top of those, at the worst moment of the two passes.
+        working: bytes on top of those, at the worst moment of the two passes, a GPU's attention kernels included.
         sent: bytes that this rank sends to the others of its ``tensor`` and ``context`` parallel groups in both passes.
     """
 
@@ -63,7 +64,7 @@ def run_micro_batch(
         if parameter.requires_grad
     ]
     arrived = 0 if received is None else received.nbytes
-    with _Watch() as watch:
+    with _Watch(_windowed_tokens(recipe)) as watch:
         output, loss = step(iter([batch]), chunk)
         if get_attr_wrapped_model(chunk, "post_process"):
             output = loss(output)[0]
@@ -74,6 +75,15 @@ def run_micro_batch(
     for hook in hooks:
         hook.remove()
     return Footprint(kept + arrived, watch.peak - kept + arrived, dict(watch.sent))
+
+
+def _windowed_tokens(recipe: Recipe) -> int:
+    """Queries that one attention kernel takes over the local window: of all samples, or under context parallelism of one of
+    a rank's two chunks, with those that fill the first window."""
+    ranks, samples = recipe.parallel.context_parallel_size, recipe.training.micro_batch_size
+    if ranks == 1:
+        return samples * recipe.data.sequence_length
+    return samples * (recipe.data.sequence_length // (2 * ranks) + recipe.dmc.local_window - 1)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -113,6 +123,7 @@ def _received(recipe: Recipe, device: torch.device) -> Tensor:
 class _Watch(TorchDispatchMode):
     """Bytes of the tensors that were made inside and still live, and what collectives send (as rings)."""
 
+    windowed_tokens: int
     live: int = 0
     peak: int = 0
     sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -133,6 +144,7 @@ class _Watch(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage(), arguments)
+        self.peak = max(self.peak, self.live + attention_workspace(func, args, kwargs or {}, self.windowed_tokens))
         if func in _SENT:
             self._count(func, args)
         return result

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from megatron_dmc.config import ConfigError
 
-# Of the memory: the CUDA context, NCCL's buffers, kernels' workspaces and what the allocator loses between blocks.
+# Part of the memory: the CUDA context, NCCL's buffers, workspaces of kernels other than attention's, and what the allocator
+# loses between blocks.
 RESERVE = 0.1
 
 

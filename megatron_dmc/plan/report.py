@@ -44,6 +44,22 @@ def changes(plan: Plan, other: Plan) -> list[str]:
     ]
 
 
+def layout_overrides(plan: Plan) -> list[str]:
+    """A plan's whole layout as overrides, whatever recipe they are given to."""
+    training, parallel = plan.recipe.training, plan.recipe.parallel
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    values = {
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
+        "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "parallel.virtual_pipeline_model_parallel_size": "null" if virtual is None else virtual,
+        "parallel.context_parallel_size": parallel.context_parallel_size,
+        "training.micro_batch_size": training.micro_batch_size,
+        "training.recompute": training.recompute,
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
 def as_json(plan: Plan, smaller: Plan | None = None) -> dict[str, Any]:
     """Plain values: bytes, seconds, floating-point operations."""
     recipe, cluster = plan.recipe, plan.cluster
@@ -79,7 +95,7 @@ def as_json(plan: Plan, smaller: Plan | None = None) -> dict[str, Any]:
 def print_json(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None) -> None:
     values = as_json(plan, smaller)
     if found is not None:
-        values["search"] = [as_json(other) for other in found]
+        values["search"] = [as_json(other) | {"overrides": layout_overrides(other)} for other in found]
     print(json.dumps(values, indent=2))
 
 
@@ -105,6 +121,8 @@ def print_plan(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None, c
     )
     if found is not None:
         console.print(_search_table(found, console))
+        for place, other in enumerate(found, start=1):
+            console.print(f"{place}: {' '.join(layout_overrides(other))}", highlight=False, soft_wrap=True)
     style = "green" if plan.fits else "bold red"
     console.print(verdict(plan, smaller), style=style, highlight=False, soft_wrap=True)
 
@@ -161,11 +179,12 @@ def _phase_table(plan: Plan, console: Console) -> Table:
 
 
 def _search_table(found: Sequence[Plan], console: Console) -> Table:
-    columns = ["layout", "micro-batch", "recompute", "GB", "seconds", "bubble", "MFU", "days"]
+    columns = ["", "layout", "micro-batch", "recompute", "GB", "seconds", "bubble", "MFU", "days"]
     table = _table("layouts that fit, the fastest first" if found else "no layout fits", columns, console)
-    for plan in found:
+    for place, plan in enumerate(found, start=1):
         training, time = plan.recipe.training, plan.time
         table.add_row(
+            str(place),
             _sizes(plan),
             f"{training.micro_batch_size} x {plan.layout.micro_batches}",
             training.recompute,

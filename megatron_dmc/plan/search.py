@@ -1,13 +1,14 @@
 """Layouts of a recipe on given GPUs, by their expected time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.plan.cluster import Cluster, find_layout
 from megatron_dmc.plan.communication import data_messages, step_time
-from megatron_dmc.plan.estimate import Cluster, Plan, find_layout, make_plan
+from megatron_dmc.plan.estimate import Plan, make_plan
 from megatron_dmc.plan.memory import Footprints, StageMemory, chunk_kinds, whole_model
 from megatron_dmc.plan.schedule import most_kept
 from megatron_dmc.recipe import Recipe, check_recipe, divisors
@@ -20,19 +21,32 @@ CHUNKS = (None, 2, 4)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 
 
-def search(recipe: Recipe, cluster: Cluster, wanted: int = 5, footprints: Footprints | None = None) -> list[Plan]:
+def search(
+    recipe: Recipe,
+    cluster: Cluster,
+    wanted: int = 5,
+    footprints: Footprints | None = None,
+    show: Callable[[str], None] = lambda state: None,
+) -> list[Plan]:
     """The fastest layouts that fit, the best of every tensor x pipeline x context size; all else stays the recipe's.
 
     Candidates are sorted by an estimate of their time and memory, in which a stage is an even part of the model and a
     micro-batch so many times one sample; then they are planned one after the other until enough of them fit.
+
+    Args:
+        show: is told how far the search is.
     """
     footprints = footprints or Footprints()
     weights, learned = whole_model(recipe)
-    estimates = [
-        _estimate(candidate, cluster, weights, learned, footprints)
+    possible = [
+        candidate
         for candidate in candidates(recipe, cluster)
         if _state_bytes(candidate, cluster, weights, learned) <= cluster.gpu.usable
     ]
+    estimates = []
+    for done, candidate in enumerate(possible, start=1):
+        show(f"estimating layout {done} of {len(possible)}")
+        estimates.append(_estimate(candidate, cluster, weights, learned, footprints))
     best: dict[tuple[int, ...], Plan] = {}
     for estimate in sorted(estimates, key=lambda estimate: estimate.seconds):
         parallel = estimate.recipe.parallel
@@ -43,6 +57,7 @@ def search(recipe: Recipe, cluster: Cluster, wanted: int = 5, footprints: Footpr
         )
         if sizes in best or estimate.memory > cluster.gpu.usable:
             continue
+        show(f"planning the fastest: {len(best)} of {wanted} found")
         plan = make_plan(estimate.recipe, cluster, footprints)
         if plan.fits:
             best[sizes] = plan

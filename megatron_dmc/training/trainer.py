@@ -17,6 +17,7 @@ from megatron_dmc.checkpoint.weights import check_fits, check_teacher, load_teac
 from megatron_dmc.data import SampleDataset, build_datasets, check_reach, global_batch
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
+from megatron_dmc.errors import DMCError
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
@@ -31,7 +32,7 @@ from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.signals import StopRequest
 
 
-class TrainingError(RuntimeError):
+class TrainingError(DMCError, RuntimeError):
     """A run that cannot go on. The message says why and what to do."""
 
 

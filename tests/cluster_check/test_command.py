@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dmc.cluster_check.__main__ import HEADING, main
+from megatron_dmc.cli import cluster_check, run_alone
+from megatron_dmc.cli.cluster_check import HEADING
 from megatron_dmc.cluster_check.cases import CASES, cases_here, cases_not_here
 from megatron_dmc.cluster_check.launch import LOG, CheckError, clear_folder
 from megatron_dmc.cluster_check.layouts import REFERENCE, all_layouts
@@ -14,7 +15,7 @@ from megatron_dmc.cluster_check.report import is_good, make_report, remarks
 def test_other_peoples_files_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "thesis.tex"
     kept.write_text("years of work")
-    assert main(["--folder", str(tmp_path), "--layouts", "TP2"]) == 1
+    assert run_alone(cluster_check, "cluster-check", ["--folder", str(tmp_path), "--layouts", "TP2"]) == 1
     assert kept.read_text() == "years of work"
     message = (
         f"cluster-check: --folder {tmp_path} holds other files than a check's; remove them, or name a new folder\n"
@@ -36,7 +37,7 @@ def test_an_earlier_check_is_replaced(tmp_path: Path) -> None:
     [
         (["--layouts", "TP3"], "argument --layouts: invalid choice: 'TP3'"),
         (["--cases", "projection", "banana"], "argument --cases: invalid choice: 'banana'"),
-        (["--document", "nowhere.md"], f"--document nowhere.md is no page with a line '{HEADING}'"),
+        (["--document", "nowhere.md"], f"argument --document: nowhere.md is no page with a line '{HEADING}'"),
     ],
     ids=["layout", "case", "page"],
 )
@@ -44,7 +45,7 @@ def test_names_that_are_not_known_are_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["--folder", str(tmp_path / "check"), *arguments])
+        run_alone(cluster_check, "cluster-check", ["--folder", str(tmp_path / "check"), *arguments])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "check").exists()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megatron_dmc.cli import convert_to_hf
 from megatron_dmc.convert.from_hf import import_hf
 from tests.support.processes import ROOT, run, started
 from tests.support.scripts import load_script
@@ -87,4 +88,4 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20 kb", 20_000), ("300MB", 3 * 10**8), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
-    assert load_script("tools/megatron_to_hf.py").size(text) == size
+    assert convert_to_hf.size(text) == size

@@ -4,24 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.scripts import load_script
+from megatron_dmc.config import ConfigError
+from megatron_dmc.experiments.small_run import SmallRun
 from tests.support.toy import TEXT
 
 
 def test_another_text_under_the_same_name_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = load_script("examples/small_run.py")
     data = tmp_path / "data"
     data.mkdir()
     for i in range(200):
         (data / f"{i}.txt").write_text(f"{i} " + " ".join(f"{word}{i}" for word in TEXT[i % 60].split() * 8))
-    quickstart = run.SmallRun(tmp_path / "run", str(data), smoke=True)
+    quickstart = SmallRun(tmp_path / "run", str(data), smoke=True)
     quickstart.prepare_text()
     assert "datasets" in capsys.readouterr().out
     quickstart.prepare_text()
     assert not capsys.readouterr().out
     moved = data.rename(tmp_path / "moved")
-    run.SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()
+    SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()
     text = (moved / "7.txt").read_text()
     (moved / "7.txt").write_text(text[::-1])
-    with pytest.raises(SystemExit, match="holds a run on other text"):
-        run.SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()
+    with pytest.raises(ConfigError, match="holds a run on other text"):
+        SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()

@@ -1,25 +1,20 @@
 """The comparison of recipes: every row is a valid run, and its table and figure show what was measured."""
 
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from megatron_dmc.experiments.recipes import report, run
 from megatron_dmc.recipe import load_recipe
 from tests.support.processes import ROOT
-from tests.support.scripts import load_script
 from tests.support.toy import QUICKSTART_MODEL
-
-
-def script(name: str) -> ModuleType:
-    return load_script(f"examples/recipes/{name}.py")
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     """Losses that rise with the ratio and fall with the window."""
     made: dict[str, Any] = {"base": {"loss_per_byte": 1.3}, "control": {"loss_per_byte": 1.2}}
-    for row in script("run").rows():
+    for row in run.rows():
         loss = 1.2 + 0.01 * row.ratio / (1 + row.local_window) + 0.001 * row.seed
         measured = {"loss_per_byte": loss, "compression_ratio": 1.01 * row.ratio, "cache_bytes": 2**20 // row.ratio}
         made[row.name] = {"row": vars(row), **measured}
@@ -27,7 +22,6 @@ def results() -> dict[str, Any]:
 
 
 def test_every_row_is_a_valid_run() -> None:
-    run = script("run")
     rows = run.rows()
     assert len({row.name for row in rows}) == len(rows)
     for row in [*rows, *run.smoke_rows()]:
@@ -39,7 +33,6 @@ def test_every_row_is_a_valid_run() -> None:
 
 
 def test_the_table_shows_what_was_measured(results: dict[str, Any]) -> None:
-    report = script("report")
     lines = report.table(results).splitlines()
     merged = next(line for line in lines if "`projection`, merge, window | 16 | 8 |" in line)
     # The mean of three seeds: 1.2 + 0.08 / 17 + 0.001.
@@ -52,5 +45,5 @@ def test_the_table_shows_what_was_measured(results: dict[str, Any]) -> None:
 
 
 def test_the_figure_shows_every_row(results: dict[str, Any]) -> None:
-    cost, windows = script("report").draw(results).axes
+    cost, windows = report.draw(results).axes
     assert len(cost.lines) == 6 + 2 and len(windows.lines) == 6

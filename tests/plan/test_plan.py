@@ -39,7 +39,7 @@ def test_llama2_70b_trained_whole_in_pairs_of_samples_does_not_fit_without_a_pip
 
 def test_search_finds_what_fits_and_the_fastest_first(elsewhere: Elsewhere) -> None:
     # A GPU on which the tiny model has to be divided: 140,000 parameters take 12 bytes each on one of two replicas.
-    small = GPU("small", 1.8e6, 1e12, 1e11, 1e10)
+    small = GPU("small", 2.0e6, 1e12, 1e11, 1e10)
     cluster = replace(planning.H100, nodes=1, gpus_per_node=2, gpu=small)
     recipe = tiny("training.global_batch_size=8")
     plans = elsewhere(planning.found, recipe, cluster, 3)

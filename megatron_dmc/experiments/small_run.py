@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = REPOSITORY / "examples" / "quickstart"
+from megatron_dmc.config import ConfigError
+from megatron_dmc.errors import DMCError
+from megatron_dmc.experiments.places import small_recipes
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
@@ -30,6 +31,10 @@ TOY_SIZES = [
 TOY_STEPS = {"base": (12,), "control": (12, 4), "recipe": (12, 4), "adapter": (12, 4), "neuron": (4, 8, 4)}
 
 
+class CommandFailed(DMCError):
+    """A command of a run did not finish."""
+
+
 class SmallRun:
     """A folder, the text in it, and the commands that have run there.
 
@@ -37,19 +42,27 @@ class SmallRun:
         folder: made if absent.
         data: a folder, .txt or .jsonl; None: the sources of Python's standard library.
         smoke: everything at toy size.
+
+    Raises:
+        ConfigError: the recipes are not there (see ``places``).
     """
 
     def __init__(self, folder: Path, data: str | None, smoke: bool) -> None:
-        self.folder, self.data, self.smoke = folder, data, smoke
+        self.folder, self.data, self.smoke = folder.absolute(), data, smoke
+        self.recipes = small_recipes()
         self.seconds: dict[str, float] = {}
 
     def prepare_text(self) -> None:
-        """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets."""
+        """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets.
+
+        Raises:
+            ConfigError: the folder holds a run on other text, or the text is too short.
+        """
         wanted = {"text": self._digest(), "vocabulary": VOCABULARY, "smoke": self.smoke}
         done = self.folder / "data" / "done.json"
         if done.exists():
             if json.loads(done.read_text()) != wanted:
-                sys.exit(f"{self.folder} holds a run on other text; remove it, or name the same DATA")
+                raise ConfigError(f"{self.folder} holds a run on other text; remove it, or name the same --data")
             return
         self.timed("text, tokenizer, datasets", self._write_text)
         write_whole(done, json.dumps(wanted))
@@ -60,14 +73,13 @@ class SmallRun:
         return standard_library_documents() if self.data is None else iter_documents(self.data)
 
     def _digest(self) -> str:
-        """Of all documents, in their order: the text is the same, wherever it lies."""
+        """A digest of all documents in their order: the same text has the same, wherever it lies."""
         digest = hashlib.sha256()
         for document in self._documents():
             digest.update(hashlib.sha256(document.encode()).digest())
         return digest.hexdigest()
 
     def _write_text(self) -> None:
-        from megatron_dmc.config import ConfigError
         from megatron_dmc.data import build_indexed_dataset, split_documents
         from megatron_dmc.data.tokenizer import train_tokenizer
 
@@ -87,17 +99,25 @@ class SmallRun:
 
     def training(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
         """The command that runs one of examples/quickstart's recipes, at toy size if so wished."""
-        command = [sys.executable, "-m", "megatron_dmc", "retrofit", str(RECIPES / f"{recipe}.yaml")]
+        command = self.command("retrofit", self.recipes / f"{recipe}.yaml")
         if self.smoke:
             command += TOY_SIZES + [f"phases.{i}.steps={steps}" for i, steps in enumerate(TOY_STEPS[recipe])]
             # So few steps change decisions only if they start near the edge.
             command += ["dmc.decision_bias=0.5"] if recipe not in ("base", "control") else []
         return command + list(overrides)
 
+    def command(self, *words: str | Path) -> list[str]:
+        """``megatron-dmc`` with these words, as a process of its own."""
+        return [sys.executable, "-m", "megatron_dmc", *map(str, words)]
+
     def stage(self, title: str, makes: str, command: list[str]) -> None:
-        """Runs a command unless what it makes (whole or not at all) is there."""
+        """Runs a command in the run's folder unless what it makes (whole or not at all) is there.
+
+        Raises:
+            CommandFailed: after the command has printed why.
+        """
         if not (self.folder / makes).exists():
-            self.timed(title, lambda: self.call(command))
+            self.timed(title, lambda: self._call(title, command))
 
     def timed(self, title: str, work: Callable[[], None]) -> None:
         print(f"== {title}", flush=True)
@@ -105,19 +125,18 @@ class SmallRun:
         work()
         self.seconds[title] = time.perf_counter() - began
 
-    def call(self, command: list[str]) -> None:
-        """Runs one command in the run's folder; it explains its own errors."""
+    def _call(self, title: str, command: list[str]) -> None:
         if subprocess.run(command, cwd=self.folder, env=self.environment).returncode:
-            sys.exit(1)
+            raise CommandFailed(f"{title} did not finish; see above")
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every command: the small model is for the CPU, also where there is a GPU."""
+        """The environment of every command: the small model is for the CPU, also where there is a GPU."""
         return {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The whole file or none."""
+    """Writes the whole file or none."""
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)

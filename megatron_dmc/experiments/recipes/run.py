@@ -1,15 +1,11 @@
-"""`make recipes`: ways to the same compression ratio side by side, on a small model, for equally many tokens.
+"""Ways to the same compression ratio side by side, on a small model, for equally many tokens.
 
-Every row is one command over a recipe of examples/quickstart; what is done is not done again. Results go to results.json
-here, and from it to the table and the figure of docs/choosing.md.
+Every row is one command over a recipe of examples/quickstart; what is done is not done again.
 """
 
-import argparse
 import json
 import os
 import subprocess
-import sys
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -18,15 +14,14 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from small_run import REPOSITORY, SmallRun, write_whole  # noqa: E402
+from megatron_dmc.experiments.places import checkout
+from megatron_dmc.experiments.recipes import report
+from megatron_dmc.experiments.small_run import CommandFailed, SmallRun, write_whole
 
 RATIOS = (4, 8)
 SWEEP_RATIOS = (2, 4, 8)
 WINDOWS = (1, 4, 16, 64)
-SEEDS = (1, 2)  # beside the recipes' own
+SEEDS = (1, 2)  # in addition to the recipes' own
 SEQUENCE_LENGTH = 512
 
 
@@ -89,10 +84,6 @@ def smoke_rows() -> list[Row]:
     return [Row("neuron", 4), Row("recipe", 4, 16, "merge"), Row("adapter", 4, 16, "evict")]
 
 
-class CommandFailed(RuntimeError):
-    """What the command said of it."""
-
-
 class Comparison(SmallRun):
     """Rows are trained several at a time, each on its share of the cores."""
 
@@ -141,41 +132,36 @@ class Comparison(SmallRun):
     def _measured(self, name: str) -> dict[str, Any]:
         path = self.folder / "results" / f"{name}.json"
         if not path.exists():
-            command = [sys.executable, str(HERE.parent / "measure.py"), f"{name}/final"]
+            command = self.command("measure", f"{name}/final", *["--smoke"] * self.smoke)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, self._quietly([*command, "--smoke"] if self.smoke else command))
+            write_whole(path, self._quietly(command))
         return json.loads(path.read_text())
 
     def _quietly(self, command: list[str]) -> str:
-        """What a command prints; if it fails, what it says of it."""
+        """What a command prints. Raises CommandFailed with what it says when it fails."""
         environment = {**self.environment, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise CommandFailed(done.stderr.strip() or f"{' '.join(command)} failed")
+            said = done.stderr.strip() or f"{' '.join(command)} failed and said nothing"
+            # A line of ours says it all; of anything else the traceback is wanted.
+            *_, last = said.splitlines()
+            raise CommandFailed(last.partition(": ")[2] if last.startswith("megatron-dmc: ") else said)
         return done.stdout
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--smoke", action="store_true", help="three rows at toy size; the documentation is left as it is"
-    )
-    parsed = parser.parse_args()
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    from megatron_dmc.config import ConfigError
+def run_recipes(folder: Path, smoke: bool) -> None:
+    """Runs the comparison in ``folder``. In a source checkout the full one writes examples/recipes/results.json and
+    docs/choosing.md's section; results.json lies in ``folder`` and the tables are printed elsewhere.
 
-    folder = REPOSITORY / "runs" / ("recipes-smoke" if parsed.smoke else "recipes")
-    try:
-        results = Comparison(folder, None, parsed.smoke).run(smoke_rows() if parsed.smoke else rows())
-    except (ConfigError, CommandFailed, OSError) as error:
-        sys.exit(f"recipes: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    target = folder / "results.json" if parsed.smoke else HERE / "results.json"
-    write_whole(target, json.dumps(results, indent=1))
-    if not parsed.smoke:
-        subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
-
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ConfigError: the folder holds a run on other text.
+        CommandFailed: a row did not finish.
+    """
+    results = Comparison(folder, None, smoke).run(smoke_rows() if smoke else rows())
+    root = None if smoke else checkout()
+    target = folder if root is None else root / "examples" / "recipes"
+    write_whole(target / "results.json", json.dumps(results, indent=1))
+    if root is not None:
+        report.write(results, root / "docs")
+    if not smoke:
+        print(report.table(results), report.sweep(results), sep="\n\n")

@@ -1,15 +1,13 @@
-"""Writes the table and the figure of docs/choosing.md from results.json."""
+"""The tables and the figure of docs/choosing.md, from results.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-DOCUMENTATION = HERE.parents[1] / "docs"
-PAGE, FIGURE = DOCUMENTATION / "choosing.md", DOCUMENTATION / "figures" / "recipes.png"
+from megatron_dmc.experiments.small_run import write_whole
+
 BEGIN, END = "<!-- results:begin (written by make recipes) -->", "<!-- results:end -->"
 
 LABELS = {
@@ -135,16 +133,11 @@ def draw(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> None:
-    results = json.loads((HERE / "results.json").read_text())
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
+def write(results: dict[str, Any], docs: Path) -> None:
+    """Replaces the measured section of ``choosing.md`` and its figure."""
+    page = docs / "choosing.md"
+    before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     parts = (BEGIN, table(results), sweep(results), "![Ratio and loss of every recipe](figures/recipes.png)", END)
-    PAGE.write_text(before + "\n\n".join(parts) + after)
-    draw(results).savefig(FIGURE, dpi=110)
-    print(table(results), sweep(results), sep="\n\n")
-
-
-if __name__ == "__main__":
-    main()
+    write_whole(page, before + "\n\n".join(parts) + after)
+    draw(results).savefig(docs / "figures" / "recipes.png", dpi=110)

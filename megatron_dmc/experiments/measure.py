@@ -1,12 +1,13 @@
 """One checkpoint's loss on held-out text, the ratio it reaches there, and the bytes its cache really holds."""
 
-import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from small_run import CACHE_TOKENS
+from megatron_dmc.data import heldout_windows
+from megatron_dmc.evaluation.cache_size import measure_cache
+from megatron_dmc.evaluation.perplexity import evaluate
+from megatron_dmc.experiments.small_run import CACHE_TOKENS
+from megatron_dmc.inference.loading import load_model
 
 # Of the held-out text: every model reads the same first 32 thousand tokens.
 WINDOWS = 64
@@ -14,12 +15,12 @@ SMOKE_WINDOWS = 8
 
 
 def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
-    """A row of plain values. Runs in the run's folder, inside ``world()``."""
-    from megatron_dmc.data import heldout_windows
-    from megatron_dmc.evaluation.cache_size import measure_cache
-    from megatron_dmc.evaluation.perplexity import evaluate
-    from megatron_dmc.inference.loading import load_model
+    """A row of plain values. Runs in the run's folder, inside ``world()``.
 
+    Args:
+        checkpoint: its path below ``checkpoints/``.
+        smoke: reads a few held-out windows only.
+    """
     loaded = load_model(Path("checkpoints", checkpoint))
     data = loaded.recipe.data
     windows = heldout_windows(
@@ -49,23 +50,3 @@ def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
         "cache_bytes": size.cache_bytes,
         "layer_head_compression_ratio": result.layer_head_ratio.tolist(),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="below checkpoints/, such as recipe/final")
-    parser.add_argument("--smoke", action="store_true", help="a few held-out windows only")
-    parsed = parser.parse_args()
-    from megatron_dmc.checkpoint import CheckpointError
-    from megatron_dmc.config import ConfigError
-    from megatron_dmc.distributed.world import world
-
-    try:
-        with world():
-            json.dump(measure(parsed.checkpoint, smoke=parsed.smoke), sys.stdout)
-    except (ConfigError, CheckpointError, OSError) as error:
-        sys.exit(f"measure: {error}")
-
-
-if __name__ == "__main__":
-    main()

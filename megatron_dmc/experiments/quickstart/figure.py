@@ -1,15 +1,15 @@
 """Draws the quickstart's summary.json: what compression costs, and what it saves, head by head."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluate import RUNS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+
+from megatron_dmc.experiments.quickstart.table import RUNS
 
 
 def draw(summary: dict[str, Any]) -> Figure:
@@ -21,7 +21,7 @@ def draw(summary: dict[str, Any]) -> Figure:
     for run, label in RUNS.items():
         rows = [row for row in summary["dmc"] if row["run"] == run]
         ratios = [1.0] + [row["compression_ratio"] for row in rows]
-        over = [0.0] + [row["loss_per_byte"] - control for row in rows]
+        over = [_uncompressed(summary, rows[0])] + [row["loss_per_byte"] - control for row in rows]
         loss.plot(ratios, over, "o-", label=label)
         loss_ratios = [row["compression_ratio_of_cache"] for row in rows]
         held.plot(loss_ratios, [row["cache_bytes"] / 1024 for row in rows], "o", label=label)
@@ -56,15 +56,13 @@ def draw(summary: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("summary", type=Path)
-    parser.add_argument("image", type=Path)
-    parsed = parser.parse_args()
-    partial = parsed.image.with_suffix(".partial.png")
-    draw(json.loads(parsed.summary.read_text())).savefig(partial, dpi=110)
-    partial.replace(parsed.image)
+def _uncompressed(summary: dict[str, Any], row: dict[str, Any]) -> float:
+    """What a run loses at ratio 1: an adapter is its frozen base there, the others have been trained on as the control has."""
+    return summary["base"]["loss_per_byte"] - summary["control"]["loss_per_byte"] if row["train"] == "adapter" else 0.0
 
 
-if __name__ == "__main__":
-    main()
+def save(summary: Path, image: Path) -> None:
+    """Draws ``summary.json``; the whole image or none."""
+    partial = image.with_suffix(".partial.png")
+    draw(json.loads(summary.read_text())).savefig(partial, dpi=110)
+    partial.replace(image)

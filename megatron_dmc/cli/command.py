@@ -1,0 +1,161 @@
+"""Reads the command line, runs one subcommand, and turns errors into one line and an exit status.
+
+A subcommand is a module with ``HELP``, ``add_arguments`` and ``run``. No module here imports torch before its ``run`` is
+called: help and wrong flags answer at once.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from megatron_dmc.cli import (
+    cluster_check,
+    convert_from_hf,
+    convert_to_hf,
+    generate,
+    inspect,
+    measure,
+    plan,
+    preprocess,
+    quickstart,
+    quickstart_evaluate,
+    recipes,
+    retrofit,
+)
+from megatron_dmc.cli.version import ShowVersions
+from megatron_dmc.errors import DMCError
+
+# Exit statuses as a shell gives them: 128 and the signal's number.
+INTERRUPTED = 128 + signal.SIGINT
+PIPE_CLOSED = 128 + signal.SIGPIPE
+
+
+class Command(Protocol):
+    """A subcommand's module.
+
+    Attributes:
+        HELP: one line for the list of commands; empty: the command is a part of another and is not listed.
+    """
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace) -> int | None:
+        """Does the work; its docstring is the help's description. Returns an exit status; None is 0."""
+
+
+COMMANDS: dict[str, Command] = {
+    "retrofit": retrofit,
+    "plan": plan,
+    "inspect": inspect,
+    "generate": generate,
+    "convert-from-hf": convert_from_hf,
+    "convert-to-hf": convert_to_hf,
+    "preprocess": preprocess,
+    "cluster-check": cluster_check,
+    "quickstart": quickstart,
+    "recipes": recipes,
+    "quickstart-evaluate": quickstart_evaluate,
+    "measure": measure,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``megatron-dmc``. Returns its exit status.
+
+    0: done. 1: bad input, or a run that cannot go on, after one line on stderr; ``plan`` ends in 2 there. 2: wrong flags.
+    75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core."
+    )
+    parser.add_argument("--version", action=ShowVersions)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        # Without a help argument argparse does not list it.
+        added = commands.add_parser(name, help=command.HELP) if command.HELP else commands.add_parser(name)
+        _add_to(added, command)
+    return _run("megatron-dmc", _parse(parser, arguments))
+
+
+def run_alone(command: Command, program: str, arguments: Sequence[str] | None = None) -> int:
+    """One command as a program of its own, such as ``python tools/preprocess_data.py``. Returns its exit status."""
+    parser = argparse.ArgumentParser(prog=program)
+    _add_to(parser, command)
+    return _run(program.removesuffix(".py"), _parse(parser, arguments))
+
+
+def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
+    parser.description = command.run.__doc__
+    parser.set_defaults(run=command.run, failed=1)
+    command.add_arguments(parser)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere after the recipe; argparse alone takes them from one place only."""
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
+
+
+def _run(program: str, options: argparse.Namespace) -> int:
+    """The one place that turns an error into a line and an exit status. Errors of our own code keep their traceback."""
+    # megatron-core warns of every optional package that is missing, when it is imported.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    try:
+        with _sigterm_interrupts():
+            status = options.run(options) or 0
+            # A reader that has gone is noticed here at the latest, not while Python exits.
+            sys.stdout.flush()
+            return int(status)
+    except KeyboardInterrupt as interrupt:
+        print(f"{program}: {', '.join(['interrupted', *map(str, interrupt.args)])}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered would fail again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except SystemExit as end:
+        # What rich makes of a closed pipe, once it has silenced stdout.
+        if isinstance(end.__context__, BrokenPipeError):
+            return PIPE_CLOSED
+        raise
+    except (DMCError, OSError) as error:
+        print(f"{program}: {_line(error)}", file=sys.stderr)
+        return int(options.failed)
+
+
+def _line(error: DMCError | OSError) -> str:
+    """What a user reads of an error; raises it again where it names nothing that a user could mend."""
+    if isinstance(error, DMCError):
+        return str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}; free some space, or write to another disk"
+    raise error
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A scheduler's SIGTERM ends a command as Ctrl-C does, so that it leaves nothing half written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,0 +1,46 @@
+"""``megatron-dmc generate``."""
+
+import argparse
+
+from megatron_dmc.cli.common import add_checkpoint
+from megatron_dmc.config import ConfigError
+
+HELP = "continue a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Continues a prompt with the compressed cache and prints the text."""
+    _check(options)
+    from megatron_dmc.distributed.world import world
+    from megatron_dmc.inference import generate
+
+    with world():
+        generate.run(
+            options.checkpoint,
+            options.prompt,
+            options.max_new_tokens,
+            options.temperature,
+            options.seed,
+            base=options.base,
+        )
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be >= 1, got {options.max_new_tokens}")
+    if options.temperature != 0 and not 1e-3 <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature must be 0 (greedy) or a number >= 0.001, got {options.temperature:g}")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed must be in [0, 2^63), got {options.seed}")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt is not UTF-8 text") from None

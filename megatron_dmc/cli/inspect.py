@@ -1,0 +1,26 @@
+"""``megatron-dmc inspect``."""
+
+import argparse
+
+from megatron_dmc.cli.common import add_checkpoint
+from megatron_dmc.config import ConfigError
+
+HELP = "compression ratio of every layer and head on a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument("--text", help="a text file; by default Python's own sources")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens to read (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
+    if options.tokens < 2:
+        raise ConfigError(f"--tokens must be >= 2, got {options.tokens}")
+    from megatron_dmc.distributed.world import world
+    from megatron_dmc.evaluation import inspect
+
+    with world():
+        inspect.run(options.checkpoint, options.text, options.tokens, as_json=options.json, base=options.base)

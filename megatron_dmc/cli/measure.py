@@ -1,0 +1,20 @@
+"""``megatron-dmc measure``: one row of the quickstart's and the recipes' tables."""
+
+import argparse
+import json
+
+HELP = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="below checkpoints/, such as recipe/final")
+    parser.add_argument("--smoke", action="store_true", help="a few held-out windows only")
+
+
+def run(options: argparse.Namespace) -> None:
+    """In a run's folder: prints, as JSON, a checkpoint's loss on held-out text, its ratio, and the bytes its cache holds."""
+    from megatron_dmc.distributed.world import world
+    from megatron_dmc.experiments.measure import measure
+
+    with world():
+        print(json.dumps(measure(options.checkpoint, smoke=options.smoke)))

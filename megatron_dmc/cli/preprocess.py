@@ -1,0 +1,66 @@
+"""``megatron-dmc preprocess``."""
+
+import argparse
+import warnings
+
+HELP = "text or conversations to a dataset"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        required=True,
+        action="append",
+        metavar="PATH",
+        help="a folder (.md, .py, .rst, .txt and .jsonl files in it; links to folders are not followed), a text file "
+        '(one document), or a .jsonl file with "text" in every line; with --chat a .jsonl file, or a folder of them; '
+        "may be repeated",
+    )
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", metavar="FOLDER", help="a folder that holds tokenizer.json")
+    tokenizer.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB",
+        help="train a byte-level BPE of this size on the training documents, into PREFIX_tokenizer/",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help='every line is a conversation, {"messages": [{"role": "user", "content": "..."}, ...]}: the tokenizer\'s chat '
+        "template writes it, and the loss is on the assistant's tokens only (needs transformers)",
+    )
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template instead of the tokenizer's own")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the dataset without its suffixes")
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this part of the text, by document, in PREFIX_valid; the rest goes to PREFIX_train (default: 0, "
+        "all goes to PREFIX)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the split (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Tokenizes text into PREFIX.bin, PREFIX.idx and PREFIX.json; with --chat conversations, and into PREFIX.mask.bin and
+    PREFIX.mask.idx which of their tokens are the assistant's."""
+    # Here alone: what reading the data itself warns of is for the user.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+        from megatron_dmc.data.preprocess import PreprocessOptions, preprocess
+    preprocess(
+        PreprocessOptions(
+            input=options.input,
+            output=options.output,
+            tokenizer=options.tokenizer,
+            train_tokenizer=options.train_tokenizer,
+            chat=options.chat,
+            chat_template=options.chat_template,
+            valid_fraction=options.valid_fraction,
+            seed=options.seed,
+            overwrite=options.overwrite,
+        )
+    )

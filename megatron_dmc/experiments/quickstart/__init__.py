@@ -1,0 +1,1 @@
+"""``megatron-dmc quickstart``: the whole job on a small model and real text."""

@@ -1,0 +1,50 @@
+"""The quickstart's table, from its summary.json."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# {run: what it is called in the table}
+RUNS = {"recipe": "recommended", "adapter": "adapter, distilled", "neuron": "paper's form"}
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """The quickstart's table, and the text that the exported model wrote."""
+    control = summary["control"]["loss_per_byte"]
+    made = {"recipe/final": summary["generation"]["dmc"], "control/final": summary["generation"]["control"]}
+    speed = {checkpoint: f"{each['tokens_per_second']:.0f}" for checkpoint, each in made.items()}
+    table = Table(title="held-out text")
+    for column in (
+        "model",
+        "target CR",
+        "CR",
+        "nats/token",
+        "perplexity",
+        "nats/byte",
+        "over control",
+        "cache at 2048",
+        "tokens/s",
+    ):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in ("base", "control"):
+        row = summary[name]
+        plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB"
+        table.add_row(name, "", "1.00", *_losses(row, control), plain, speed.get(row["checkpoint"], ""))
+    for row in summary["dmc"]:
+        table.add_row(
+            f"DMC {RUNS[row['run']]}",
+            f"{row['target_compression_ratio']:g}",
+            f"{row['compression_ratio']:.2f}",
+            *_losses(row, control),
+            f"{row['cache_bytes'] / 1024:.0f} of {row['plain_cache_bytes'] / 1024:.0f} KiB",
+            speed.get(row["checkpoint"], ""),
+        )
+    console.print(table)
+    console.print("\n[bold]hf/ continues a text:[/bold]")
+    console.print(summary["generation"]["dmc"]["text"], markup=False, highlight=False)
+
+
+def _losses(row: dict[str, Any], control: float) -> tuple[str, str, str, str]:
+    over = row["loss_per_byte"] - control
+    return f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['loss_per_byte']:.4f}", f"{over:+.4f}"

@@ -1,0 +1,1 @@
+"""``megatron-dmc recipes``: ways to the same compression ratio side by side."""

@@ -1,0 +1,194 @@
+"""The command: what it answers without torch, and how an error becomes a line and an exit status."""
+
+import argparse
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_dmc import ConfigError, DMCError, __version__
+from megatron_dmc.checkpoint import CheckpointError
+from megatron_dmc.cli import run_alone
+from megatron_dmc.cli.command import COMMANDS, INTERRUPTED, PIPE_CLOSED, main
+from megatron_dmc.cluster_check.launch import CheckError
+from megatron_dmc.training.trainer import TrainingError
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "examples" / "llama2_70b_dmc8" / "recipe.yaml"
+TOOLS = ("hf_to_megatron.py", "megatron_to_hf.py", "preprocess_data.py")
+
+# Runs a program's lines, then says on the last line of stderr whether torch was imported.
+WITHOUT_TORCH = """
+import sys
+try:
+    {program}
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def answers_without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = f"from megatron_dmc.cli import main; sys.exit(main({list(arguments)!r}))"
+    done = python("-c", WITHOUT_TORCH.format(program=program))
+    *said, imported = done.stderr.splitlines()
+    assert imported == "False", done.stderr
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout, "\n".join(said))
+
+
+def failing(raises: Callable[[], Any]) -> Any:
+    """A command that does this and nothing else."""
+
+    def run(options: argparse.Namespace) -> None:
+        raises()
+
+    return SimpleNamespace(HELP="", add_arguments=lambda parser: None, run=run)
+
+
+def throw(error: BaseException) -> Any:
+    def raises() -> None:
+        raise error
+
+    return failing(raises)
+
+
+def test_help_needs_no_torch() -> None:
+    listed = answers_without_torch("--help").stdout
+    for name, command in COMMANDS.items():
+        assert (f"  {name} " in listed or f"  {name}\n" in listed) == bool(command.HELP), name
+    done = python("-c", WITHOUT_TORCH.format(program="from megatron_dmc.cli import command"))
+    assert done.stderr == "False\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    first = (COMMANDS[name].run.__doc__ or "").split()[0]
+    assert said.startswith(f"usage: megatron-dmc {name}") and first in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["retrofit"], 2, "the following arguments are required: recipe"),
+        (["bogus"], 2, "invalid choice: 'bogus'"),
+        (["inspect", "x", "--banana"], 2, "unrecognized arguments: --banana"),
+        (["retrofit", str(RECIPE), "banana"], 1, "override 'banana' must read section.field=value"),
+        (["retrofit", "x.yaml"], 1, "megatron-dmc: recipe x.yaml does not exist"),
+        (["inspect", "x", "--tokens", "1"], 1, "megatron-dmc: --tokens must be >= 2, got 1"),
+        (["generate", "x", "--prompt", "a", "--max-new-tokens", "0"], 1, "megatron-dmc: --max-new-tokens must be >= 1"),
+        (["convert-to-hf", "x", "y", "--max-shard-size", "5 apples"], 2, "5GB, 300MB"),
+        (["cluster-check", "--layouts", "TP3"], 2, "argument --layouts: invalid choice: 'TP3'"),
+        (["plan", str(RECIPE), "--nodes", "0"], 2, "megatron-dmc: --nodes must be >= 1, got 0"),
+        (["plan", str(RECIPE), "--nodes", "1", "--gpu", "h20"], 2, "megatron-dmc: --gpu must be one of"),
+        (["plan", str(RECIPE), "--nodes", "1", "--gpus-per-node", "3"], 2, "must divide the number of GPUs"),
+        (
+            ["plan", str(RECIPE), "--nodes", "16", "training.global_batch_size=3"],
+            2,
+            "must be a multiple of micro_batch",
+        ),
+        (["plan", str(RECIPE), "--nodes", "1", "training.banana=1"], 2, "banana"),
+    ],
+)
+def test_what_is_refused_is_refused_before_torch_is_imported(arguments: list[str], status: int, message: str) -> None:
+    done = answers_without_torch(*arguments)
+    assert done.returncode == status and message in done.stderr
+    assert done.stderr.startswith("usage: ") or "\n" not in done.stderr
+
+
+def test_versions() -> None:
+    said = answers_without_torch("--version").stdout
+    assert said.startswith(f"megatron-dmc {__version__} (torch ") and ", megatron-core " in said
+
+
+@pytest.mark.parametrize("error", [ConfigError, CheckpointError, TrainingError, CheckError])
+def test_one_base_class(error: type[Exception]) -> None:
+    assert issubclass(error, DMCError)
+    assert issubclass(error, ValueError if error is ConfigError else RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("a.b must be 1, got 2"), 1, "tool: a.b must be 1, got 2\n"),
+        (CheckpointError("checkpoint x does not exist"), 1, "tool: checkpoint x does not exist\n"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"),
+            1,
+            "tool: a.txt: No such file or direc",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", b"b.txt"), 1, "tool: b.txt: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "tool: No space left on device; free some space"),
+        (KeyboardInterrupt(), INTERRUPTED, "tool: interrupted\n"),
+        (KeyboardInterrupt("nothing was written"), INTERRUPTED, "tool: interrupted, nothing was written\n"),
+    ],
+)
+def test_an_error_is_one_line(error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_alone(throw(error), "tool.py", []) == status
+    line = capsys.readouterr().err
+    assert line.startswith(said) and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EBADF, "Bad file descriptor"), RuntimeError("x")])
+def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_alone(throw(error), "tool.py", [])
+
+
+def test_sigterm_ends_a_command_as_an_interruption_does(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_alone(failing(lambda: os.kill(os.getpid(), signal.SIGTERM)), "tool.py", []) == INTERRUPTED
+    assert capsys.readouterr().err == "tool: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_command_runs_in_a_thread_too() -> None:
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(run_alone(failing(lambda: None), "tool.py", [])))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("write_line", ["print", "rich.print"])
+def test_a_reader_that_has_gone_is_no_fault(write_line: str, unbuffered: str) -> None:
+    program = (
+        "import sys; import rich; from types import SimpleNamespace; from megatron_dmc.cli import run_alone\n"
+        f"def run(options):\n    for _ in range(2000): {write_line}('a long text')\n"
+        "sys.exit(run_alone(SimpleNamespace(HELP='', add_arguments=lambda parser: None, run=run), 'tool', []))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (PIPE_CLOSED, b"")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_run_from_any_folder_and_without_an_installation(tool: str, tmp_path: Path) -> None:
+    # -S: no site-packages, so neither the package nor anything it needs.
+    done = python("-S", str(ROOT / "tools" / tool), "--help", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {tool} "), done.stderr
+
+
+def test_the_modules_are_commands_too() -> None:
+    for module in ("megatron_dmc", "megatron_dmc.cluster_check"):
+        done = python("-m", module, "--help")
+        assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
