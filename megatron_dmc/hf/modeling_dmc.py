@@ -26,6 +26,7 @@ from megatron_dmc.ops.decisions import (
 )
 from megatron_dmc.ops.decode import LayerCache
 from megatron_dmc.ops.states import attention_states
+from megatron_dmc.ops.tokens import Tokens
 
 
 class DecisionProjection(nn.Linear):
@@ -72,12 +73,7 @@ class DMCLlamaAttention(nn.Module):
             when = {"local_window": self.dmc["local_window"], "operation": self.dmc["operation"]}
             states = attention_states(
                 query,
-                key,
-                value,
-                (a > 0).to(a.dtype),
-                omega,
-                cos,
-                sin,
+                Tokens(key, value, (a > 0).to(a.dtype), omega, cos, sin),
                 window_size=self.dmc["window_size"],
                 clear_last_channel=self.neuron,
                 **when,

@@ -30,6 +30,7 @@ from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.pooling.context_parallel import context_parallel_pool
 from megatron_dmc.ops.rotary import rotate, rotation
 from megatron_dmc.ops.states import attention_states
+from megatron_dmc.ops.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -240,12 +241,7 @@ class DMCSelfAttention(SelfAttention):
             self.statistics.add(counts)
         states = attention_states(
             query,
-            key,
-            value,
-            alpha,
-            omega,
-            cos,
-            sin,
+            Tokens(key, value, alpha, omega, cos, sin),
             local_window=self.dmc.local_window,
             operation=self.dmc.operation,
             window_size=self.dmc.window_size,

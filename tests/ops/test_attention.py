@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_dmc.ops.attention import dmc_attention, naive
 from megatron_dmc.ops.attention.diagonal import diagonal_forward
+from megatron_dmc.ops.attention.fading_keys import FarKeys
+from megatron_dmc.ops.attention.types import KernelSettings
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.rotary import rotate
 
@@ -146,10 +148,12 @@ def test_enormous_logits_are_binary_decisions() -> None:
 def test_log_sum_exp() -> None:
     query, key, value, logits = slots(33, heads=8, logits="mixed")
     following = F.pad(logits[:, 1:], (0, 0, 0, 1), value=-INFINITY)
-    _, lse = diagonal_forward(query, key, value, following, 0.25, None)
+    settings = KernelSettings(softmax_scale=0.25)
+    lse = diagonal_forward(query, FarKeys(key, value, following), settings).lse
     _, expected = naive.dmc_attention(query, key, value, logits, 0.25)
     torch.testing.assert_close(lse, expected, rtol=1e-12, atol=1e-12)
-    out, lse = diagonal_forward(*slots(33, heads=8, dtype=torch.bfloat16), 0.25, None)
+    query, *far = slots(33, heads=8, dtype=torch.bfloat16)
+    out, lse = diagonal_forward(query, FarKeys(*far), settings)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and lse.shape == (2, 33, 8)
 
 

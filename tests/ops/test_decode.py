@@ -13,6 +13,7 @@ from megatron_dmc.ops.decisions import OMEGA_EPS, hard_logits
 from megatron_dmc.ops.decode import LayerCache, naive
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
+from megatron_dmc.ops.tokens import Tokens as KeysAndValues
 
 torch.set_num_threads(1)
 
@@ -104,7 +105,7 @@ def oracle(tokens: Tokens, kind: Kind = KINDS["exact"]) -> tuple[Tensor, Tensor]
     for b in range(batch):
         for h in range(kv_heads):
             head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, kind.window_size, *kind[:2])
+            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())
             counts[b, h] = len(slots) + min(tokens.key.shape[1], kind.local_window)
     return out.flatten(2, 3), counts
 
@@ -158,7 +159,8 @@ def test_training_form_is_the_cache(clears, kind):
             x[..., -1] = 0
     cos, sin = rotation(torch.arange(65)[None], 16, torch.float32)
     alpha = tokens.alpha.float()
-    states = attention_states(*tokens[:3], alpha, tokens.omega, cos, sin, **kind._asdict(), clear_last_channel=clears)
+    given = KeysAndValues(tokens.key, tokens.value, alpha, tokens.omega, cos, sin)
+    states = attention_states(tokens.query, given, **kind._asdict(), clear_last_channel=clears)
     when = {"local_window": kind.local_window, "operation": kind.operation}
     expected = windowed_dmc_attention(*states, hard_logits(alpha), bias_channel=-1 if clears else None, **when)
     for cuts in ([65], [20, 40, 5], [1] * 65):

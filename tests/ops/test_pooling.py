@@ -305,7 +305,6 @@ STATE = PoolState(torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2, 2))
         ({}, {"window_size": 3, "initial_state": STATE}, "window_size"),
         ({}, {"window_size": 3, "return_final_state": True}, "window_size"),
         ({}, {"backend": "cuda"}, "backend must be auto, torch or naive, got 'cuda'"),
-        ({}, {"backend": "naive", "return_final_state": True}, "naive"),
     ],
     ids=[
         "value-shape",
@@ -315,7 +314,6 @@ STATE = PoolState(torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2, 2))
         "window-state",
         "window-final",
         "backend",
-        "naive-state",
     ],
 )
 def test_bad_arguments_are_named(change: dict, options: dict, message: str) -> None:

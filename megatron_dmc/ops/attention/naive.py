@@ -45,6 +45,7 @@ def windowed_dmc_attention(
     pooled_key: Tensor,
     pooled_value: Tensor,
     merge_logits: Tensor,
+    *,
     local_window: int,
     operation: str,
     softmax_scale: float | None = None,

@@ -1,17 +1,18 @@
 """The compressed cache of one layer, and attention through it."""
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention.sliding import sliding_forward
-from megatron_dmc.ops.attention.windowed import join
+from megatron_dmc.ops.attention.flash import flash_forward
+from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
 from megatron_dmc.ops.decode.ring import Ring
 from megatron_dmc.ops.decode.slots import KeptTokens, MergedSlots, Slots
-from megatron_dmc.ops.decode.tokens import Tokens, take
 from megatron_dmc.ops.rotary import rotate, unrotate
+from megatron_dmc.ops.tokens import Tokens, take
 
 
 class LayerCache:
@@ -128,21 +129,21 @@ class LayerCache:
 
     def _chunk(self, query: Tensor, new: Tokens, kept: Slots, lengths: Tensor, scale: float) -> Tensor:
         """Many tokens at once, in parallel."""
-        bias_channel = -1 if self.clears_last_channel else None
+        settings = KernelSettings(scale, bias_channel=-1 if self.clears_last_channel else None)
         if self.ring is None:
-            return kept.chunk(query, new, lengths, scale, bias_channel)[0]
+            return kept.chunk(query, new, lengths, settings).out
         window = self.local_window
         both, held = self.ring.extend(new, lengths)
-        # Queries stand at their own tokens' columns; in front of them anything.
+        # A query goes to its own token's column; what stands in the columns before the queries does not matter.
         seq, columns = query.shape[1], both.key.shape[1]
         query = take(query, (torch.arange(columns, device=held.device) - held[:, None]).clamp(0, seq - 1))
-        out, lse = sliding_forward(query, both.key, both.value, window, scale)
+        out, lse = flash_forward(query, BiasedKeys(both.key, both.value, None), replace(settings, window=window))
         if columns > window:
             # The token that a query's own pushes out stands a window before it.
             leaving = self._as_kept(Tokens(*(x[:, : columns - window] for x in both)))
             count = (held + lengths - window).clamp(min=0)
-            far = kept.chunk(query[:, window:], leaving, count, scale, bias_channel)
-            out[:, window:] = join(out[:, window:], lse[:, window:], *far)[0]
+            far = kept.chunk(query[:, window:], leaving, count, settings)
+            out[:, window:] = join(Attended(out[:, window:], lse[:, window:]), far).out
         return take(out, held[:, None] + torch.arange(seq, device=held.device))
 
     def _as_kept(self, leaving: Tokens) -> Tokens:

@@ -1,6 +1,7 @@
 """Closed slots of all (sequence, KV head) rows in one pool of small pages: memory follows the sum of the lengths."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +9,18 @@ from torch import Tensor
 from megatron_dmc.ops.attention.flash import HIDDEN
 from megatron_dmc.ops.matrix_product import matrix_product
 
-# Entries beside the pages: keys (rotated), values [rows, entries, head_dim]; bool [rows, entries], those that are none.
-Nearby = tuple[Tensor, Tensor, Tensor]
+
+class Nearby(NamedTuple):
+    """Entries that a row has beside its pages.
+
+    Attributes:
+        key, value: [rows, entries, head_dim], the key rotated.
+        hidden: bool [rows, entries], places that hold no entry.
+    """
+
+    key: Tensor
+    value: Tensor
+    hidden: Tensor
 
 
 class Pages:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.tokens import Tokens, take
+from megatron_dmc.ops.decode.pages import Nearby
+from megatron_dmc.ops.tokens import Tokens, take
 
 
 class Ring:
@@ -67,10 +68,11 @@ class Ring:
         self._write_rest(slice(None), slice(None), kept)
         return both, held
 
-    def nearby(self) -> tuple[Tensor, Tensor, Tensor]:
-        """keys, values [batch * kv_heads, size, head_dim]; bool [batch * kv_heads, size], where there is no token."""
+    def nearby(self) -> Nearby:
+        """Its tokens; those places are hidden where there is none yet."""
         empty = torch.arange(self.size, device=self.tokens.device) >= self.tokens[:, None]
-        return self.key.flatten(0, 1), self.value.flatten(0, 1), empty.repeat_interleave(self.key.shape[1], dim=0)
+        hidden = empty.repeat_interleave(self.key.shape[1], dim=0)
+        return Nearby(self.key.flatten(0, 1), self.value.flatten(0, 1), hidden)
 
     def select(self, sequences: Tensor) -> None:
         for name in ("tokens", "key", "value", "alpha", "omega", "cos", "sin"):

@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_dmc.ops.context_parallel import chunk_numbers, gather_sequence_with_gradient
 from megatron_dmc.ops.matrix_product import matrix_product
 from megatron_dmc.ops.pooling import PoolState, pool
-from megatron_dmc.ops.pooling.parallel import rows, unrows
 from megatron_dmc.ops.pooling.scan import linear_scan
+from megatron_dmc.ops.pooling.torch import rows, unrows
 
 
 def context_parallel_pool(

@@ -6,6 +6,32 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.pooling.scan import linear_scan
+from megatron_dmc.ops.pooling.state import PoolState
+
+
+def pool(
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    window_size: int | None = None,
+    initial_state: PoolState | None = None,
+) -> tuple[Tensor, Tensor, PoolState | None]:
+    """Pooled key and value, and the open slot after the last token (None with a ``window_size``).
+
+    Args:
+        key, value, omega, window_size, initial_state: as the public pool's.
+        alpha: 0 where a slot has to start.
+    """
+    if window_size is not None:
+        return *pool_window(key, value, alpha, omega, window_size), None
+    initial = initial_weight = None
+    if initial_state is not None:
+        initial = torch.cat(initial_state[:2], dim=-1).flatten(0, 1)
+        initial_weight = initial_state.weight.flatten()
+    pooled_key, pooled_value, last, weight = Pool.apply(key, value, alpha, omega, initial, initial_weight)
+    key_sum, value_sum = last.unflatten(0, (-1, key.shape[2])).chunk(2, dim=-1)
+    return pooled_key, pooled_value, PoolState(key_sum, value_sum, weight.unflatten(0, (-1, key.shape[2])))
 
 
 def rows(x: Tensor) -> Tensor:
