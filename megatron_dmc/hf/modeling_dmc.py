@@ -19,7 +19,7 @@ from megatron_dmc.hf.padding import Packing
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
-    hard_logits,
+    hard_merge_logits,
     neuron_logits,
     omega_from_logits,
     projection_logits,
@@ -59,27 +59,28 @@ class DMCLlamaAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.neuron:
-            a, b = neuron_logits(query, key, self.dmc["decision_bias"])
+            decision_logits, omega_logits = neuron_logits(query, key, self.dmc["decision_bias"])
             query, key = clear_channel(query), clear_channel(key)
         else:
-            a, b = projection_logits(self.decision(hidden), self.dmc["decision_bias"], self.dmc["decision_scale"])
+            bias, scale = self.dmc["decision_bias"], self.dmc["decision_scale"]
+            decision_logits, omega_logits = projection_logits(self.decision(hidden), bias, scale)
         if self.dmc["per_layer"]:
-            a = a.mean(-1, keepdim=True).expand_as(a)
-        omega = omega_from_logits(b)
+            decision_logits = decision_logits.mean(-1, keepdim=True).expand_as(decision_logits)
+        alpha, omega = decision_logits > 0, omega_from_logits(omega_logits)
         if cache is not None:
-            out = cache.attend(query, key, value, a > 0, omega, cos, sin, lengths=lengths)
+            out = cache.attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
         else:
-            # Padding stands behind the real tokens, where causal attention never looks.
+            # Padding comes after the real tokens, where causal attention never looks.
             when = {"local_window": self.dmc["local_window"], "operation": self.dmc["operation"]}
             states = attention_states(
                 query,
-                Tokens(key, value, (a > 0).to(a.dtype), omega, cos, sin),
+                Tokens(key, value, alpha.to(decision_logits.dtype), omega, cos, sin),
                 window_size=self.dmc["window_size"],
                 clear_last_channel=self.neuron,
                 **when,
             )
             channel = -1 if self.neuron else None
-            out = windowed_dmc_attention(*states, hard_logits(a), bias_channel=channel, **when)
+            out = windowed_dmc_attention(*states, hard_merge_logits(decision_logits), bias_channel=channel, **when)
         return self.o_proj(out.flatten(2))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention import windowed_dmc_attention
-from megatron_dmc.ops.decisions import OMEGA_EPS, hard_logits
+from megatron_dmc.ops.decisions import OMEGA_EPS, hard_merge_logits
 from megatron_dmc.ops.decode import LayerCache, naive
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
@@ -162,7 +162,7 @@ def test_training_form_is_the_cache(clears, kind):
     given = KeysAndValues(tokens.key, tokens.value, alpha, tokens.omega, cos, sin)
     states = attention_states(tokens.query, given, **kind._asdict(), clear_last_channel=clears)
     when = {"local_window": kind.local_window, "operation": kind.operation}
-    expected = windowed_dmc_attention(*states, hard_logits(alpha), bias_channel=-1 if clears else None, **when)
+    expected = windowed_dmc_attention(*states, hard_merge_logits(alpha), bias_channel=-1 if clears else None, **when)
     for cuts in ([65], [20, 40, 5], [1] * 65):
         out = through_cache(tokens, cuts, LayerCache(*kind, clears_last_channel=clears))
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)

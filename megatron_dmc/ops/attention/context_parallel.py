@@ -131,8 +131,8 @@ def _gathered(states: States, form: Form, group: dist.ProcessGroup) -> Keys:
     local = [x for x in states[1:5] if x is not None]
     parts = iter(gather_sequence(torch.cat(local, dim=-1), group).split(local[0].shape[-1], dim=-1))
     key, value, far_key, far_value = (None if x is None else next(parts) for x in states[1:5])
-    logits = None if states.merge_logits is None else gather_sequence(states.merge_logits, group)
+    merge_logits = None if states.merge_logits is None else gather_sequence(states.merge_logits, group)
     documents = form.kernel.documents
-    if logits is not None and documents is not None:
-        logits = logits.masked_fill(documents.starts.view(*logits.shape[:2], 1), float("-inf"))
-    return keys_of(States(states.query, key, value, far_key, far_value, logits), form)
+    if merge_logits is not None and documents is not None:
+        merge_logits = merge_logits.masked_fill(documents.starts.view(*merge_logits.shape[:2], 1), float("-inf"))
+    return keys_of(States(states.query, key, value, far_key, far_value, merge_logits), form)

@@ -47,11 +47,11 @@ def keys_of(states: States, form: Form) -> Keys:
         key = value = None
     fade_logits = None
     if states.merge_logits is not None:
-        logits = states.merge_logits.to(torch.promote_types(far_key.dtype, torch.float32))
+        after_first = states.merge_logits.to(torch.promote_types(far_key.dtype, torch.float32))[:, 1:]
         if form.operation == "merge":  # a slot fades when the next token merges into it; nothing comes after the last
-            fade_logits = F.pad(logits[:, 1:], (0, 0, 0, 1), value=float("-inf"))
+            fade_logits = F.pad(after_first, (0, 0, 0, 1), value=float("-inf"))
         else:  # a token fades when it is evicted itself; the first one never is
-            fade_logits = F.pad(logits[:, 1:], (0, 0, 1, 0), value=float("-inf"))
+            fade_logits = F.pad(after_first, (0, 0, 1, 0), value=float("-inf"))
     return Keys(key, value, far_key, far_value, fade_logits)
 
 
@@ -85,15 +85,15 @@ class KeyGradients:
 
     def of(self, states: States) -> tuple[Tensor | None, ...]:
         """Gradients of all states but the query, of each that was given: the adjoint of keys_of."""
-        d_logits = None
+        d_merge_logits = None
         if states.merge_logits is not None and self.fade_logits is not None:
             # The adjoint of the padding; the first token's logit is never read.
             kept = slice(None, -1) if self.operation == "merge" else slice(1, None)
-            d_logits = F.pad(self.fade_logits.result()[:, kept], (0, 0, 1, 0)).to(states.merge_logits.dtype)
+            d_merge_logits = F.pad(self.fade_logits.result()[:, kept], (0, 0, 1, 0)).to(states.merge_logits.dtype)
         return (
             *((None, None) if states.key is None else (self.key.result(), self.value.result())),
             *((None, None) if states.far_key is None else (self.far_key.result(), self.far_value.result())),
-            d_logits,
+            d_merge_logits,
         )
 
     def _all(self) -> list["_Sum"]:

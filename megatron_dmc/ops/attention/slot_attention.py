@@ -96,8 +96,8 @@ def attend_whole(states: States, form: Form) -> Tensor:
     flat = States._make(None if x is None else x.flatten(0, 1)[None] for x in states)
     if flat.merge_logits is not None:
         # The logit of a document's first token would fade the last key of the document before it.
-        logits = flat.merge_logits.masked_fill(documents.starts[None, :, None], float("-inf"))
-        flat = flat._replace(merge_logits=logits)
+        merge_logits = flat.merge_logits.masked_fill(documents.starts[None, :, None], float("-inf"))
+        flat = flat._replace(merge_logits=merge_logits)
     return SlotAttention.apply(*flat, form)[0].view(states.query.shape)
 
 

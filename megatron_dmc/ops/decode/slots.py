@@ -10,7 +10,7 @@ from megatron_dmc.ops.attention.diagonal import diagonal_forward
 from megatron_dmc.ops.attention.fading_keys import FarKeys
 from megatron_dmc.ops.attention.flash import HIDDEN, flash_forward
 from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
-from megatron_dmc.ops.decisions import hard_logits
+from megatron_dmc.ops.decisions import hard_merge_logits
 from megatron_dmc.ops.decode.open_slot import RecentTokens, RunningSums
 from megatron_dmc.ops.decode.pages import Nearby, Pages
 from megatron_dmc.ops.rotary import rotate
@@ -108,7 +108,7 @@ class MergedSlots(Slots):
         alpha = torch.cat([merges[:, None], new.alpha[:, 1:]], dim=1)
         key, value = self.sums.chunk(new.key, new.value, alpha, new.omega, lengths)
         key = self._rotate(key, new)
-        fade_logits = F.pad(hard_logits(alpha[:, 1:].float()), (0, 0, 0, 1), value=float("-inf"))
+        fade_logits = F.pad(hard_merge_logits(alpha[:, 1:].float()), (0, 0, 0, 1), value=float("-inf"))
         attended = diagonal_forward(query, FarKeys(key, value, fade_logits), settings)
         attended = self._with_past(query, settings, attended)
 

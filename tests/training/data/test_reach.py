@@ -6,20 +6,20 @@ import torch
 from texts import fails
 from toy import recipe_values, write_text
 
-from megatron_dmc.model.compression_loss import carried_out
+from megatron_dmc.model.compression_loss import takes_effect
 from megatron_dmc.training.arguments import recipe_from_dict
 from megatron_dmc.training.data import check_reach
 from megatron_dmc.training.data.reach import highest_ratio
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 40])
-def test_highest_ratio_is_that_of_all_decisions_carried_out(window):
+def test_highest_ratio_is_that_of_all_decisions_in_effect(window):
     lengths = numpy.random.default_rng(0).integers(1, 70, 50).astype(numpy.int32)
     merged = 0
     for length in lengths:
         for begin in range(0, length, 16):
             positions = torch.arange(min(16, length - begin))
-            merged += int(carried_out(positions, positions.flip(0), window).sum())
+            merged += int(takes_effect(positions, positions.flip(0), window).sum())
     assert highest_ratio(lengths, 16, window) == pytest.approx(lengths.sum() / (lengths.sum() - merged), rel=1e-12)
 
 
