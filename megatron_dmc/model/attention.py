@@ -36,10 +36,10 @@ from megatron_dmc.ops.tokens import Tokens
 
 @dataclass(frozen=True)
 class StepContext:
-    """What is constant during one training step; the trainer sets it between steps, so recomputation sees the same.
+    """What is constant during one training step. The trainer sets it between steps, so recomputation sees the same.
 
     Attributes:
-        merging: decisions are made and carried out. False: the base model.
+        merging: decisions are made and take effect. False: the base model.
         channel_scale: factor on the last channel of q and k before and after rotary embedding (phase zero_out).
         alpha_gradient: gradient of the step's compression loss with respect to every alpha.
     """
@@ -52,8 +52,8 @@ class StepContext:
 class DMCCoreAttention(MegatronModule):
     """Causal attention on rotated [batch, seq, heads, head_dim]: plain, or over slot states when there are merge logits.
 
-    Under context parallelism on this rank's two chunks of the sequence; ``cp_comm_type`` says how ranks exchange keys
-    (``all_gather``, the default, or ``a2a``, see ``context_parallel_attention``).
+    Under context parallelism it runs on this rank's two chunks of the sequence. ``cp_comm_type`` is how ranks exchange keys:
+    ``all_gather``, the default, or ``a2a`` (see ``context_parallel_attention``).
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class DMCCoreAttention(MegatronModule):
 class DMCSelfAttention(SelfAttention):
     """SelfAttention with Dynamic Memory Compression (paper, section 3).
 
-    ``attention_mask`` carries no mask: attention is causal by construction, and no s x s mask is ever built. In training
-    it carries the global sample indices, int64 [batch], that the decisions' noise is keyed by: megatron-core hands it to
-    every layer and every pipeline stage, through activation checkpointing, as an explicit argument. ``packed_seq_params``
-    holds packed documents (see ``pack_documents``): no merge and no attention across their boundaries.
+    ``attention_mask`` carries no mask, because attention is causal and no s x s mask is ever built. In training it carries
+    the global sample indices, int64 [batch], that choose the decisions' noise: megatron-core hands this argument to every
+    layer and every pipeline stage, through activation checkpointing too. ``packed_seq_params`` holds packed documents (see
+    ``pack_documents``): nothing merges and nothing attends across their boundaries.
 
     Args:
         dmc: None for the base model: plain causal attention, no new parameters.
@@ -128,7 +128,7 @@ class DMCSelfAttention(SelfAttention):
         dmc: DMCConfig | None = None,
         **settings: Any,
     ) -> None:
-        # The other settings are megatron-core's business; their number grows from version to version.
+        # The other settings are for megatron-core, which adds to them from version to version.
         super().__init__(config, submodules, **settings)
         self.dmc = dmc
         self.step = StepContext()
@@ -140,7 +140,7 @@ class DMCSelfAttention(SelfAttention):
         # Global numbers of this rank's KV heads.
         self.kv_heads = range(rank * heads, (rank + 1) * heads)
         if dmc is not None and dmc.decision_source == "projection":
-            # megatron-core's own linear, also under Transformer Engine: decisions stay out of FP8.
+            # megatron-core's own linear layer, under Transformer Engine too: decisions are never computed in FP8.
             self.decision = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 2 * config.num_query_groups,
@@ -272,13 +272,13 @@ class DMCSelfAttention(SelfAttention):
     def _attend(self, *tensors: Tensor, documents: Documents | None) -> Tensor:
         attend = self.core_attention if documents is None else partial(self.core_attention, documents=documents)
         if self.checkpoint_core_attention and self.training:
-            # The logits need a gradient: checkpointing is exact only if they are an argument.
+            # The merge logits need a gradient. Checkpointing gives it only to arguments.
             return tensor_parallel.checkpoint(attend, False, *tensors)
         return attend(*tensors)
 
     @torch.no_grad()
     def clear_decision_channel(self) -> None:
-        """Ends phase zero_out: the q and k rows of the last channel become zero, so that a = -c and b = +c exactly."""
+        """Ends phase zero_out: the q and k rows of the last channel become zero. Then a = -c and b = +c exactly."""
         head_dim = self.hidden_size_per_attention_head
         for parameter in (self.linear_qkv.weight, self.linear_qkv.bias):
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""From keys and values before rotary embedding to what attention runs on: raw keys nearby and slot states farther off."""
+"""From keys and values before rotary embedding to the tensors of attention: raw keys for the local window, and slots."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -31,9 +31,9 @@ def attention_states(
         query: [batch, seq, heads, head_dim], before rotary embedding.
         tokens: before rotary embedding.
         local_window, operation, window_size: see DMCConfig.
-        clear_last_channel: keep the last channel of query and keys at zero through the rotation (the ``neuron`` source).
+        clear_last_channel: set the last channel of query and keys to zero after the rotation (the ``neuron`` source).
         document_starts: bool [batch, seq], true where a document begins.
-        merge: pool, or a form of it for a part of the sequence.
+        merge: pool, or its form for a sequence that is cut over ranks.
 
     Returns:
         query, key, value, pooled_key, pooled_value; query and keys rotated.

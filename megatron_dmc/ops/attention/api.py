@@ -26,9 +26,9 @@ def dmc_attention(
 ) -> Tensor:
     """Query i sees slot state j <= i with score q_i . k~_j / sqrt(d) + [j < i] log(1 - alpha_{j+1}).
 
-    A state that the next token is merged into fades from every later query, never from its own. With binary alpha it is
-    what a decoder with the compressed cache sees. Runs on a stock flash kernel, differentiable in all four; no s x s
-    tensor, K and V never expanded to the query heads.
+    A state into which the next token is merged fades from every later query, never from its own. With binary alpha a query
+    sees what a decoder's compressed cache holds. Runs on a stock flash kernel and is differentiable in all four tensors. No
+    tensor grows with s x s, and K and V are never expanded to the query heads.
 
     Args:
         query: [batch, seq, heads, head_dim], rotated. On a GPU bfloat16 or float16.
@@ -36,11 +36,11 @@ def dmc_attention(
         merge_logits: [batch, seq, kv_heads], alpha = sigmoid(merge_logits); ±inf for binary decisions;
             merge_logits[:, 0] is ignored. Keep them in float32.
         softmax_scale: 1 / sqrt(head_dim) by default.
-        bias_channel: a channel that is zero in query and key and may carry the bias (the ``neuron`` source); its
-            gradient is zero. None: every channel counts.
-        document_starts: bool [batch, seq], true at the first token of a document: no attention across. Or the same as
+        bias_channel: a channel that is zero in query and key and may carry the bias (the ``neuron`` source). Its gradient
+            is zero. None: every channel counts.
+        document_starts: bool [batch, seq], true at the first token of a document; no document sees another. Or the same as
             Documents, made once for many layers.
-        backend: "auto" or "torch"; "naive" is the oracle with its dense s x s bias.
+        backend: "auto", "torch", or "naive", the oracle with its dense s x s bias.
 
     Returns:
         [batch, seq, heads, head_dim] in query's dtype.
@@ -82,7 +82,7 @@ def windowed_dmc_attention(
     document_starts: Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention where a decision is carried out when its token is ``local_window`` tokens old (algorithm.md, section 7).
+    """Attention where a decision takes effect when its token is ``local_window`` tokens old (algorithm.md, section 7).
 
     Query i sees the raw keys j > i - local_window, and of older tokens for ``merge`` the slot states j <= i - local_window
     with bias [j < i - local_window] log(1 - alpha_{j+1}), for ``evict`` (DMS, arXiv 2506.05345) the raw keys with bias
@@ -91,8 +91,8 @@ def windowed_dmc_attention(
     Args:
         query, key, value: raw, query and key rotated; shapes as dmc_attention's.
         pooled_key, pooled_value: as key and value, after pooling, the key rotated. Not read by ``evict``.
-        merge_logits: as dmc_attention's; the first token is never thrown away.
-        local_window: tokens kept raw, >= 0; for ``evict`` >= 1 (at 0 a token would be gone before it is seen).
+        merge_logits: as dmc_attention's; the first token is never evicted.
+        local_window: tokens kept raw, >= 0; for ``evict`` >= 1 (at 0 a token would be dropped before any query sees it).
         operation: what becomes of a token with alpha 1 that leaves the window.
         softmax_scale, bias_channel, document_starts, backend: as dmc_attention's; the bias channel is zero in pooled_key too.
 

@@ -42,20 +42,23 @@ def context_parallel_attention(
 ) -> Tensor:
     """As ``windowed_dmc_attention``, on this rank's two chunks of a sequence (see ops/context_parallel.py).
 
-    ``all_gather``: every rank gets all keys and values of the layer and runs its own queries. What is kept for the backward
-    pass is this rank's share, 1 / ranks of the sequence; the gathered keys and values (and in the backward pass their
-    gradients, in float32) are as long as the sequence and live while a layer runs. ``a2a``: every rank gets the whole sequence
-    for 1 / ranks of the heads and runs them as one process would; everything is 1 / ranks of the whole.
+    ``all_gather``: every rank gathers all keys and values of the layer and runs its own queries. For the backward pass it
+    keeps its share, 1 / ranks of the sequence. The gathered keys and values, and in the backward pass their gradients in
+    float32, are as long as the sequence and live while a layer runs. ``a2a``: every rank gets the whole sequence for
+    1 / ranks of the heads and runs them as one process would. Every tensor is 1 / ranks of the whole.
 
     Args:
         query, key, value, pooled_key, pooled_value, merge_logits: as windowed_dmc_attention's, with seq / ranks tokens.
-            Without merge logits plain causal attention of query, key and value.
+            Without merge_logits it is plain causal attention of query, key and value.
         group: the ranks that share the sequence.
-        exchange: ``a2a`` needs KV heads that the number of ranks divides.
+        exchange: how keys travel.
         documents: of the whole sequences.
 
     Returns:
         [batch, seq / ranks, heads, head_dim] in query's dtype; differentiable in all six tensors.
+
+    Raises:
+        ValueError: ``a2a`` with a number of KV heads that the number of ranks does not divide.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     kernel = KernelSettings(scale, documents=documents)
@@ -78,7 +81,7 @@ def context_parallel_attention(
 
 
 class _GatheredAttention(torch.autograd.Function):
-    """Of this rank's States, one by one; keys are gathered once for each pass, so that none are kept between the two."""
+    """Attention of this rank's States, one by one. Keys are gathered in each pass, so that none are kept between the two."""
 
     @staticmethod
     def forward(

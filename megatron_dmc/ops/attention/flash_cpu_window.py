@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_dmc.ops.attention.types import Attended, BiasedKeys, Gradients, KernelSettings
 
-# Shorter blocks keep the kernel waiting.
+# Queries in a block, at least. The kernel is slow with shorter blocks.
 SHORTEST_BLOCK = 32
 
-# Tokens that go to it in one call: what is copied stays small beside the tensors.
+# Tokens in one call of the kernel. It bounds the copies that a call needs.
 GROUP = 1024
 
 # The mask of a key that no query of a row sees. No score comes near it; an infinity would leave a row without keys.

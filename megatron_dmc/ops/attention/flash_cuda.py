@@ -1,7 +1,4 @@
-"""torch's flash kernels for a GPU. They take no bias: it travels in a channel, forward and backward.
-
-They know a window, and places where documents begin.
-"""
+"""torch's flash kernels for a GPU. They know a window and documents, but no bias: it travels in a channel, in both passes."""
 
 import math
 from typing import Any
@@ -84,7 +81,7 @@ def _carry_bias(
     carrier = 2.0 ** round(-math.log2(settings.softmax_scale))
     content = bias / (settings.softmax_scale * carrier)
     if settings.bias_channel is None:
-        # Flash kernels want multiples of 8. Two channels carry the bias with twice the digits.
+        # Flash kernels need a multiple of 8 channels. Two of the new ones carry the bias with twice the digits.
         high = content.to(key.dtype)
         low = (content - high.float()).to(key.dtype)
         carriers = torch.full((*query.shape[:-1], 2), carrier, dtype=query.dtype, device=query.device)

@@ -15,7 +15,7 @@ class Keys(NamedTuple):
 
     Attributes:
         key, value: raw, [batch, seq, kv_heads, head_dim]; None: there is no window.
-        far_key, far_value: what is left of tokens outside the window: slots, or with ``evict`` the raw ones.
+        far_key, far_value: what tokens outside the window have become: slots, or with ``evict`` the raw ones.
         fade_logits: [batch, seq, kv_heads]; a far key counts 1 - sigmoid(fade_logits) times for all queries but its own
             slot's. None: no key fades.
     """

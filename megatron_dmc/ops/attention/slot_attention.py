@@ -1,9 +1,9 @@
-"""Attention to raw keys nearby and to slots farther off: calls of stock kernels, joined by their log-sum-exps.
+"""Attention to raw keys in the local window and to slots outside it: calls of stock kernels, joined by their log-sum-exps.
 
-NEAR is attention within the last ``local_window`` tokens. FAR is the problem without a window, between queries that many
-tokens later and the keys that have left it by then. Queries in the middle of a sequence (a context-parallel rank's chunk) see
-the far keys in two parts: those BEFORE the chunk's own, which every query sees, and its OWN, a causal problem. Each kernel's
-backward pass takes the final out and log-sum-exp.
+NEAR is attention to the last ``local_window`` tokens. Far keys are those that left the window. Consecutive queries in the
+middle of a sequence (a context-parallel rank's chunk) see them in two parts: the far keys BEFORE, which every query sees, and
+their OWN, which leave the window one with each query: a causal problem. README.md has the picture. Each kernel's backward pass
+takes the final out and log-sum-exp.
 """
 
 from dataclasses import replace
@@ -60,7 +60,7 @@ def attend_backward(
     query = queries.query
     parts = Parts(queries.begin, query.shape[1], form)
     d_later: Tensor | None = None
-    if not parts.empty:  # before the near part: of the two it needs more memory
+    if not parts.empty:  # before the near part, because it needs more memory
         backward = diagonal_backward if form.operation == "merge" else fading_backward
         grad, later, *of_later = (x[:, parts.later] for x in (grad_out, query, *final))
         settings = replace(form.kernel, documents=parts.documents)
@@ -72,7 +72,7 @@ def attend_backward(
             gradients = fading_backward(grad, later, keys.far(parts.before), Attended(*of_later), settings)
             d_later = d_later + gradients.query
             sums.add_far(gradients, parts.before)
-        del gradients  # added up; the near part needs the room
+        del gradients  # added up; the near part needs the memory
         if not form.local_window:
             return d_later
     tensors = [grad_out, query, *final]
@@ -89,7 +89,7 @@ def attend_backward(
 
 
 def attend_whole(states: States, form: Form) -> Tensor:
-    """SlotAttention of [batch, seq, ...]; documents lie among the tokens of all rows."""
+    """Slot attention of whole sequences, [batch, seq, ...]; the form's documents lie among the tokens of all rows."""
     documents = form.kernel.documents
     if documents is None:
         return SlotAttention.apply(*states, form)[0]
@@ -102,7 +102,7 @@ def attend_whole(states: States, form: Form) -> Tensor:
 
 
 class SlotAttention(torch.autograd.Function):
-    """Of whole sequences. Its arguments are States, one by one, as autograd wants them."""
+    """Slot attention of whole sequences. Its arguments are States, one by one, as autograd requires."""
 
     @staticmethod
     def forward(

@@ -15,8 +15,8 @@ class States(NamedTuple):
     Attributes:
         query: [batch, seq, heads, head_dim], rotated.
         key, value: the raw ones, [batch, seq, kv_heads, head_dim], the key rotated; None: no query sees them.
-        far_key, far_value: as key and value, what is left of a token outside the local window: its slot as it stood when
-            the token had entered it, the key rotated. None: the raw key and value themselves.
+        far_key, far_value: as key and value, what a token outside the local window has become: its slot as it was after the
+            token had entered it, the key rotated. None: the raw key and value themselves.
         merge_logits: l, [batch, seq, kv_heads], alpha = sigmoid(l); None: no key fades.
     """
 
@@ -77,7 +77,7 @@ class KernelSettings:
         causal: query i sees keys j <= i (seq_q == seq_k). False: all keys.
         window: of the keys j <= i only those with i - j < window; None: all. Only with ``causal``.
         bias_channel: a channel that is zero in query and key and may carry a bias; None: every channel counts.
-        documents: where documents lie among tokens [1, tokens, ...], none of which sees another; None: a row is one document.
+        documents: where documents lie among tokens [1, tokens, ...]; no document sees another. None: a row is one document.
             Only with ``causal``.
     """
 
@@ -94,7 +94,7 @@ class Form:
 
     Attributes:
         local_window: w, tokens that a query sees raw, its own the last; 0: none.
-        operation: what becomes of a token with alpha 1 that leaves the window. None: nothing, attention is plain.
+        operation: what becomes of a token with alpha 1 that leaves the window. None: it stays, attention is plain.
         kernel: settings of the kernels, causal and without a window of their own; ``documents`` are those of all rows.
     """
 

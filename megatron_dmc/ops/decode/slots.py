@@ -1,4 +1,4 @@
-"""What is kept of the tokens whose decisions have been carried out: merged into slots, or the tokens that stay."""
+"""What the cache keeps of tokens whose decisions have taken effect: slots, or the tokens that were not evicted."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ class Slots:
         raise NotImplementedError
 
     def open(self) -> list[Nearby]:
-        """What stands beside the pages."""
+        """Entries beside the pages."""
         return []
 
     @property
@@ -77,8 +77,8 @@ class Slots:
 class MergedSlots(Slots):
     """Closed slots in pages, and one open slot per (sequence, KV head). Takes keys before rotary embedding.
 
-    The open slot stands as attention sees it (rotated at its latest token's position) beside its unrotated sums, and is
-    written to the pages when the next token appends; so no slot is ever written twice.
+    The open slot is held twice: as unrotated sums, and as attention sees it, rotated at its latest token's position. It is
+    written to the pages when the next token appends, so no slot is written twice.
     """
 
     def __init__(self, like: Tokens, page_size: int, window_size: int | None, clears_last_channel: bool):
@@ -93,7 +93,7 @@ class MergedSlots(Slots):
         merges, omega = begun & new.alpha[:, 0], new.omega[:, 0]
         closes = begun & ~merges
         if exists is not None:
-            # Merged with weight 0, no token changes no sum.
+            # A row without a token merges one of weight 0, which changes no sum.
             merges, omega = merges | ~exists[:, None], omega * exists[:, None]
         self._append(closes[:, None], self.open_key, self.open_value)
         self.sums.step(new.key[:, 0], new.value[:, 0], merges, omega)

@@ -20,8 +20,8 @@ def logistic_noise(
 ) -> Tensor:
     """Logistic(0, 1) noise that depends on nothing but global indices (Philox4x32-10, Salmon et al., SC 2011).
 
-    The difference of two Gumbel samples is logistic: sigmoid((a + noise) / temperature) is the Gumbel-sigmoid of the paper,
-    section 3.2. The same indices give the same noise in every parallel layout, in recomputation and after a resume.
+    The difference of two Gumbel samples is logistic: sigmoid((decision_logits + noise) / temperature) is the Gumbel-sigmoid of
+    the paper, section 3.2. The same indices give the same noise in every parallel layout, in recomputation and after a resume.
 
     Args:
         seed: in [0, 2^63).
@@ -29,7 +29,7 @@ def logistic_noise(
         layer: global layer number, in [0, 2^16).
         kv_heads: global KV head numbers, in [0, 2^16).
         positions: int64 [seq], global positions in the sample, in [0, 2^33).
-        backend: "auto" or "torch"; "naive" is the oracle in Python integers.
+        backend: "auto", "torch", or "naive", the oracle in Python integers.
 
     Returns:
         float32 [batch, seq, kv_heads] on sample_index's device, within ±16.7.

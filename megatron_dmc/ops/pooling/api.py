@@ -53,7 +53,7 @@ def pool(
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, PoolState]:
-    """Every token's slot as it stands when that token has entered it.
+    """Every token's slot as it is after that token has entered it.
 
     N_t = alpha_t N_{t-1} + omega_t x_t,  z_t = alpha_t z_{t-1} + omega_t,  pooled x_t = N_t / z_t, accumulated in float32
     (float64 for float64 inputs), under autocast too. Exact for alpha 0 and 1; differentiable in all four.
@@ -66,7 +66,7 @@ def pool(
         document_starts: bool [batch, seq], true at the first token of a document; alpha is taken as 0 there.
         initial_state: the open slot before the first token. Not with window_size.
         return_final_state: also return the open slot after the last token. Not with window_size.
-        backend: "auto" or "torch"; "naive" is the oracle, one token at a time.
+        backend: "auto", "torch", or "naive", the oracle, one token at a time.
 
     Returns:
         pooled_key, pooled_value: as key and value; with return_final_state the PoolState too.
