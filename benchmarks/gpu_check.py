@@ -154,8 +154,8 @@ def check_attention(sizes: Sizes, device: str) -> list[dict[str, Any]]:
 def pooling_inputs(batch: int, seq: int, sizes: Sizes, device: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(batch, seq, sizes.kv_heads, sizes.head_dim, generator=generator) for _ in range(2))
-    logits = 5 * torch.randn(batch, seq, sizes.kv_heads, generator=generator)
-    alpha = torch.where(logits.abs() > 5, (logits > 0).float(), torch.sigmoid(logits))
+    merge_logits = 5 * torch.randn(batch, seq, sizes.kv_heads, generator=generator)
+    alpha = torch.where(merge_logits.abs() > 5, (merge_logits > 0).float(), torch.sigmoid(merge_logits))
     omega = torch.sigmoid(torch.randn(batch, seq, sizes.kv_heads, generator=generator)) + 2**-7
     return [key.to(device, DTYPE), value.to(device, DTYPE), alpha.to(device), omega.to(device)]
 

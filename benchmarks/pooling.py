@@ -19,8 +19,8 @@ def inputs(seq: int, kv_heads: int, head_dim: int) -> tuple[list[Tensor], Tensor
     """key, value, alpha (half 0 or 1, half soft), omega; the gradient of either output."""
     torch.manual_seed(0)
     key, value, grad = (torch.randn(1, seq, kv_heads, head_dim) for _ in range(3))
-    logits = 10 * torch.randn(1, seq, kv_heads) + 5
-    alpha = torch.where(torch.rand_like(logits) < 0.5, (logits > 0).float(), torch.sigmoid(logits))
+    merge_logits = 10 * torch.randn(1, seq, kv_heads) + 5
+    alpha = torch.where(torch.rand_like(merge_logits) < 0.5, (merge_logits > 0).float(), torch.sigmoid(merge_logits))
     omega = torch.sigmoid(torch.randn(1, seq, kv_heads)) + 2**-7
     return [x.requires_grad_() for x in (key, value, alpha, omega)], grad
 

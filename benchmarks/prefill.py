@@ -3,7 +3,8 @@
     python benchmarks/prefill.py
 
 The decisions are given (each head appends one token in ``--ratio`` at random), so that an untrained model compresses
-as a retrofitted one; the logits are still computed. Plain prefill keeps no cache here: a little less than its due work.
+as a retrofitted one; the decision logits are still computed. Plain prefill keeps no cache here: it does a little less than
+its due work.
 """
 
 import argparse
@@ -19,21 +20,21 @@ from megatron_dmc.inference.context import DMCInferenceContext
 
 
 class GivenDecisions(DMCInferenceContext):
-    """A compressed cache whose merges are drawn beforehand: ``logits`` [layers, batch, seq, kv_heads]."""
+    """A compressed cache whose decisions are given: ``decision_logits`` [layers, batch, seq, kv_heads]."""
 
-    def __init__(self, dmc: DMCConfig, logits: Tensor) -> None:
-        super().__init__(dmc, logits.shape[2])
-        self.logits = logits
+    def __init__(self, dmc: DMCConfig, decision_logits: Tensor) -> None:
+        super().__init__(dmc, decision_logits.shape[2])
+        self.decision_logits = decision_logits
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, a: Tensor, *rest: Any) -> Tensor:
-        return super().attend(layer_number, query, key, value, self.logits[layer_number - 1], *rest)
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> Tensor:
+        return super().attend(layer_number, query, key, value, self.decision_logits[layer_number - 1], *rest)
 
 
 def measure(source: str, options: argparse.Namespace) -> dict:
     dmc = DMC_SOURCES[source]
     torch.manual_seed(2)
     uniform = torch.rand(SIZES.num_layers, options.batch, options.seq, SIZES.num_query_groups)
-    logits = uniform - 1 / options.ratio
+    decision_logits = uniform - 1 / options.ratio
     inputs = arguments(SIZES, options.batch, options.seq, "cpu")
     del inputs["labels"]
     inputs["runtime_gather_output"] = True
@@ -43,7 +44,7 @@ def measure(source: str, options: argparse.Namespace) -> dict:
         base(**inputs)
 
     def through_the_cache() -> DMCInferenceContext:
-        context = GivenDecisions(dmc, logits)
+        context = GivenDecisions(dmc, decision_logits)
         compressed(**inputs, inference_context=context)
         return context
 

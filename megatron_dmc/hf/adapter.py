@@ -1,4 +1,4 @@
-"""An adapter's folder: the decisions' weights alone, for the plain Llama that they were trained on."""
+"""An adapter's folder: it holds only the decisions' weights, for the plain Llama that they were trained on."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
         config_class: of the joined model.
 
     Raises:
-        ValueError: one of them is not that, or they do not fit together; one line.
+        ValueError: one of them is something else, or they do not fit together; one line.
     """
     adapter, base = os.path.abspath(adapter), os.path.abspath(base)
     for folder in (adapter, base):
@@ -54,7 +54,7 @@ def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
     _check_shapes(own, config)
     files = _tensors(base) | dict.fromkeys(_shapes(own), own)
     with tempfile.TemporaryDirectory() as folder:
-        # A file's name that is absolute stays so when it is joined to the folder's.
+        # An absolute name stays what it is when transformers joins it to the folder's name.
         with open(os.path.join(folder, _INDEX_FILE), "w", encoding="utf-8") as file:
             json.dump({"metadata": {}, "weight_map": files}, file)
         generation = os.path.join(adapter, "generation_config.json")
@@ -68,7 +68,7 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
         raise ValueError(
             f"{base}: the base of an adapter is a plain llama, got model_type {values.get('model_type')!r}"
         )
-    # Read as the adapter's kind, defaults and older forms become the same on both sides.
+    # Read as the adapter's class, defaults and older forms become the same on both sides.
     try:
         theirs = type(config).from_dict({name: value for name, value in values.items() if name != "model_type"})
     except ValueError as error:
@@ -97,7 +97,7 @@ def _check_shapes(own: str, config: Any) -> None:
 
 
 def _tensors(base: str) -> dict[str, str]:
-    """File of every tensor."""
+    """The file of every tensor, by the tensor's name."""
     single = os.path.join(base, _SINGLE_FILE)
     if os.path.isfile(single):
         return dict.fromkeys(_shapes(single), single)
@@ -113,7 +113,7 @@ def _shapes(path: str) -> dict[str, list[int]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except Exception as error:  # the library raises its own and several of Python's
+    except Exception as error:  # the library raises exceptions of its own and several of Python's
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
 

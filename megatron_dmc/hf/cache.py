@@ -11,11 +11,11 @@ from megatron_dmc.ops.decode import LayerCache
 
 
 class DMCCache(Cache):
-    """One LayerCache per layer. A head's length is its number of slots, not of tokens, and its own.
+    """One LayerCache per layer. Every head has a length of its own: its number of slots, not of tokens.
 
     Attributes:
         layers: the LayerCaches.
-        columns: columns of input_ids seen, padding counted: what generate() means by a cache's length.
+        columns: columns of input_ids seen, padding counted. generate() calls this number the cache's length.
     """
 
     is_compileable = False
@@ -23,7 +23,7 @@ class DMCCache(Cache):
     is_initialized = True
 
     def __init__(self, config: DMCLlamaConfig):
-        # Not Cache.__init__: its layers hold one dense tensor each, and all that it sets up is for them.
+        # Cache.__init__ is not called: all that it sets up is for layers that hold one dense tensor each.
         dmc = config.dmc
         clears = dmc["decision_source"] == "neuron"
         self.layers: Any = [
@@ -58,7 +58,7 @@ class DMCCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, everything counted."""
+        """Bytes held by all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property

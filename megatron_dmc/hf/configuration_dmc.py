@@ -12,8 +12,8 @@ class DMCLlamaConfig(LlamaConfig):
 
     Args:
         dmc: the settings of the retrofit, as DMCConfig.to_dict() gives them; missing ones have DMCConfig's defaults.
-        prefill_chunk_tokens: a prompt longer than this goes through the layers in pieces of so many tokens. (Not
-            prefill_chunk_size: generate() would take that for its own.)
+        prefill_chunk_tokens: a longer prompt goes through the layers in pieces of so many tokens. (The name is not
+            prefill_chunk_size, because generate() has a setting of that name.)
         kwargs: LlamaConfig's.
 
     Raises:

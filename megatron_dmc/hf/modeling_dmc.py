@@ -19,13 +19,14 @@ from megatron_dmc.hf.padding import Packing
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
-    hard_logits,
+    hard_merge_logits,
     neuron_logits,
     omega_from_logits,
     projection_logits,
 )
 from megatron_dmc.ops.decode import LayerCache
 from megatron_dmc.ops.states import attention_states
+from megatron_dmc.ops.tokens import Tokens
 
 
 class DecisionProjection(nn.Linear):
@@ -58,32 +59,28 @@ class DMCLlamaAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.neuron:
-            a, b = neuron_logits(query, key, self.dmc["decision_bias"])
+            decision_logits, omega_logits = neuron_logits(query, key, self.dmc["decision_bias"])
             query, key = clear_channel(query), clear_channel(key)
         else:
-            a, b = projection_logits(self.decision(hidden), self.dmc["decision_bias"], self.dmc["decision_scale"])
+            bias, scale = self.dmc["decision_bias"], self.dmc["decision_scale"]
+            decision_logits, omega_logits = projection_logits(self.decision(hidden), bias, scale)
         if self.dmc["per_layer"]:
-            a = a.mean(-1, keepdim=True).expand_as(a)
-        omega = omega_from_logits(b)
+            decision_logits = decision_logits.mean(-1, keepdim=True).expand_as(decision_logits)
+        alpha, omega = decision_logits > 0, omega_from_logits(omega_logits)
         if cache is not None:
-            out = cache.attend(query, key, value, a > 0, omega, cos, sin, lengths=lengths)
+            out = cache.attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
         else:
-            # Padding stands behind the real tokens, where causal attention never looks.
+            # Padding comes after the real tokens, where causal attention never looks.
             when = {"local_window": self.dmc["local_window"], "operation": self.dmc["operation"]}
             states = attention_states(
                 query,
-                key,
-                value,
-                (a > 0).to(a.dtype),
-                omega,
-                cos,
-                sin,
+                Tokens(key, value, alpha.to(decision_logits.dtype), omega, cos, sin),
                 window_size=self.dmc["window_size"],
                 clear_last_channel=self.neuron,
                 **when,
             )
             channel = -1 if self.neuron else None
-            out = windowed_dmc_attention(*states, hard_logits(a), bias_channel=channel, **when)
+            out = windowed_dmc_attention(*states, hard_merge_logits(decision_logits), bias_channel=channel, **when)
         return self.o_proj(out.flatten(2))
 
 
@@ -115,10 +112,10 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, base: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; of an adapter's folder with the weights of the base that it was trained on.
+        """As in transformers. An adapter's folder is loaded with the weights of the base that it was trained on.
 
-        ``AutoModelForCausalLM.from_pretrained(adapter, base=llama, trust_remote_code=True)`` gives what the merged
-        export's folder gives, to the last bit, and takes the same arguments.
+        ``AutoModelForCausalLM.from_pretrained(adapter, base=llama, trust_remote_code=True)`` takes the same arguments as
+        the merged export's folder and gives the same model, to the last bit.
 
         Args:
             pretrained_model_name_or_path: an export, or an adapter's folder (megatron_to_hf.py --adapter).
@@ -171,15 +168,15 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The hidden states behind the last layer.
+        """The hidden states after the last layer and the final norm.
 
         Args:
             input_ids, inputs_embeds: one of them, [batch, seq] or [batch, seq, hidden].
-            attention_mask: [batch, seq] or longer (past tokens in front); zero at padding, which may stand anywhere.
-            position_ids: may only say what the mask says: a row's real tokens count from 0.
+            attention_mask: [batch, seq] or longer (past tokens first); zero at padding, which may be anywhere.
+            position_ids: must agree with the mask: a row's real tokens count from 0.
             past_key_values: a DMCCache, or None.
-            use_cache: None follows the configuration, except where gradients are recorded: the cache has none.
-            output_hidden_states: also return the states in front of every layer and behind the last norm.
+            use_cache: None follows the configuration, but means False where gradients are recorded: the cache has none.
+            output_hidden_states: also return the states before every layer and after the final norm.
 
         Raises:
             ValueError: an argument that cannot be honoured; the message names it.
@@ -205,7 +202,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         first = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         if cache is not None and cache.columns > 0:
             first = cache.tokens[:, None]
-        if seq > 1:  # a step's are not worth a look
+        if seq > 1:  # a single step skips the check, which would wait for a GPU
             _check_positions(position_ids, packing, first, seq)
         if packing is not None:
             hidden = packing.pack(hidden)
@@ -226,7 +223,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
     def _run_layers(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DMCCache | None, lengths: Tensor | None, keep: bool
     ) -> list[Tensor]:
-        """The states behind the last layer, in front of them (keep) those before each layer; with a cache in chunks."""
+        """The states after the last layer; with ``keep`` those before each layer come first. A cache takes chunks."""
         seq = hidden.shape[1]
         size = seq if cache is None else self.config.prefill_chunk_tokens
         chunks = []
@@ -298,7 +295,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """generate() asks for its cache here."""
+        """generate() calls this for its cache."""
         asked = (*args, *kwargs.values())
         if GenerationMode.ASSISTED_GENERATION in asked or getattr(generation_config, "is_assistant", False):
             raise ValueError(
@@ -317,7 +314,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
 
 
 def _packing(attention_mask: Tensor | None, batch: int, seq: int) -> Packing | None:
-    """None where nothing is padding."""
+    """None if there is no padding."""
     if attention_mask is None:
         return None
     shape = list(getattr(attention_mask, "shape", ()))
@@ -331,7 +328,7 @@ def _packing(attention_mask: Tensor | None, batch: int, seq: int) -> Packing | N
 
 
 def _check_positions(position_ids: Tensor | None, packing: Packing | None, first: Tensor, seq: int) -> None:
-    """Positions are what the mask says. Others would mean packed documents, which need attention that stops at them."""
+    """Refuses positions that differ from the mask's: they would mean packed documents, which this model cannot keep apart."""
     if position_ids is None:
         return
     if packing is None:

@@ -1,4 +1,4 @@
-"""Padding is taken out once, in front of the layers, and put back once behind them."""
+"""Padding is taken out once, before the layers, and put back once, after them."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ class Packing:
     Attributes:
         real: bool [batch, seq].
         lengths: int64 [batch], real tokens of each row.
-        place: int64 [batch, seq], a real token's place among its row's; some real token's where padding stands.
+        place: int64 [batch, seq], a real token's place among its row's real tokens; at padding that of some real token.
     """
 
     def __init__(self, mask: Tensor):
@@ -22,14 +22,14 @@ class Packing:
         self.place = (self.real.cumsum(1) - 1).clamp(min=0)
 
     def pack(self, hidden: Tensor) -> Tensor:
-        """[batch, seq, hidden] -> [batch, longest, hidden]; behind a row's length stands padding."""
+        """[batch, seq, hidden] -> [batch, longest, hidden]; positions past a row's length are padding."""
         return _take(hidden, self._source)
 
     def unpack(self, hidden: Tensor) -> Tensor:
-        """The inverse for real tokens; what comes out at padding means nothing, but is finite."""
+        """The inverse for real tokens. Values at padding are finite but undefined."""
         return _take(hidden, self.place)
 
 
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
-    # The layers may lie on several devices, and the last one's states on another than the mask.
+    # The layers may be on several devices, and the last layer's states on another device than the mask.
     return hidden.gather(1, index.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

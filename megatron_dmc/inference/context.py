@@ -46,11 +46,24 @@ class DMCInferenceContext:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        a: Tensor,
+        decision_logits: Tensor,
         omega: Tensor,
         angles: Tensor,
     ) -> Tensor:
-        """One layer's attention, called by DMCSelfAttention; the rotary angles are of all positions, [1, max, 1, head_dim]."""
+        """One layer's attention, which DMCSelfAttention calls.
+
+        Args:
+            layer_number: counted from 1, as megatron-core does.
+            query: [batch, seq, heads, head_dim]; key, value: [batch, seq, kv_heads, head_dim]; before rotary embedding.
+            decision_logits, omega: [batch, seq, kv_heads].
+            angles: rotary angles of all positions, [1, max_sequence_length, 1, head_dim].
+
+        Returns:
+            [batch, seq, heads, head_dim].
+
+        Raises:
+            ValueError: the text is longer than max_sequence_length.
+        """
         if layer_number not in self.layers:
             self.layers[layer_number] = LayerCache(**self.dmc.cache_settings())
         cache = self.layers[layer_number]
@@ -58,7 +71,7 @@ class DMCInferenceContext:
         positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)
         if int(begun.max()) + key.shape[1] > self.max_sequence_length:
             raise ValueError(f"the text is longer than max_sequence_length ({self.max_sequence_length})")
-        return cache.attend(query, key, value, a > 0, omega, *rotation(angles[0, positions], query.dtype))
+        return cache.attend(query, key, value, decision_logits > 0, omega, *rotation(angles[0, positions], query.dtype))
 
     @property
     def nbytes(self) -> int:

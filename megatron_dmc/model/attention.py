@@ -14,30 +14,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, carried_out, count_decisions
+from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, count_decisions, takes_effect
 from megatron_dmc.model.documents import TokenPlaces, token_places
 from megatron_dmc.ops.attention import Documents, causal_attention, windowed_dmc_attention
 from megatron_dmc.ops.attention.context_parallel import context_parallel_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
-    hard_logits,
+    hard_merge_logits,
     neuron_logits,
     omega_from_logits,
     projection_logits,
+    relaxed_merge_logits,
 )
 from megatron_dmc.ops.noise import logistic_noise
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.pooling.context_parallel import context_parallel_pool
 from megatron_dmc.ops.rotary import rotate, rotation
 from megatron_dmc.ops.states import attention_states
+from megatron_dmc.ops.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What is constant during one training step; the trainer sets it between steps, so recomputation sees the same.
+    """What is constant during one training step. The trainer sets it between steps, so recomputation sees the same.
 
     Attributes:
-        merging: decisions are made and carried out. False: the base model.
+        merging: decisions are made and take effect. False: the base model.
         channel_scale: factor on the last channel of q and k before and after rotary embedding (phase zero_out).
         alpha_gradient: gradient of the step's compression loss with respect to every alpha.
     """
@@ -50,8 +52,8 @@ class StepContext:
 class DMCCoreAttention(MegatronModule):
     """Causal attention on rotated [batch, seq, heads, head_dim]: plain, or over slot states when there are merge logits.
 
-    Under context parallelism on this rank's two chunks of the sequence; ``cp_comm_type`` says how ranks exchange keys
-    (``all_gather``, the default, or ``a2a``, see ``context_parallel_attention``).
+    Under context parallelism it runs on this rank's two chunks of the sequence. ``cp_comm_type`` is how ranks exchange keys:
+    ``all_gather``, the default, or ``a2a`` (see ``context_parallel_attention``).
     """
 
     def __init__(
@@ -109,10 +111,10 @@ class DMCCoreAttention(MegatronModule):
 class DMCSelfAttention(SelfAttention):
     """SelfAttention with Dynamic Memory Compression (paper, section 3).
 
-    ``attention_mask`` carries no mask: attention is causal by construction, and no s x s mask is ever built. In training
-    it carries the global sample indices, int64 [batch], that the decisions' noise is keyed by: megatron-core hands it to
-    every layer and every pipeline stage, through activation checkpointing, as an explicit argument. ``packed_seq_params``
-    holds packed documents (see ``pack_documents``): no merge and no attention across their boundaries.
+    ``attention_mask`` carries no mask, because attention is causal and no s x s mask is ever built. In training it carries
+    the global sample indices, int64 [batch], that choose the decisions' noise: megatron-core hands this argument to every
+    layer and every pipeline stage, through activation checkpointing too. ``packed_seq_params`` holds packed documents (see
+    ``pack_documents``): nothing merges and nothing attends across their boundaries.
 
     Args:
         dmc: None for the base model: plain causal attention, no new parameters.
@@ -126,7 +128,7 @@ class DMCSelfAttention(SelfAttention):
         dmc: DMCConfig | None = None,
         **settings: Any,
     ) -> None:
-        # The other settings are megatron-core's business; their number grows from version to version.
+        # The other settings are for megatron-core, which adds to them from version to version.
         super().__init__(config, submodules, **settings)
         self.dmc = dmc
         self.step = StepContext()
@@ -138,7 +140,7 @@ class DMCSelfAttention(SelfAttention):
         # Global numbers of this rank's KV heads.
         self.kv_heads = range(rank * heads, (rank + 1) * heads)
         if dmc is not None and dmc.has_projection:
-            # megatron-core's own linear, also under Transformer Engine: decisions stay out of FP8.
+            # megatron-core's own linear layer, under Transformer Engine too: decisions are never computed in FP8.
             self.decision = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 2 * config.num_query_groups,
@@ -186,66 +188,71 @@ class DMCSelfAttention(SelfAttention):
             query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
             out = self._attend(query, key, value, documents=places.documents)
         else:
-            a, b = self._decision_logits(hidden_states, query, key)
-            omega = omega_from_logits(b)
+            decision_logits, omega_logits = self._decision_logits(hidden_states, query, key)
+            omega = omega_from_logits(omega_logits)
             if self.dmc.uses_key_channel:
                 query, key = clear_channel(query), clear_channel(key)
             if inference_context is not None:
-                # Of all positions: the context knows which are the tokens'.
-                out = inference_context.attend(self.layer_number, query, key, value, a, omega, angles)
+                # The angles are those of all positions: the context knows which are the tokens'.
+                out = inference_context.attend(self.layer_number, query, key, value, decision_logits, omega, angles)
             else:
-                cos, sin = rotation(angles, query.dtype)
-                out = self._merge_and_attend(query, key, value, a, omega, cos, sin, attention_mask, places)
+                merge_logits = self._merge_logits(decision_logits, attention_mask, places)
+                alpha = torch.sigmoid(merge_logits)
+                value = self._count(value, alpha, merge_logits, decision_logits, places)
+                tokens = Tokens(key, value, alpha, omega, *rotation(angles, query.dtype))
+                out = self._merge_and_attend(query, tokens, merge_logits, places)
         return self.linear_proj(out.transpose(0, 1).flatten(2))
 
     def _decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """a, b [batch, seq, kv_heads]"""
+        """decision_logits and omega_logits, [batch, seq, kv_heads]."""
         assert self.dmc is not None
+        bias, scale = self.dmc.decision_bias, self.dmc.decision_scale
         if self.dmc.uses_key_channel:
-            a, b = neuron_logits(query, key, self.dmc.decision_bias)
+            decision_logits, omega_logits = neuron_logits(query, key, bias)
         else:
             projected, _ = self.decision(hidden_states)
-            a, b = projection_logits(projected.transpose(0, 1), self.dmc.decision_bias, self.dmc.decision_scale)
+            decision_logits, omega_logits = projection_logits(projected.transpose(0, 1), bias, scale)
         if self.dmc.per_layer:
             # Summed over the tensor-parallel ranks, forward and backward.
-            total = tensor_parallel.reduce_from_tensor_model_parallel_region(a.sum(-1, keepdim=True))
+            total = tensor_parallel.reduce_from_tensor_model_parallel_region(decision_logits.sum(-1, keepdim=True))
             total = tensor_parallel.copy_to_tensor_model_parallel_region(total)
-            a = (total / self.config.num_query_groups).expand_as(a)
-        return a, b
+            decision_logits = (total / self.config.num_query_groups).expand_as(decision_logits)
+        return decision_logits, omega_logits
 
-    def _merge_and_attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        a: Tensor,
-        omega: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        sample_index: Tensor | None,
-        places: TokenPlaces,
-    ) -> Tensor:
+    def _merge_logits(self, decision_logits: Tensor, sample_index: Tensor | None, places: TokenPlaces) -> Tensor:
+        """[batch, seq, kv_heads]: noisy in training, binary (±inf) in evaluation."""
         assert self.dmc is not None
-        if self.training:
-            merge_logits = (a + self._noise(a, sample_index, places.positions)) / self.dmc.temperature
-        else:
-            merge_logits = hard_logits(a)
-        alpha = torch.sigmoid(merge_logits)
-        acts = carried_out(places.in_document, places.remaining, self.dmc.local_window).to(a.device, non_blocking=True)
-        counts = count_decisions(merge_logits.detach(), a.detach(), acts)
-        if self.training:
-            free = alpha.masked_fill(~acts[..., None], 0)
-            value = CompressionLoss.apply(value, free, counts, self.statistics, self.step.alpha_gradient)
-        else:
+        if not self.training:
+            return hard_merge_logits(decision_logits)
+        batch = decision_logits.shape[:1]
+        if sample_index is None or sample_index.dtype != torch.int64 or sample_index.shape != batch:
+            raise ValueError(
+                "in training, attention_mask must carry the global sample indices, int64 [batch], for the decisions' noise"
+            )
+        # With per_layer one decision serves all heads, and so does one noise.
+        heads = range(1) if self.dmc.per_layer else self.kv_heads
+        noise = logistic_noise(self.dmc.seed, sample_index, self.layer_number - 1, heads, places.positions)
+        return relaxed_merge_logits(decision_logits, noise, self.dmc.temperature)
+
+    def _count(
+        self, value: Tensor, alpha: Tensor, merge_logits: Tensor, decision_logits: Tensor, places: TokenPlaces
+    ) -> Tensor:
+        """Counts the decisions, in training in the backward pass of the value that is returned."""
+        assert self.dmc is not None
+        in_effect = takes_effect(places.in_document, places.remaining, self.dmc.local_window)
+        in_effect = in_effect.to(merge_logits.device, non_blocking=True)
+        counts = count_decisions(merge_logits.detach(), decision_logits.detach(), in_effect)
+        if not self.training:
             self.statistics.add(counts)
+            return value
+        counted = alpha.masked_fill(~in_effect[..., None], 0)
+        return CompressionLoss.apply(value, counted, counts, self.statistics, self.step.alpha_gradient)
+
+    def _merge_and_attend(self, query: Tensor, tokens: Tokens, merge_logits: Tensor, places: TokenPlaces) -> Tensor:
+        assert self.dmc is not None
         states = attention_states(
             query,
-            key,
-            value,
-            alpha,
-            omega,
-            cos,
-            sin,
+            tokens,
             local_window=self.dmc.local_window,
             operation=self.dmc.operation,
             window_size=self.dmc.window_size,
@@ -254,16 +261,6 @@ class DMCSelfAttention(SelfAttention):
             merge=pool if self.context_group is None else partial(context_parallel_pool, group=self.context_group),
         )
         return self._attend(*states, merge_logits, documents=places.documents)
-
-    def _noise(self, a: Tensor, sample_index: Tensor | None, positions: Tensor) -> Tensor:
-        assert self.dmc is not None
-        if sample_index is None or sample_index.dtype != torch.int64 or sample_index.shape != a.shape[:1]:
-            raise ValueError(
-                "in training, attention_mask must carry the global sample indices, int64 [batch], for the decisions' noise"
-            )
-        # DMC-C takes one decision for all heads: one noise.
-        heads = range(1) if self.dmc.per_layer else self.kv_heads
-        return logistic_noise(self.dmc.seed, sample_index, self.layer_number - 1, heads, positions)
 
     def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding, with the last channel scaled before and after it in phase zero_out."""
@@ -275,13 +272,13 @@ class DMCSelfAttention(SelfAttention):
     def _attend(self, *tensors: Tensor, documents: Documents | None) -> Tensor:
         attend = self.core_attention if documents is None else partial(self.core_attention, documents=documents)
         if self.checkpoint_core_attention and self.training:
-            # The logits need a gradient: checkpointing is exact only if they are an argument.
+            # The merge logits need a gradient. Checkpointing gives it only to arguments.
             return tensor_parallel.checkpoint(attend, False, *tensors)
         return attend(*tensors)
 
     @torch.no_grad()
     def clear_decision_channel(self) -> None:
-        """Ends phase zero_out: the q and k rows of the last channel become zero, so that a = -c and b = +c exactly."""
+        """Ends phase zero_out: the q and k rows of the last channel become zero. Then a = -c and b = +c exactly."""
         head_dim = self.hidden_size_per_attention_head
         for parameter in (self.linear_qkv.weight, self.linear_qkv.bias):
             if parameter is not None:

@@ -1,9 +1,9 @@
-"""The one-sided compression loss: its gradient, its gate and the statistics it is made of.
+"""The one-sided compression loss: its gradient, its gate and the counts that the gate reads.
 
 L = lambda max(0, (1 - 1/CR*) - mean alpha), the mean over all layers, KV heads, positions and samples of a global batch
-(paper, section 3.3, where the hinge is taken per sample). The hinge's gradient is a constant times one bit, whether the
-mean lies below the target. The bit is taken from the last global batch (the target moves by about 1/6000 a step): one
-small all-reduce per step, no message inside a step, the same in every parallel layout.
+(paper, section 3.3, where the hinge is taken per sample). The hinge's gradient is a constant times one bit: whether the
+mean lies below the target. The bit is taken from the last global batch (the target moves by about 1/6000 a step). That
+costs one small all-reduce per step and no message inside a step, and it is the same in every parallel layout.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class DecisionStatistics:
-    """Counts of one layer since the last reset, as int64 [3, kv_heads]: merged with noise, merged without, tokens."""
+    """Counts of one layer since the last reset, int64 [3, kv_heads]: tokens merged with noise, merged without it, all."""
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
@@ -31,31 +31,37 @@ class DecisionStatistics:
         self.counts = None
 
 
-def carried_out(positions: Tensor, remaining: Tensor, local_window: int) -> Tensor:
-    """Whose decision is carried out within its text. The first token never merges, the last window stays raw.
+def takes_effect(positions: Tensor, remaining: Tensor, local_window: int) -> Tensor:
+    """bool: whether a token's decision takes effect within its text. The first token never merges, the last
+    ``local_window`` tokens stay raw.
 
     Args:
         positions: the tokens' places in their texts.
-        remaining: how many tokens of the text stand behind each.
+        remaining: how many tokens of the text come after each.
     """
     return (positions > 0) & (remaining >= local_window)
 
 
-def count_decisions(merge_logits: Tensor, noise_free_logits: Tensor, carried_out: Tensor) -> Tensor:
-    """int64 [3, kv_heads] from logits [batch, seq, kv_heads] and bool [batch or 1, seq].
+def count_decisions(merge_logits: Tensor, decision_logits: Tensor, in_effect: Tensor) -> Tensor:
+    """Counts for DecisionStatistics: int64 [3, kv_heads].
 
-    All tokens count; those whose decision is not carried out take a cache entry of their own.
+    All tokens count. One whose decision takes no effect has a cache entry of its own.
+
+    Args:
+        merge_logits: with noise, [batch, seq, kv_heads].
+        decision_logits: without noise, of the same shape.
+        in_effect: bool [batch or 1, seq], see takes_effect.
     """
     tokens = torch.full_like(merge_logits[0, 0], merge_logits[..., 0].numel(), dtype=torch.int64)
-    noisy, noise_free = (((x > 0) & carried_out[..., None]).sum(dim=(0, 1)) for x in (merge_logits, noise_free_logits))
+    noisy, noise_free = (((x > 0) & in_effect[..., None]).sum(dim=(0, 1)) for x in (merge_logits, decision_logits))
     return torch.stack([noisy, noise_free, tokens])
 
 
 class CompressionLoss(torch.autograd.Function):
-    """Identity on ``value``; its backward adds the loss' gradient to every alpha and the counts to the statistics.
+    """Identity on ``value``. Its backward pass adds the loss' gradient to every alpha and the counts to the statistics.
 
     The backward pass of a micro-batch runs exactly once, with or without recomputation; its forward pass may run twice.
-    The gradient is straight-through: with respect to the relaxed alpha, as if it were the hard one that was counted.
+    The gradient is straight-through: the relaxed alpha gets what the counted, hard one would get.
     """
 
     @staticmethod

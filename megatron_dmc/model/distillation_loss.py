@@ -18,8 +18,8 @@ def distillation_loss(
 ) -> Tensor:
     """tau^2 KL at temperature tau, per token (Hinton et al., arXiv 1503.02531).
 
-    forward: KL(teacher || student), the student covers what the teacher finds likely; reverse: KL(student || teacher). Full
-    logits are never gathered: each rank sums over its part of the vocabulary.
+    forward is KL(teacher || student): the student covers what the teacher finds likely. reverse is KL(student || teacher).
+    Full logits are never gathered: each rank sums over its part of the vocabulary.
 
     Args:
         student_logits: [..., vocabulary / ranks], any floating dtype; computed in float32 or wider.
@@ -65,7 +65,7 @@ class _KLDivergence(torch.autograd.Function):
         # A token outside the top k has probability 0 in both: 0 log 0 = 0.
         ratio = (first - second).masked_fill_(first == float("-inf"), 0)
         divergence = _sum((first.exp() * ratio).sum(-1), group)
-        # d KL / d logits: p_s - p_t, and for reverse p_s (log p_s - log p_t - KL); tau^2 / tau in front.
+        # d KL / d logits: p_s - p_t, and for reverse p_s (log p_s - log p_t - KL); times tau^2 / tau.
         if direction == "forward":
             gradient = student.exp() - teacher.exp()
         else:

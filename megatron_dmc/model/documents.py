@@ -1,4 +1,4 @@
-"""Packed documents in megatron-core's own argument, which travels through all layers and pipeline stages."""
+"""Packed documents in packed_seq_params, which megatron-core hands through all layers and pipeline stages."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,17 +13,17 @@ from megatron_dmc.ops.context_parallel import local_positions
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """packed_seq_params that hold what all layers share. Give GPTModel what ``pack_documents`` makes."""
+    """packed_seq_params with what all layers share. ``pack_documents`` makes it; GPTModel takes it."""
 
     documents: Documents | None = None
 
 
 def pack_documents(document_starts: Tensor) -> PackedDocuments:
-    """The EOD-reset form: rows of documents one after another, as GPTDataset makes them. Positions begin anew in each.
+    """The EOD-reset form: rows of documents one after another, as GPTDataset makes them. Positions restart in each document.
 
     Args:
-        document_starts: bool [batch, seq], true at the first token of a document; under context parallelism of the whole
-            sequences.
+        document_starts: bool [batch, seq], true at the first token of a document; the whole sequences, under context
+            parallelism too.
     """
     documents = Documents.from_starts(document_starts)
     ends, seq = documents.cu_seqlens, document_starts.shape[1]
@@ -32,12 +32,12 @@ def pack_documents(document_starts: Tensor) -> PackedDocuments:
 
 
 class TokenPlaces(NamedTuple):
-    """Where this rank's tokens stand.
+    """The places of this rank's tokens.
 
     Attributes:
         positions: int64 [seq], in the sample.
-        in_document: int64 [batch or 1, seq].
-        remaining: int64 [batch or 1, seq], tokens of the document that stand behind each.
+        in_document: int64 [batch or 1, seq], in the document.
+        remaining: int64 [batch or 1, seq], how many tokens of the document come after each.
         starts: bool [batch, seq], true at a document's first token; None: samples are one document each.
         documents: of the whole samples.
     """
@@ -50,9 +50,9 @@ class TokenPlaces(NamedTuple):
 
 
 def token_places(packed_seq_params: Any, batch: int, seq: int, group: dist.ProcessGroup | None) -> TokenPlaces:
-    """From any packed_seq_params, whose cu_seqlens_q count the tokens of all rows, or None.
+    """From None or any packed_seq_params, whose cu_seqlens_q count the tokens of all rows.
 
-    Where documents are padded, padding stands behind each and is a part of it, which nothing of it sees.
+    Where documents are padded, padding comes after each and counts as a part of it that no real token sees.
 
     Args:
         seq: this rank's tokens.

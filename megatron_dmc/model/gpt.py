@@ -36,7 +36,7 @@ def transformer_config(model: ModelConfig, *, bf16: bool = False, **overrides: A
         "bf16": bf16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        # Must stand before DDP wraps the model; it decides how gradients are scaled.
+        # Must be set before DDP wraps the model, because it decides how gradients are scaled.
         "calculate_per_token_loss": True,
         "use_cpu_initialization": not on_gpu,
         "bias_activation_fusion": on_gpu,

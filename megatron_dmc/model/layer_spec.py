@@ -26,12 +26,12 @@ def has_transformer_engine() -> bool:
 def get_dmc_layer_spec(dmc: DMCConfig | None, *, use_transformer_engine: bool | None = None) -> ModuleSpec:
     """A TransformerLayer with DMC attention: megatron-core's local spec, or Transformer Engine's where it is installed.
 
-    Checkpoints have the same keys in both. Transformer Engine's spec usually fuses the input norm into linear_qkv; here
-    the norm stands alone, because the ``projection`` decisions read the normed attention input in either form.
+    Checkpoints have the same keys in both. Transformer Engine's spec usually fuses the input norm into linear_qkv. Here the
+    norm is a module of its own, because the ``projection`` decisions read the normed attention input.
 
     Args:
         dmc: None for the base model.
-        use_transformer_engine: None: if it is installed.
+        use_transformer_engine: None: use it if it is installed.
     """
     if use_transformer_engine is None:
         use_transformer_engine = has_transformer_engine()

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError
 
-# OmegaConf's marker of a value that must be given; this module is also used where OmegaConf is not installed.
+# OmegaConf's marker of a value that must be given. This module also serves where OmegaConf is not installed.
 MISSING: Any = "???"
 
 
@@ -35,7 +35,7 @@ class ModelConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
-        """Raises ConfigError for sizes that do not fit one another. Missing values are found when a recipe is read."""
+        """Raises ConfigError for sizes that do not fit together. (Reading a recipe finds missing values.)"""
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, bool) and value <= 0:
                 raise ConfigError(f"model.{name} must be > 0, got {value}")

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm; its weight's gradient is summed over the sequence-parallel ranks by megatron-core."""
+    """torch's RMSNorm. megatron-core sums its weight's gradient over the sequence-parallel ranks."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # What megatron-core reads when it finalizes gradients.
+        # megatron-core reads this attribute when it finalizes gradients.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A sequence that is cut over the ranks of a context-parallel group, and its exchanges.
 
-As megatron-core cuts it: into 2 * ranks chunks, of which rank r holds chunks r and 2 * ranks - 1 - r, one after the other. In
-causal attention an early chunk is little work and a late one much; so all ranks have the same.
+It is cut as megatron-core cuts it: into 2 * ranks chunks, of which rank r holds chunks r and 2 * ranks - 1 - r, one after the
+other. In causal attention an early chunk is little work and a late one much, so all ranks have the same work.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def sum_to_local(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_sequence_with_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """gather_sequence; its gradient is summed over what all ranks make of the whole."""
+    """gather_sequence with a gradient: the sum over the gradients that all ranks have of the whole."""
     return _Exchange.apply(x, group, gather_sequence, sum_to_local)
 
 

@@ -1,14 +1,17 @@
-"""Logits of the merge decision alpha and of the weight omega (paper, section 3.1; DMS, arXiv 2506.05345, for projection)."""
+"""Logits of the merge decision alpha and of the weight omega (paper, section 3.1; DMS, arXiv 2506.05345, for projection).
+
+decision_logits a -> merge_logits l, with noise and temperature in training, binary elsewhere -> alpha = sigmoid(l).
+"""
 
 import torch
 from torch import Tensor
 
-# The authors' bf16 eps, in every dtype: keeps a slot's weight above 0.
+# The authors' bf16 epsilon, here in every dtype. It keeps a slot's weight above 0.
 OMEGA_EPS = 2.0**-7
 
 
 def neuron_logits(query: Tensor, key: Tensor, bias: float) -> tuple[Tensor, Tensor]:
-    """a_t = k_t[-1] - c, b_t = (mean of q_t[-1] over the query heads that share the KV head) + c.
+    """The ``neuron`` source: a_t = k_t[-1] - c, b_t = (mean of q_t[-1] over the query heads that share the KV head) + c.
 
     Args:
         query: [batch, seq, heads, head_dim] before rotary embedding.
@@ -16,15 +19,15 @@ def neuron_logits(query: Tensor, key: Tensor, bias: float) -> tuple[Tensor, Tens
         bias: c.
 
     Returns:
-        a, b: [batch, seq, kv_heads], at least float32.
+        decision_logits a, omega_logits b: [batch, seq, kv_heads], float32 or wider.
     """
-    a = _wide(key[..., -1]) - bias
-    b = _wide(query[..., -1]).unflatten(-1, (key.shape[-2], -1)).mean(-1) + bias
-    return a, b
+    decision_logits = _wide(key[..., -1]) - bias
+    omega_logits = _wide(query[..., -1]).unflatten(-1, (key.shape[-2], -1)).mean(-1) + bias
+    return decision_logits, omega_logits
 
 
 def projection_logits(projected: Tensor, bias: float, scale: float) -> tuple[Tensor, Tensor]:
-    """[a_t, b_t] = s (W h_t + beta) + (-c, +c).
+    """The ``projection`` source: [a_t, b_t] = s (W h_t + beta) + (-c, +c).
 
     Args:
         projected: W h + beta, [batch, seq, 2 * kv_heads], interleaved per KV head: a_0, b_0, a_1, b_1, ...
@@ -32,20 +35,25 @@ def projection_logits(projected: Tensor, bias: float, scale: float) -> tuple[Ten
         scale: s.
 
     Returns:
-        a, b: [batch, seq, kv_heads], at least float32.
+        decision_logits a, omega_logits b: [batch, seq, kv_heads], float32 or wider.
     """
-    a, b = (scale * _wide(projected)).unflatten(-1, (-1, 2)).unbind(-1)
-    return a - bias, b + bias
+    decision_logits, omega_logits = (scale * _wide(projected)).unflatten(-1, (-1, 2)).unbind(-1)
+    return decision_logits - bias, omega_logits + bias
 
 
-def omega_from_logits(b: Tensor) -> Tensor:
+def omega_from_logits(omega_logits: Tensor) -> Tensor:
     """omega = sigmoid(b) + 2^-7."""
-    return torch.sigmoid(b) + OMEGA_EPS
+    return torch.sigmoid(omega_logits) + OMEGA_EPS
 
 
-def hard_logits(a: Tensor) -> Tensor:
+def relaxed_merge_logits(decision_logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Merge logits in training: l = (a + noise) / temperature. alpha = sigmoid(l) is the Gumbel-sigmoid of section 3.2."""
+    return (decision_logits + noise) / temperature
+
+
+def hard_merge_logits(decision_logits: Tensor) -> Tensor:
     """Merge logits of the binary decision 1[a > 0]: +inf where it merges, -inf where it appends."""
-    return torch.where(a > 0, float("inf"), float("-inf")).to(a.dtype)
+    return torch.where(decision_logits > 0, float("inf"), float("-inf")).to(decision_logits.dtype)
 
 
 def clear_channel(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rotation(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles, computed as wide as they are and rounded once."""
+    """cos and sin of the angles, computed in the angles' dtype and rounded once."""
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

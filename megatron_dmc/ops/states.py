@@ -1,4 +1,4 @@
-"""From keys and values before rotary embedding to what attention runs on: raw keys nearby and slot states farther off."""
+"""From keys and values before rotary embedding to the tensors of attention: raw keys for the local window, and slots."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,16 +8,12 @@ from torch import Tensor
 from megatron_dmc.ops.decisions import clear_channel
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.tokens import Tokens
 
 
 def attention_states(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor,
-    omega: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    tokens: Tokens,
     *,
     local_window: int,
     operation: Literal["merge", "evict"],
@@ -29,17 +25,20 @@ def attention_states(
     """The first five arguments of windowed_dmc_attention.
 
     A slot is rotated at the position of its latest token. Without a window no query reads the raw keys, and with eviction
-    none reads slots: the one stands in for the other then.
+    none reads slots: the tensors that are read are returned in their place.
 
     Args:
-        query: [batch, seq, heads, head_dim]; key, value: [batch, seq, kv_heads, head_dim]; before rotary embedding.
-        alpha, omega: [batch, seq, kv_heads].
-        cos, sin: broadcastable to [batch, seq, 1, head_dim].
+        query: [batch, seq, heads, head_dim], before rotary embedding.
+        tokens: before rotary embedding.
         local_window, operation, window_size: see DMCConfig.
-        clear_last_channel: keep the last channel of query and keys at zero through the rotation (the ``neuron`` source).
+        clear_last_channel: set the last channel of query and keys to zero after the rotation (the ``neuron`` source).
         document_starts: bool [batch, seq], true where a document begins.
-        merge: pool, or a form of it for a part of the sequence.
+        merge: pool, or its form for a sequence that is cut over ranks.
+
+    Returns:
+        query, key, value, pooled_key, pooled_value; query and keys rotated.
     """
+    key, value, alpha, omega, cos, sin = tokens
 
     def rotated(x: Tensor) -> Tensor:
         x = rotate(x, cos, sin)

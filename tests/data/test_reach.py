@@ -6,7 +6,7 @@ import torch
 
 from megatron_dmc.data import check_reach
 from megatron_dmc.data.reach import highest_ratio
-from megatron_dmc.model.compression_loss import carried_out
+from megatron_dmc.model.compression_loss import takes_effect
 from megatron_dmc.recipe import recipe_from_dict
 from tests.support.texts import fails
 from tests.support.toy import recipe_values, write_text
@@ -19,7 +19,7 @@ def test_highest_ratio_is_that_of_all_decisions_in_effect(window):
     for length in lengths:
         for begin in range(0, length, 16):
             positions = torch.arange(min(16, length - begin))
-            merged += int(carried_out(positions, positions.flip(0), window).sum())
+            merged += int(takes_effect(positions, positions.flip(0), window).sum())
     assert highest_ratio(lengths, 16, window) == pytest.approx(lengths.sum() / (lengths.sum() - merged), rel=1e-12)
 
 

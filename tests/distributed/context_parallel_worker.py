@@ -106,7 +106,7 @@ def attention_errors(seq: int) -> dict[str, float]:
         def oracle(*x: Tensor, operation: str = operation, window: int = window) -> Tensor:
             if operation == "plain":
                 return naive.dmc_attention(*x, torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64))[0]
-            return naive.windowed_dmc_attention(*x, window, operation)[0]
+            return naive.windowed_dmc_attention(*x, local_window=window, operation=operation)[0]
 
         arguments = [tensors[name] for name in (names[:3] if operation == "plain" else names)]
         whole = run(oracle, arguments, None)
@@ -139,7 +139,8 @@ def packed_errors(seq: int) -> dict[str, float]:
             if operation == "plain":
                 never = torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64)
                 return naive.dmc_attention(*x, never, None, starts)[0]
-            return naive.windowed_dmc_attention(*x, window, operation, None, starts)[0]
+            options: dict[str, Any] = {"local_window": window, "operation": operation, "document_starts": starts}
+            return naive.windowed_dmc_attention(*x, **options)[0]
 
         whole = run(oracle, arguments, None)
         for exchange in ("all_gather", "a2a"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.model import attention
 from megatron_dmc.model.attention import StepContext
-from megatron_dmc.model.compression_loss import CompressionLoss, carried_out, count_decisions, merge_fraction_target
+from megatron_dmc.model.compression_loss import CompressionLoss, count_decisions, merge_fraction_target, takes_effect
 from megatron_dmc.model.gpt import dmc_layers
 from tests.support.models import SIZES, positions, random_model, tokens
 
@@ -64,7 +64,7 @@ def test_counts_leave_the_first_token_out() -> None:
     merge = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [2.0, -2.0]]])
     noise_free = torch.tensor([[[1.0, 1.0], [-1.0, 1.0], [-2.0, -2.0]]])
     places = torch.arange(3)[None]
-    counts = count_decisions(merge, noise_free, carried_out(places, 2 - places, 0))
+    counts = count_decisions(merge, noise_free, takes_effect(places, 2 - places, 0))
     assert counts.tolist() == [[2, 0], [0, 1], [3, 3]]
-    counts = count_decisions(merge, noise_free, carried_out(places, 2 - places, 1))
+    counts = count_decisions(merge, noise_free, takes_effect(places, 2 - places, 1))
     assert counts.tolist() == [[1, 0], [0, 1], [3, 3]]

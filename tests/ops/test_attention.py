@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,95 +16,56 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_dmc.ops.attention import dmc_attention, naive
 from megatron_dmc.ops.attention.diagonal import diagonal_forward
+from megatron_dmc.ops.attention.fading_keys import FarKeys
+from megatron_dmc.ops.attention.types import KernelSettings
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.rotary import rotate
+from tests.support.oracle import INFINITY, Shape, assert_equals_oracle, draw_attention, outputs_and_gradients
 
 NAMES = ("query", "key", "value", "merge_logits")
-INFINITY = float("inf")
 
 
 def slots(
-    seq: int,
-    *,
-    batch: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 16,
-    logits: str = "soft",
-    channel: int | None = None,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
+    seq: int, *, batch: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query, key, value, merge_logits; logits are soft, hard (±inf), mixed, none (no merges) or all."""
-    generator = torch.Generator().manual_seed(seed)
+    """query, key, value, merge_logits; options are draw_attention's."""
+    return of_slots(Shape(batch, seq, heads, kv_heads, head_dim), **options)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    query = draw(batch, seq, heads, head_dim)
-    key, value = draw(batch, seq, kv_heads, head_dim), draw(batch, seq, kv_heads, head_dim)
-    if channel is not None:
-        query[..., channel], key[..., channel] = 0, 0
-    soft = 4 * draw(batch, seq, kv_heads)
-    hard = torch.where(draw(batch, seq, kv_heads) > -0.5, INFINITY, -INFINITY).double()
-    chosen = {
-        "soft": soft,
-        "hard": hard,
-        "mixed": torch.where(draw(batch, seq, kv_heads) > 0, soft, hard),
-        "none": torch.full_like(soft, -INFINITY),
-        "all": torch.full_like(soft, INFINITY),
-    }[logits]
-    wide = torch.promote_types(dtype, torch.float32)
-    return query.to(dtype), key.to(dtype), value.to(dtype), chosen.to(wide)
+def of_slots(shape: Shape, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    drawn = draw_attention(shape, **{"decisions": "soft"} | options)
+    return tuple(drawn[name] for name in NAMES)  # type: ignore[return-value]
 
 
 def output_and_gradients(inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    """The output and the four gradients of a random projection of it."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = dmc_attention(*leaves, **options)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out.backward(direction.to(out.dtype))
-    gradients = [leaf.grad for leaf in leaves]
-    assert [g.dtype for g in gradients] == [x.dtype for x in inputs]  # type: ignore[union-attr]
-    return [out.detach(), *gradients]
-
-
-def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
-    errors = {}
-    for name, x, y in zip(("out", *NAMES), got, expected, strict=True):
-        assert x.isfinite().all(), name
-        # A gradient that is zero (a query that sees its own slot only) leaves rounding only.
-        errors[name] = ((x.double() - y).norm() / y.norm().clamp(min=0.1)).item()
-    return errors
+    outputs, gradients = outputs_and_gradients(partial(dmc_attention, **options), inputs)
+    return [*outputs, *gradients]
 
 
 def assert_equal_to_oracle(
     inputs: Sequence[Tensor], tolerance: float, channel: int | None = None, **options: Any
 ) -> None:
-    """The fast form in the inputs' own dtype, the oracle on the same numbers in float64."""
-    fast = output_and_gradients(inputs, bias_channel=channel, **options)
-    oracle = output_and_gradients([x.double() for x in inputs], backend="naive", **options)
-    if channel is not None:
-        # The caller's channel carries the bias: no gradient comes back through it.
-        assert not fast[1][..., channel].any() and not fast[2][..., channel].any()
-        for gradient in oracle[1:3]:
-            gradient[..., channel] = 0
-    errors = relative_errors(fast, oracle)
-    assert max(errors.values()) <= tolerance, errors
+    fast = partial(dmc_attention, bias_channel=channel, **options)
+    oracle = partial(dmc_attention, backend="naive", **options)
+    assert_equals_oracle(fast, oracle, dict(zip(NAMES, inputs, strict=True)), tolerance, bias_channel=channel)
 
 
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
-@pytest.mark.parametrize("logits", ["soft", "hard", "mixed"])
+@pytest.mark.parametrize("decisions", ["soft", "hard", "mixed"])
 @pytest.mark.parametrize(
-    ("batch", "seq", "heads", "kv_heads", "head_dim"),
-    [(2, 1, 2, 2, 8), (2, 2, 2, 1, 8), (1, 63, 3, 3, 16), (2, 97, 8, 2, 32), (1, 129, 4, 1, 64), (1, 515, 2, 1, 8)],
-    ids=lambda value: str(value),
+    "shape",
+    [
+        Shape(2, 1, 2, 2, 8),
+        Shape(2, 2, 2, 1, 8),
+        Shape(1, 63, 3, 3, 16),
+        Shape(2, 97, 8, 2, 32),
+        Shape(1, 129, 4, 1, 64),
+        Shape(1, 515, 2, 1, 8),
+    ],
+    ids=str,
 )
-def test_equals_the_oracle(
-    batch: int, seq: int, heads: int, kv_heads: int, head_dim: int, logits: str, channel: int | None
-) -> None:
-    inputs = slots(seq, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, logits=logits, channel=channel)
-    assert_equal_to_oracle(inputs, 1e-12, channel)
+def test_equals_the_oracle(shape: Shape, decisions: str, channel: int | None) -> None:
+    assert_equal_to_oracle(of_slots(shape, decisions=decisions, channel=channel), 1e-12, channel)
 
 
 @pytest.mark.parametrize("channel", [None, -1, 3], ids=lambda c: f"channel{c}")
@@ -113,14 +75,16 @@ def test_softmax_scale(scale: float, channel: int | None) -> None:
 
 
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
-@pytest.mark.parametrize("logits", ["soft", "hard", "mixed"])
+@pytest.mark.parametrize("decisions", ["soft", "hard", "mixed"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"]
 )
 def test_lower_precision_stays_near_the_oracle(
-    dtype: torch.dtype, tolerance: float, logits: str, channel: int | None
+    dtype: torch.dtype, tolerance: float, decisions: str, channel: int | None
 ) -> None:
-    assert_equal_to_oracle(slots(257, head_dim=64, logits=logits, channel=channel, dtype=dtype), tolerance, channel)
+    assert_equal_to_oracle(
+        slots(257, head_dim=64, decisions=decisions, channel=channel, dtype=dtype), tolerance, channel
+    )
 
 
 @pytest.mark.parametrize("magnitude", [8.0, 15.0, 20.0])
@@ -144,12 +108,14 @@ def test_enormous_logits_are_binary_decisions() -> None:
 
 
 def test_log_sum_exp() -> None:
-    query, key, value, logits = slots(33, heads=8, logits="mixed")
-    following = F.pad(logits[:, 1:], (0, 0, 0, 1), value=-INFINITY)
-    _, lse = diagonal_forward(query, key, value, following, 0.25, None)
-    _, expected = naive.dmc_attention(query, key, value, logits, 0.25)
+    query, key, value, merge_logits = slots(33, heads=8, decisions="mixed")
+    fade_logits = F.pad(merge_logits[:, 1:], (0, 0, 0, 1), value=-INFINITY)
+    settings = KernelSettings(softmax_scale=0.25)
+    lse = diagonal_forward(query, FarKeys(key, value, fade_logits), settings).lse
+    _, expected = naive.dmc_attention(query, key, value, merge_logits, 0.25)
     torch.testing.assert_close(lse, expected, rtol=1e-12, atol=1e-12)
-    out, lse = diagonal_forward(*slots(33, heads=8, dtype=torch.bfloat16), 0.25, None)
+    query, *far = slots(33, heads=8, dtype=torch.bfloat16)
+    out, lse = diagonal_forward(query, FarKeys(*far), settings)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and lse.shape == (2, 33, 8)
 
 
@@ -170,7 +136,7 @@ def starts_at(seq: int, *rows: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
-@pytest.mark.parametrize("logits", ["soft", "mixed"])
+@pytest.mark.parametrize("decisions", ["soft", "mixed"])
 @pytest.mark.parametrize(
     "rows",
     [
@@ -180,8 +146,8 @@ def starts_at(seq: int, *rows: list[int]) -> Tensor:
         pytest.param(([0], []), id="none-inside"),
     ],
 )
-def test_documents_equal_the_oracle(rows: tuple[list[int], ...], logits: str, channel: int | None) -> None:
-    inputs = slots(66, logits=logits, channel=channel)
+def test_documents_equal_the_oracle(rows: tuple[list[int], ...], decisions: str, channel: int | None) -> None:
+    inputs = slots(66, decisions=decisions, channel=channel)
     assert_equal_to_oracle(inputs, 1e-12, channel, document_starts=starts_at(66, *rows))
 
 
@@ -230,7 +196,7 @@ def test_documents_equal_separate_sequences() -> None:
 def test_without_merging_it_is_plain_causal_attention(
     seq: int, kv_heads: int, group: int, dtype: torch.dtype, seed: int
 ) -> None:
-    inputs = slots(seq, heads=group * kv_heads, kv_heads=kv_heads, logits="none", dtype=dtype, seed=seed)
+    inputs = slots(seq, heads=group * kv_heads, kv_heads=kv_heads, decisions="none", dtype=dtype, seed=seed)
     query, key, value, _ = (x.transpose(1, 2) for x in inputs)
     plain = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
@@ -240,7 +206,7 @@ def test_without_merging_it_is_plain_causal_attention(
 @settings(max_examples=20, deadline=None)
 @given(seq=st.integers(1, 100), seed=st.integers(0, 10**6))
 def test_when_all_merge_a_query_sees_its_own_slot_only(seq: int, seed: int) -> None:
-    inputs = slots(seq, heads=2, logits="all", seed=seed)
+    inputs = slots(seq, heads=2, decisions="all", seed=seed)
     torch.testing.assert_close(dmc_attention(*inputs), inputs[2], rtol=1e-13, atol=1e-13)
 
 
@@ -248,7 +214,7 @@ def test_when_all_merge_a_query_sees_its_own_slot_only(seq: int, seed: int) -> N
 @given(seq=st.integers(2, 90), cut=st.floats(0, 1), seed=st.integers(0, 10**6))
 def test_nothing_depends_on_the_future(seq: int, cut: float, seed: int) -> None:
     """Up to the merge of token t + 1, of which query t's own slot knows nothing."""
-    inputs = slots(seq, logits="mixed", seed=seed)
+    inputs = slots(seq, decisions="mixed", seed=seed)
     at = 1 + int(cut * (seq - 1))
     changed = [x.clone() for x in inputs]
     for x in changed:
@@ -327,10 +293,12 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
-@pytest.mark.parametrize("logits", ["soft", "hard"])
-def test_no_tensor_grows_with_the_square_of_the_sequence(logits: str, channel: int | None) -> None:
+@pytest.mark.parametrize("decisions", ["soft", "hard"])
+def test_no_tensor_grows_with_the_square_of_the_sequence(decisions: str, channel: int | None) -> None:
     seq, heads, head_dim = 2048, 2, 16
-    inputs = slots(seq, batch=1, heads=heads, head_dim=head_dim, logits=logits, channel=channel, dtype=torch.float32)
+    inputs = slots(
+        seq, batch=1, heads=heads, head_dim=head_dim, decisions=decisions, channel=channel, dtype=torch.float32
+    )
     with Sizes() as sizes:
         output_and_gradients(inputs, bias_channel=channel)
     largest, operation = max(sizes.made)

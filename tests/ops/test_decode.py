@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention import windowed_dmc_attention
-from megatron_dmc.ops.decisions import OMEGA_EPS, hard_logits
+from megatron_dmc.ops.decisions import hard_merge_logits
 from megatron_dmc.ops.decode import LayerCache, naive
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
-
-torch.set_num_threads(1)
+from megatron_dmc.ops.tokens import Tokens as KeysAndValues
+from tests.support.oracle import Draw, Shape, draw_attention
 
 
 class Tokens(NamedTuple):
@@ -30,29 +30,12 @@ class Tokens(NamedTuple):
         return Tokens(*(x[:, start:stop] for x in self))
 
 
-def make_tokens(
-    batch: int,
-    seq: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    merge: float = 0.6,
-    dtype: torch.dtype = torch.float64,
-) -> Tokens:
-    generator = torch.Generator().manual_seed(seq + heads)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
+def make_tokens(shape: Shape, merge: float = 0.6, dtype: torch.dtype = torch.float64) -> Tokens:
+    drawn = draw_attention(shape, dtype=dtype, seed=shape.seq + shape.heads)
+    draw, size = Draw(shape.seq), (shape.batch, shape.seq, shape.kv_heads)
     # Heads merge at different rates, so that their lengths part.
-    rate = merge * torch.linspace(0.87, 1.13, kv_heads)
-    return Tokens(
-        normal(batch, seq, heads, head_dim),
-        normal(batch, seq, kv_heads, head_dim),
-        normal(batch, seq, kv_heads, head_dim),
-        torch.rand(batch, seq, kv_heads, generator=generator) < rate,
-        torch.rand(batch, seq, kv_heads, generator=generator, dtype=torch.float64).to(dtype) + OMEGA_EPS,
-    )
+    rate = merge * torch.linspace(0.87, 1.13, shape.kv_heads)
+    return Tokens(drawn["query"], drawn["key"], drawn["value"], draw.uniform(*size) < rate, draw.omega(shape).to(dtype))
 
 
 def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -104,19 +87,18 @@ def oracle(tokens: Tokens, kind: Kind = KINDS["exact"]) -> tuple[Tensor, Tensor]
     for b in range(batch):
         for h in range(kv_heads):
             head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, kind.window_size, *kind[:2])
+            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())
             counts[b, h] = len(slots) + min(tokens.key.shape[1], kind.local_window)
     return out.flatten(2, 3), counts
 
 
 @functools.cache
-def tokens_and_oracle(shape: tuple[int, ...], kind: Kind) -> tuple[Tokens, Tensor, Tensor]:
-    tokens = make_tokens(*shape, merge=0.6 if kind.window_size is None else 0.85)  # slots longer than what is summed
+def tokens_and_oracle(shape: Shape, kind: Kind) -> tuple[Tokens, Tensor, Tensor]:
+    tokens = make_tokens(shape, merge=0.6 if kind.window_size is None else 0.85)  # slots longer than what is summed
     return tokens, *oracle(tokens, kind)
 
 
-SHAPES = [(1, 37, 2, 2, 8), (2, 63, 4, 2, 8), (2, 70, 6, 1, 16)]
-IDS = [f"B{b}-T{t}-H{h}-KV{kv}-D{d}" for b, t, h, kv, d in SHAPES]
+SHAPES = [Shape(1, 37, 2, 2, 8), Shape(2, 63, 4, 2, 8), Shape(2, 70, 6, 1, 16)]
 CUTS = {
     "prefill": lambda seq: [seq],
     "steps": lambda seq: [1] * seq,
@@ -127,11 +109,11 @@ CUTS = {
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @by_kind
-@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_oracle(shape, kind, cuts):
     tokens, expected, counts = tokens_and_oracle(shape, kind)
     cache = LayerCache(*kind)
-    out = through_cache(tokens, cuts(shape[1]), cache)
+    out = through_cache(tokens, cuts(shape.seq), cache)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     assert torch.equal(cache.slots, counts)
 
@@ -139,7 +121,7 @@ def test_equals_oracle(shape, kind, cuts):
 @by_kind
 @pytest.mark.parametrize("alpha", [False, True], ids=["alpha0", "alpha1"])
 def test_corners(alpha, kind):
-    tokens = make_tokens(2, 40, 4, 2, 8)
+    tokens = make_tokens(Shape(2, 40, 4, 2, 8))
     tokens = tokens._replace(alpha=torch.full_like(tokens.alpha, alpha))
     expected, counts = oracle(tokens, kind)
     for cuts in ([40], [20, 20], [1] * 40):
@@ -152,15 +134,16 @@ def test_corners(alpha, kind):
 @pytest.mark.parametrize("clears", [False, True], ids=["all-channels", "last-cleared"])
 def test_training_form_is_the_cache(clears, kind):
     """Pooling and attention as in training, with binary alpha, in float32."""
-    tokens = make_tokens(2, 65, 4, 2, 16, dtype=torch.float32)
+    tokens = make_tokens(Shape(2, 65, 4, 2, 16), dtype=torch.float32)
     if clears:
         for x in (tokens.query, tokens.key):
             x[..., -1] = 0
     cos, sin = rotation(torch.arange(65)[None], 16, torch.float32)
     alpha = tokens.alpha.float()
-    states = attention_states(*tokens[:3], alpha, tokens.omega, cos, sin, **kind._asdict(), clear_last_channel=clears)
+    given = KeysAndValues(tokens.key, tokens.value, alpha, tokens.omega, cos, sin)
+    states = attention_states(tokens.query, given, **kind._asdict(), clear_last_channel=clears)
     when = {"local_window": kind.local_window, "operation": kind.operation}
-    expected = windowed_dmc_attention(*states, hard_logits(alpha), bias_channel=-1 if clears else None, **when)
+    expected = windowed_dmc_attention(*states, hard_merge_logits(alpha), bias_channel=-1 if clears else None, **when)
     for cuts in ([65], [20, 40, 5], [1] * 65):
         out = through_cache(tokens, cuts, LayerCache(*kind, clears_last_channel=clears))
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
@@ -171,17 +154,17 @@ def test_training_form_is_the_cache(clears, kind):
 
 @by_kind
 def test_autocast_changes_nothing(kind):
-    tokens, cuts = make_tokens(2, 40, 4, 2, 8, dtype=torch.float32), [20, *[1] * 20]
+    tokens, cuts = make_tokens(Shape(2, 40, 4, 2, 8), dtype=torch.float32), [20, *[1] * 20]
     expected = through_cache(tokens, cuts, LayerCache(*kind))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(through_cache(tokens, cuts, LayerCache(*kind)), expected)
 
 
 @by_kind
-def test_ragged_chunks_leave_no_trace(kind):
+def test_padding_of_ragged_chunks_is_ignored(kind):
     """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
     batch, seq = 3, 24
-    tokens = make_tokens(batch, 3 * seq, 4, 2, 8, merge=0.85)
+    tokens = make_tokens(Shape(batch, 3 * seq, 4, 2, 8), merge=0.85)
     lengths = torch.tensor([[23, 5, 0], [7, 22, 3], [1, 0, 1]])  # of the chunks
     for row, counts in enumerate(lengths.T):  # chunks begin and end with slots that close
         for start in counts.cumsum(0).tolist():
@@ -194,7 +177,7 @@ def test_ragged_chunks_leave_no_trace(kind):
         size = 1 if length is None else seq
         positions = taken[:, None] + torch.arange(size)
         part = Tokens(*(x[rows, positions] for x in tokens))
-        if length is not None:  # what stands behind a row's tokens is not its own
+        if length is not None:  # what comes after a row's tokens is padding
             garbage = torch.arange(size) >= length[:, None]
             part.key[garbage], part.value[garbage], part.alpha[garbage] = 1e4, -1e4, False
         out = cache.attend(*part, *rotation(positions, 8), lengths=length)
@@ -211,7 +194,7 @@ def test_ragged_chunks_leave_no_trace(kind):
 
 @by_kind
 def test_select_reorders_repeats_and_drops(kind):
-    tokens = make_tokens(3, 50, 4, 2, 8)
+    tokens = make_tokens(Shape(3, 50, 4, 2, 8))
     cache = LayerCache(*kind)
     through_cache(tokens.cut(0, 30), [20, 10], cache)
     for sequences in ([2, 0, 0, 1], [3, 2, 0]):
@@ -231,7 +214,7 @@ def plain_bytes(cache: LayerCache, head_dim: int, element: int) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["exact", "merge-w16", "evict-w16"])
 def test_bytes_follow_the_sum_of_lengths(kind, dtype, cuts):
-    tokens = make_tokens(1, 2048, 2, 2, 64, merge=0.75, dtype=dtype)
+    tokens = make_tokens(Shape(1, 2048, 2, 2, 64), merge=0.75, dtype=dtype)
     cache = LayerCache(*KINDS[kind])
     through_cache(tokens, cuts, cache)
     ratio = 2048 * 2 / int(cache.slots.sum())
@@ -242,7 +225,7 @@ def test_bytes_follow_the_sum_of_lengths(kind, dtype, cuts):
 
 @by_kind
 def test_dropped_sequences_and_reset_free_their_bytes(kind):
-    tokens = make_tokens(4, 400, 2, 2, 16)
+    tokens = make_tokens(Shape(4, 400, 2, 2, 16))
     cache = LayerCache(*kind)
     through_cache(tokens, [300] + [1] * 100, cache)
     before = cache.nbytes
@@ -255,7 +238,7 @@ def test_dropped_sequences_and_reset_free_their_bytes(kind):
 
 @by_kind
 def test_bf16_cuts_agree(kind):
-    tokens = make_tokens(1, 120, 4, 2, 64, dtype=torch.bfloat16)
+    tokens = make_tokens(Shape(1, 120, 4, 2, 64), dtype=torch.bfloat16)
     whole = through_cache(tokens, [120], LayerCache(*kind))
     steps = through_cache(tokens, [60] + [1] * 60, LayerCache(*kind))
     assert whole.dtype == steps.dtype == torch.bfloat16
@@ -263,7 +246,7 @@ def test_bf16_cuts_agree(kind):
 
 
 def test_clear_errors():
-    tokens = make_tokens(2, 4, 2, 2, 8)
+    tokens = make_tokens(Shape(2, 4, 2, 2, 8))
     cache = LayerCache()
     through_cache(tokens, [4], cache)
     with pytest.raises(ValueError, match="holds 2 sequences, got 1"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,89 +13,55 @@ from torch import Tensor
 
 from megatron_dmc.ops.pooling import PoolState, pool
 from megatron_dmc.ops.pooling.context_parallel import context_parallel_pool
+from tests.support.oracle import Draw, Shape, assert_equals_oracle, draw_pooling
 
 NAMES = ("key", "value", "alpha", "omega")
 
 
 def tokens(
-    seq: int,
-    *,
-    batch: int = 2,
-    kv_heads: int = 2,
-    head_dim: int = 8,
-    alpha: str = "mixed",
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
+    seq: int, *, batch: int = 2, kv_heads: int = 2, head_dim: int = 8, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """key, value, alpha, omega; alpha is soft, hard (0 and 1), mixed (half of each), zeros or ones."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    key, value = draw(batch, seq, kv_heads, head_dim), draw(batch, seq, kv_heads, head_dim)
-    soft = torch.sigmoid(4 * draw(batch, seq, kv_heads))
-    hard = (draw(batch, seq, kv_heads) > -1).double()  # 84 % merge: slots longer than a chunk occur
-    chosen = {
-        "soft": soft,
-        "hard": hard,
-        "mixed": torch.where(draw(batch, seq, kv_heads) > 0, soft, hard),
-        "zeros": torch.zeros_like(soft),
-        "ones": torch.ones_like(soft),
-    }[alpha]
-    omega = torch.sigmoid(2 * draw(batch, seq, kv_heads)) + 2**-7
-    return tuple(x.to(dtype) for x in (key, value, chosen, omega))  # type: ignore[return-value]
+    """key, value, alpha, omega; options are draw_pooling's."""
+    return tuple(draw_pooling(Shape(batch, seq, kv_heads, kv_heads, head_dim), **options).values())  # type: ignore[return-value]
 
 
-def outputs_and_gradients(inputs: Sequence[Tensor], **options: object) -> tuple[list[Tensor], list[Tensor]]:
-    """Pooled key and value, and the gradients of a random projection of them in the four inputs."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = pool(*leaves, **options)  # type: ignore[call-overload]
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
-    torch.autograd.backward(outputs, directions)
-    # With a window of 1 alpha is not used: no gradient.
-    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    assert [g.dtype for g in gradients] == [x.dtype for x in inputs]
-    return [x.detach() for x in outputs], gradients
-
-
-def assert_equal_to_oracle(inputs: Sequence[Tensor], tolerance: float, **options: object) -> None:
-    """The fast form in the inputs' own dtype, the oracle on the same numbers in float64."""
-    fast = outputs_and_gradients(inputs, **options)
-    oracle = outputs_and_gradients([x.double() for x in inputs], backend="naive", **options)
-    for name, got, expected in zip(
-        ("pooled key", "pooled value", *NAMES), fast[0] + fast[1], oracle[0] + oracle[1], strict=True
-    ):
-        assert got.isfinite().all(), name
-        # A gradient that is zero (of omega, where every token stands alone) leaves rounding only.
-        error = (got.double() - expected).norm() / expected.norm().clamp(min=1)
-        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+def assert_equal_to_oracle(inputs: Sequence[Tensor], tolerance: float, **options: Any) -> None:
+    fast, oracle = partial(pool, **options), partial(pool, backend="naive", **options)
+    # Where every token stands alone, omega's gradient is zero but for rounding.
+    assert_equals_oracle(fast, oracle, dict(zip(NAMES, inputs, strict=True)), tolerance, floor=1.0)
 
 
 @pytest.mark.parametrize("window_size", [None, 1, 5, 12], ids=lambda w: f"W{w}")
-@pytest.mark.parametrize("seq", [1, 2, 31, 32, 33, 63, 65, 97], ids=lambda s: f"B2-T{s}-H2-D8")
-def test_equals_the_oracle(seq: int, window_size: int | None) -> None:
-    assert_equal_to_oracle(tokens(seq), 1e-12, window_size=window_size)
+@pytest.mark.parametrize("shape", [Shape(2, seq, 2, 2, 8) for seq in (1, 2, 31, 32, 33, 63, 65, 97)], ids=str)
+def test_equals_the_oracle(shape: Shape, window_size: int | None) -> None:
+    assert_equal_to_oracle(list(draw_pooling(shape).values()), 1e-12, window_size=window_size)
 
 
-@pytest.mark.parametrize("alpha", ["soft", "hard", "mixed", "zeros", "ones"])
-@pytest.mark.parametrize("seq", [64, 1025], ids=lambda s: f"B1-T{s}-H1-D4")
-def test_equals_the_oracle_for_every_kind_of_alpha(seq: int, alpha: str) -> None:
+@pytest.mark.parametrize("shape", [Shape(2, seq, 2, 2, 8) for seq in (1, 33, 65)], ids=str)
+def test_a_state_that_is_carried_equals_the_oracle(shape: Shape) -> None:
+    """From the state before the first token to the one after the last, with gradients through both."""
+    state = Draw(5)
+    inputs = draw_pooling(shape)
+    for name in ("key_sum", "value_sum"):
+        inputs[name] = state.normal(shape.batch, shape.kv_heads, shape.head_dim)
+    inputs["weight"] = state.uniform(shape.batch, shape.kv_heads) + 0.1
+
+    def carried(*x: Tensor, backend: str) -> tuple[Tensor, ...]:
+        pooled_key, pooled_value, last = pool(
+            *x[:4], initial_state=PoolState(*x[4:]), return_final_state=True, backend=backend
+        )
+        return pooled_key, pooled_value, *last
+
+    assert_equals_oracle(partial(carried, backend="auto"), partial(carried, backend="naive"), inputs, 1e-12)
+
+
+@pytest.mark.parametrize("decisions", ["soft", "hard", "mixed", "none", "all"])
+@pytest.mark.parametrize("shape", [Shape(1, 64, 1, 1, 4), Shape(1, 1025, 1, 1, 4)], ids=str)
+def test_equals_the_oracle_for_every_kind_of_decision(shape: Shape, decisions: str) -> None:
     """1025 = 32 * 32 + 1: the scan over chunks is itself chunked, and a tail is left over."""
-    inputs = tokens(seq, batch=1, kv_heads=1, head_dim=4, alpha=alpha)
-    if seq == 64:
-        assert_equal_to_oracle(inputs, 1e-12)
-        return
-    # The oracle with its double loop is quadratic: here the plain recurrence, under autograd.
-    fast, fast_gradients = outputs_and_gradients(inputs)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    expected = recurrence(*leaves)
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in expected]
-    torch.autograd.backward(expected, directions)
-    for got, want in zip(fast + fast_gradients, [*expected, *(x.grad for x in leaves)], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    # The oracle with its double loop is quadratic. On long inputs the plain recurrence, under autograd, takes its place.
+    oracle = recurrence if shape.seq > 64 else partial(pool, backend="naive")
+    assert_equals_oracle(pool, oracle, draw_pooling(shape, decisions=decisions), 1e-12, floor=1.0)
 
 
 def recurrence(key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,11 +78,12 @@ def recurrence(key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> tupl
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"]
 )
-@pytest.mark.parametrize("seq", [33, 65], ids=lambda s: f"B2-T{s}-H2-D8")
+@pytest.mark.parametrize("shape", [Shape(2, seq, 2, 2, 8) for seq in (33, 65)], ids=str)
 def test_lower_precision_stays_near_the_oracle(
-    seq: int, dtype: torch.dtype, tolerance: float, window_size: int | None
+    shape: Shape, dtype: torch.dtype, tolerance: float, window_size: int | None
 ) -> None:
-    assert_equal_to_oracle(tokens(seq, dtype=dtype), tolerance, window_size=window_size)
+    inputs = list(draw_pooling(shape, dtype=dtype).values())
+    assert_equal_to_oracle(inputs, tolerance, window_size=window_size)
 
 
 def test_bfloat16_keeps_float32_sums() -> None:
@@ -145,7 +113,7 @@ def test_autocast_changes_nothing(cut: bool, backward_too: bool, one_process: No
 
 @pytest.mark.parametrize("window_size", [None, 5], ids=lambda w: f"W{w}")
 def test_document_starts_open_a_slot(window_size: int | None) -> None:
-    inputs = tokens(65, alpha="ones")
+    inputs = tokens(65, decisions="all")
     starts = torch.zeros(2, 65, dtype=torch.bool)
     starts[0, [1, 31, 32, 33]] = True
     starts[1, 64] = True
@@ -169,39 +137,33 @@ def test_the_first_alpha_counts_as_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seq", [5, 97, 1025])
 def test_alpha_zero_returns_the_tokens_to_the_last_bit(seq: int, dtype: torch.dtype) -> None:
-    key, value, alpha, omega = tokens(seq, alpha="zeros", dtype=dtype)
+    key, value, alpha, omega = tokens(seq, decisions="none", dtype=dtype)
     pooled_key, pooled_value = pool(key, value, alpha, omega)
     assert torch.equal(pooled_key, key) and torch.equal(pooled_value, value)
     # Where a slot starts the token stands alone, whatever was merged before it.
-    mixed = tokens(seq, alpha="hard", dtype=dtype)
+    mixed = tokens(seq, decisions="hard", dtype=dtype)
     pooled_key, _ = pool(*mixed)
     alone = mixed[2] == 0
     assert torch.equal(pooled_key[alone], mixed[0][alone])
 
 
 @pytest.mark.parametrize("splits", [[1], [32], [40, 41], [31, 33, 90]], ids=str)
-@pytest.mark.parametrize("alpha", ["mixed", "ones"])
-def test_state_carried_over_a_split_equals_the_whole(splits: list[int], alpha: str) -> None:
-    inputs = tokens(97, alpha=alpha)
-    whole, whole_gradients = outputs_and_gradients(inputs)
+@pytest.mark.parametrize("decisions", ["mixed", "all"])
+def test_state_carried_over_a_split_equals_the_whole(splits: list[int], decisions: str) -> None:
+    def in_parts(*x: Tensor) -> list[Tensor]:
+        parts: list[tuple[Tensor, Tensor]] = []
+        state: PoolState | None = None
+        for begin, end in zip([0, *splits], [*splits, 97], strict=True):
+            chunk = (each[:, begin:end] for each in x)
+            pooled_key, pooled_value, state = pool(*chunk, initial_state=state, return_final_state=True)
+            parts.append((pooled_key, pooled_value))
+        return [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
 
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    parts: list[tuple[Tensor, Tensor]] = []
-    state: PoolState | None = None
-    for begin, end in zip([0, *splits], [*splits, 97], strict=True):
-        chunk = (x[:, begin:end] for x in leaves)
-        pooled_key, pooled_value, state = pool(*chunk, initial_state=state, return_final_state=True)
-        parts.append((pooled_key, pooled_value))
-    outputs = [torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs]
-    torch.autograd.backward(outputs, directions)
-    for got, expected in zip(outputs + [x.grad for x in leaves], whole + whole_gradients, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert_equals_oracle(in_parts, pool, draw_pooling(Shape(2, 97, 2, 2, 8), decisions=decisions), 1e-12)
 
 
 def test_state_is_what_the_definition_says() -> None:
-    key, value, alpha, omega = tokens(5, alpha="soft")
+    key, value, alpha, omega = tokens(5, decisions="soft")
     _, _, state = pool(key, value, alpha, omega, return_final_state=True)
     decay = torch.ones_like(alpha)
     for t in range(3, -1, -1):
@@ -216,7 +178,7 @@ def test_state_is_what_the_definition_says() -> None:
 
 def test_an_empty_state_and_a_first_merge_is_a_start() -> None:
     """A fresh cache slot holds zeros: merging into it must give the token, not 0 / 0."""
-    inputs = tokens(3, alpha="ones")
+    inputs = tokens(3, decisions="all")
     empty = PoolState(torch.zeros(2, 2, 8).double(), torch.zeros(2, 2, 8).double(), torch.zeros(2, 2).double())
     pooled, _ = pool(*inputs, initial_state=empty)
     torch.testing.assert_close(pooled, pool(*inputs)[0], rtol=1e-13, atol=1e-13)
@@ -252,7 +214,7 @@ def test_strides_do_not_matter() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seq=st.integers(1, 80), seed=st.integers(0, 10**6))
 def test_merging_everything_gives_the_weighted_mean(seq: int, seed: int) -> None:
-    key, value, alpha, omega = tokens(seq, alpha="ones", seed=seed)
+    key, value, alpha, omega = tokens(seq, decisions="all", seed=seed)
     pooled_key, pooled_value = pool(key, value, alpha, omega)
     for pooled, x in ((pooled_key, key), (pooled_value, value)):
         mean = (omega[..., None] * x).cumsum(1) / omega.cumsum(1)[..., None]
@@ -262,7 +224,7 @@ def test_merging_everything_gives_the_weighted_mean(seq: int, seed: int) -> None
 @settings(max_examples=25, deadline=None)
 @given(seq=st.integers(1, 80), seed=st.integers(0, 10**6), window_size=st.sampled_from([None, 1, 3, 12]))
 def test_a_slot_is_a_convex_combination_of_its_tokens(seq: int, seed: int, window_size: int | None) -> None:
-    key, value, alpha, omega = tokens(seq, alpha="hard", seed=seed)
+    key, value, alpha, omega = tokens(seq, decisions="hard", seed=seed)
     pooled, _ = pool(key, value, alpha, omega, window_size=window_size)
     for t in range(seq):
         for b in range(2):
@@ -277,10 +239,13 @@ def test_a_slot_is_a_convex_combination_of_its_tokens(seq: int, seed: int, windo
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seq=st.integers(2, 100), cut=st.floats(0, 1), seed=st.integers(0, 10**6), alpha=st.sampled_from(["soft", "hard"])
+    seq=st.integers(2, 100),
+    cut=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+    decisions=st.sampled_from(["soft", "hard"]),
 )
-def test_any_split_with_carried_state_equals_the_whole(seq: int, cut: float, seed: int, alpha: str) -> None:
-    inputs = tokens(seq, alpha=alpha, seed=seed)
+def test_any_split_with_carried_state_equals_the_whole(seq: int, cut: float, seed: int, decisions: str) -> None:
+    inputs = tokens(seq, decisions=decisions, seed=seed)
     at = 1 + int(cut * (seq - 2))
     whole = pool(*inputs, return_final_state=True)
     head = pool(*(x[:, :at] for x in inputs), return_final_state=True)
@@ -305,7 +270,6 @@ STATE = PoolState(torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2, 2))
         ({}, {"window_size": 3, "initial_state": STATE}, "window_size"),
         ({}, {"window_size": 3, "return_final_state": True}, "window_size"),
         ({}, {"backend": "cuda"}, "backend must be auto, torch or naive, got 'cuda'"),
-        ({}, {"backend": "naive", "return_final_state": True}, "naive"),
     ],
     ids=[
         "value-shape",
@@ -315,7 +279,6 @@ STATE = PoolState(torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2, 2))
         "window-state",
         "window-final",
         "backend",
-        "naive-state",
     ],
 )
 def test_bad_arguments_are_named(change: dict, options: dict, message: str) -> None:

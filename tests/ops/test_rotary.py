@@ -1,9 +1,11 @@
 """Rotary embedding against complex multiplication, and the two properties that slots rely on."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.rotary import rotate, unrotate
+from tests.support.oracle import Shape, draw_attention
 
 
 def angles(positions: Tensor, head_dim: int) -> Tensor:
@@ -13,10 +15,12 @@ def angles(positions: Tensor, head_dim: int) -> Tensor:
     return torch.cat([half, half], dim=-1)[None, :, None]
 
 
-def test_is_a_complex_rotation_of_channel_pairs() -> None:
-    x = torch.randn(2, 11, 3, 8, dtype=torch.float64)
-    theta = angles(torch.arange(11), 8)
-    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(theta[..., :4]), theta[..., :4])
+@pytest.mark.parametrize("shape", [Shape(2, 11, 3, 3, 8), Shape(1, 63, 2, 2, 6)], ids=str)
+def test_is_a_complex_rotation_of_channel_pairs(shape: Shape) -> None:
+    x = draw_attention(shape)["query"]
+    theta, half = angles(torch.arange(shape.seq), shape.head_dim), shape.head_dim // 2
+    turn = torch.polar(torch.ones_like(theta[..., :half]), theta[..., :half])
+    pairs = torch.complex(x[..., :half], x[..., half:]) * turn
     expected = torch.cat([pairs.real, pairs.imag], dim=-1)
     torch.testing.assert_close(rotate(x, theta.cos(), theta.sin()), expected, rtol=1e-13, atol=1e-13)
 
@@ -39,12 +43,17 @@ def test_scores_depend_on_the_distance_only() -> None:
     torch.testing.assert_close(scores(0).diagonal(1, 1, 2), scores(0)[:, :1, 1].expand(1, 4), rtol=1e-12, atol=1e-12)
 
 
-def test_minus_the_sine_rotates_back() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.bfloat16, 1e-2)], ids=["float64", "bfloat16"]
+)
+def test_unrotate_is_the_inverse_for_rounded_angles_too(dtype: torch.dtype, tolerance: float) -> None:
     """A key that leaves a ring of rotated entries is rotated back before it is merged."""
-    x = torch.randn(2, 7, 2, 8, dtype=torch.float64)
+    x = draw_attention(Shape(2, 7, 2, 2, 8), dtype=dtype)["key"]
     theta = angles(torch.arange(100, 107), 8)
-    back = rotate(rotate(x, theta.cos(), theta.sin()), theta.cos(), -theta.sin())
-    torch.testing.assert_close(back, x, rtol=1e-13, atol=1e-13)
+    cos, sin = theta.cos().to(dtype), theta.sin().to(dtype)
+    back = unrotate(rotate(x, cos, sin), cos, sin)
+    assert back.dtype == dtype
+    torch.testing.assert_close(back, x, rtol=tolerance, atol=tolerance)
 
 
 def test_keeps_dtype_and_computes_in_the_wider_one() -> None:

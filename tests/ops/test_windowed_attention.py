@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,84 +13,55 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dmc.ops.attention import dmc_attention, windowed_dmc_attention
+from tests.support.oracle import Shape, assert_equals_oracle, draw_attention, outputs_and_gradients
 
-torch.set_num_threads(1)
-NAMES = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits")
 OPERATIONS = ("merge", "evict")
 
 
 def inputs(
-    seq: int,
-    *,
-    batch: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 8,
-    channel: int | None = None,
-    dtype: torch.dtype = torch.float64,
+    seq: int, *, batch: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, **options: Any
 ) -> list[Tensor]:
-    """NAMES' tensors; a third of the decisions are binary."""
-    generator = torch.Generator().manual_seed(seq)
-    shapes = [(batch, seq, h, head_dim) for h in (heads, *[kv_heads] * 4)]
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    if channel is not None:
-        for x in (tensors[0], tensors[1], tensors[3]):
-            x[..., channel] = 0
-    logits = 4 * torch.randn(batch, seq, kv_heads, generator=generator, dtype=torch.float64)
-    binary = torch.rand(logits.shape, generator=generator) < 1 / 3
-    logits = torch.where(binary, logits.sign() * math.inf, logits)
-    return [*(x.to(dtype) for x in tensors), logits.to(torch.promote_types(dtype, torch.float32))]
+    """windowed_dmc_attention's tensors; options are draw_attention's."""
+    return list(draw_attention(Shape(batch, seq, heads, kv_heads, head_dim), seed=seq, **options).values())
 
 
-def output_and_gradients(tensors: Sequence[Tensor], channel: int | None = None, **options: Any) -> list[Tensor]:
-    """The output and all gradients of a random projection of it; those of the caller's channel left out."""
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out = windowed_dmc_attention(*leaves, bias_channel=channel, **options)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out.backward(direction.to(out.dtype))
-    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
-    if channel is not None:
-        for gradient in (gradients[0], gradients[1], gradients[3]):
-            gradient[..., channel] = 0
-    return [out.detach(), *gradients]
+def output_and_gradients(tensors: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    outputs, gradients = outputs_and_gradients(partial(windowed_dmc_attention, **options), tensors)
+    return [*outputs, *gradients]
 
 
-def assert_equal_to_oracle(tensors: Sequence[Tensor], tolerance: float, channel: int | None, **options: Any) -> None:
-    fast = output_and_gradients(tensors, channel, **options)
-    oracle = output_and_gradients([x.double() for x in tensors], channel, backend="naive", **options)
-    for name, x, y in zip(("out", *NAMES), fast, oracle, strict=True):
-        assert x.isfinite().all(), name
-        error = ((x.double() - y).norm() / y.norm().clamp(min=0.1)).item()
-        assert error <= tolerance, (name, error)
+def assert_equal_to_oracle(shape: Shape, tolerance: float, **options: Any) -> None:
+    """Options are windowed_dmc_attention's, bias_channel and dtype for the fast form only."""
+    channel, dtype = options.pop("bias_channel", None), options.pop("dtype", torch.float64)
+    drawn = draw_attention(shape, channel=channel, dtype=dtype, seed=shape.seq)
+    fast = partial(windowed_dmc_attention, bias_channel=channel, **options)
+    oracle = partial(windowed_dmc_attention, backend="naive", **options)
+    assert_equals_oracle(fast, oracle, drawn, tolerance, bias_channel=channel)
 
 
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("local_window", [1, 2, 16, 31, 32, 33, 64, 500], ids=lambda w: f"w{w}")
 @pytest.mark.parametrize(
-    ("batch", "seq", "heads", "kv_heads", "head_dim"),
-    [(2, 1, 2, 1, 8), (2, 33, 2, 2, 8), (2, 63, 4, 2, 16), (1, 130, 6, 3, 8), (1, 1100, 2, 1, 8)],
-    ids=["B2-T1-H2-KV1-D8", "B2-T33-H2-KV2-D8", "B2-T63-H4-KV2-D16", "B1-T130-H6-KV3-D8", "B1-T1100-H2-KV1-D8"],
+    "shape",
+    [
+        Shape(2, 1, 2, 1, 8),
+        Shape(2, 33, 2, 2, 8),
+        Shape(2, 63, 4, 2, 16),
+        Shape(1, 130, 6, 3, 8),
+        Shape(1, 1100, 2, 1, 8),
+    ],
+    ids=str,
 )
-def test_equals_the_oracle(
-    batch: int,
-    seq: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    local_window: int,
-    operation: str,
-    channel: int | None,
-) -> None:
-    tensors = inputs(seq, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, channel=channel)
-    assert_equal_to_oracle(tensors, 1e-12, channel, local_window=local_window, operation=operation)
+def test_equals_the_oracle(shape: Shape, local_window: int, operation: str, channel: int | None) -> None:
+    assert_equal_to_oracle(shape, 1e-12, local_window=local_window, operation=operation, bias_channel=channel)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_lower_precision_stays_near_the_oracle(dtype: torch.dtype, tolerance: float, operation: str) -> None:
-    tensors = inputs(257, head_dim=64, dtype=dtype)
-    assert_equal_to_oracle(tensors, tolerance, None, local_window=20, operation=operation, softmax_scale=0.2)
+    options = {"local_window": 20, "operation": operation, "softmax_scale": 0.2}
+    assert_equal_to_oracle(Shape(2, 257, 4, 2, 64), tolerance, dtype=dtype, **options)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -98,17 +70,17 @@ def test_documents_equal_the_oracle(local_window: int, operation: str) -> None:
     starts = torch.zeros(2, 90, dtype=torch.bool)
     starts[0, [1, 20, 21, 64]] = True
     options = {"local_window": local_window, "operation": operation, "document_starts": starts}
-    assert_equal_to_oracle(inputs(90), 1e-12, None, **options)
+    assert_equal_to_oracle(Shape(2, 90, 4, 2, 8), 1e-12, **options)
 
 
 def test_evict_is_dms_as_written() -> None:
     """DMS (arXiv 2506.05345, section 3.2): a mask M[i, j] = log(1 - alpha_j) where i - j >= w, none in the window."""
     seq, window = 41, 6
-    query, key, value, pooled_key, pooled_value, logits = inputs(seq)
+    query, key, value, pooled_key, pooled_value, merge_logits = inputs(seq)
     out = windowed_dmc_attention(
-        query, key, value, pooled_key, pooled_value, logits, local_window=window, operation="evict"
+        query, key, value, pooled_key, pooled_value, merge_logits, local_window=window, operation="evict"
     )
-    alpha = torch.sigmoid(logits)
+    alpha = torch.sigmoid(merge_logits)
     alpha[:, 0] = 0
     for b in range(len(query)):
         for head in range(query.shape[2]):
@@ -124,11 +96,11 @@ def test_evict_is_dms_as_written() -> None:
 
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
 def test_without_a_window_it_is_dmc_attention_to_the_last_bit(channel: int | None) -> None:
-    query, key, value, pooled_key, pooled_value, logits = inputs(70, channel=channel, dtype=torch.float32)
+    query, key, value, pooled_key, pooled_value, merge_logits = inputs(70, channel=channel, dtype=torch.float32)
     windowed = windowed_dmc_attention(
-        query, key, value, pooled_key, pooled_value, logits, local_window=0, bias_channel=channel
+        query, key, value, pooled_key, pooled_value, merge_logits, local_window=0, bias_channel=channel
     )
-    assert torch.equal(windowed, dmc_attention(query, pooled_key, pooled_value, logits, bias_channel=channel))
+    assert torch.equal(windowed, dmc_attention(query, pooled_key, pooled_value, merge_logits, bias_channel=channel))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -142,11 +114,11 @@ def test_a_window_over_the_whole_text_is_plain_attention(operation: str) -> None
 
 
 def test_one_tensor_as_raw_keys_and_as_slots_has_one_gradient() -> None:
-    query, key, value, _, _, logits = inputs(33)
+    query, key, value, _, _, merge_logits = inputs(33)
     key.requires_grad_(), value.requires_grad_()
 
     def gradients(backend: str) -> tuple[Tensor, ...]:
-        out = windowed_dmc_attention(query, key, value, key, value, logits, local_window=5, backend=backend)
+        out = windowed_dmc_attention(query, key, value, key, value, merge_logits, local_window=5, backend=backend)
         return torch.autograd.grad(out.square().sum(), (key, value))
 
     for x, y in zip(gradients("auto"), gradients("naive"), strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dmc.ops.attention.flash import flash_backward
-from megatron_dmc.ops.attention.sliding import sliding_backward
+from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings
 from megatron_dmc.plan.footprint import _Watch, _windowed_tokens
 from megatron_dmc.plan.rank import META, fake_rank
 from megatron_dmc.plan.workspace import flash_attention_2
@@ -38,15 +38,16 @@ def worst_moment(form: str) -> int:
             return torch.empty(1, seq, *shape, dtype=dtype, device=META)
 
         query, key = made(heads, head_dim), made(kv_heads, head_dim)
-        given = made(heads, head_dim), query, key, torch.empty_like(key), torch.empty_like(query)
-        lse = made(heads, dtype=torch.float32)
-        bias = made(kv_heads, dtype=torch.float32)
+        value, grad_out = torch.empty_like(key), made(heads, head_dim)
+        final = Attended(torch.empty_like(query), made(heads, dtype=torch.float32))
+        bias = None if form == "window" else made(kv_heads, dtype=torch.float32)
+        settings = {
+            "window": KernelSettings(0.1, window=256),
+            "free channel": KernelSettings(0.1, bias_channel=-1),
+            "no free channel": KernelSettings(0.1),
+        }[form]
         with _Watch(windowed_tokens=seq) as watch:
-            if form == "window":
-                sliding_backward(*given, lse, 256, 0.1)
-            else:
-                channel = -1 if form == "free channel" else None
-                flash_backward(*given, lse, bias, causal=True, softmax_scale=0.1, bias_channel=channel)
+            flash_backward(grad_out, query, BiasedKeys(key, value, bias), final, settings)
     return watch.peak
 
 

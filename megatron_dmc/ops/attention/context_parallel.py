@@ -1,24 +1,18 @@
 """Attention of a sequence that is cut over a context-parallel group."""
 
 import math
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dmc.ops.attention.context_parallel_documents import attend_packed, attend_packed_backward
 from megatron_dmc.ops.attention.documents import Documents
-from megatron_dmc.ops.attention.packed_chunk import attend_packed, attend_packed_backward
-from megatron_dmc.ops.attention.windowed import (
-    Form,
-    Keys,
-    KeySums,
-    States,
-    attend,
-    attend_backward,
-    attend_whole,
-    gather_keys,
-)
+from megatron_dmc.ops.attention.keys import KeyGradients, Keys, keys_of
+from megatron_dmc.ops.attention.slot_attention import Queries, attend, attend_backward, attend_whole
+from megatron_dmc.ops.attention.types import Attended, Form, KernelSettings, States
 from megatron_dmc.ops.context_parallel import (
     chunk_numbers,
     gather_sequence,
@@ -48,41 +42,46 @@ def context_parallel_attention(
 ) -> Tensor:
     """As ``windowed_dmc_attention``, on this rank's two chunks of a sequence (see ops/context_parallel.py).
 
-    ``all_gather``: every rank gets all keys and values of the layer and runs its own queries. What is kept for the backward
-    pass is this rank's share, 1 / ranks of the sequence; the gathered keys and values (and in the backward pass their
-    gradients, in float32) are as long as the sequence and live while a layer runs. ``a2a``: every rank gets the whole sequence
-    for 1 / ranks of the heads and runs them as one process would; everything is 1 / ranks of the whole.
+    ``all_gather``: every rank gathers all keys and values of the layer and runs its own queries. For the backward pass it
+    keeps its share, 1 / ranks of the sequence. The gathered keys and values, and in the backward pass their gradients in
+    float32, are as long as the sequence and live while a layer runs. ``a2a``: every rank gets the whole sequence for
+    1 / ranks of the heads and runs them as one process would. Every tensor is 1 / ranks of the whole.
 
     Args:
         query, key, value, pooled_key, pooled_value, merge_logits: as windowed_dmc_attention's, with seq / ranks tokens.
-            Without merge logits plain causal attention of query, key and value.
+            Without merge_logits it is plain causal attention of query, key and value.
         group: the ranks that share the sequence.
-        exchange: ``a2a`` needs KV heads that the number of ranks divides.
+        exchange: how keys travel.
         documents: of the whole sequences.
 
     Returns:
         [batch, seq / ranks, heads, head_dim] in query's dtype; differentiable in all six tensors.
+
+    Raises:
+        ValueError: ``a2a`` with a number of KV heads that the number of ranks does not divide.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    states: States
+    kernel = KernelSettings(scale, documents=documents)
     if merge_logits is None:
-        states, form = (query, key, value, None, None, None), Form(0, None, scale, None)
+        states, form = States(query, key, value, None, None, None), Form(0, None, kernel)
     else:
-        near = (None, None) if local_window == 0 and operation == "merge" else (key, value)
-        far = (None, None) if operation == "evict" else (pooled_key, pooled_value)
-        states = query, *near, *far, merge_logits
-        form = Form(local_window, operation, scale, bias_channel)
+        states = States(query, key, value, pooled_key, pooled_value, merge_logits)
+        if operation == "evict":
+            states = states._replace(far_key=None, far_value=None)
+        elif local_window == 0:
+            states = states._replace(key=None, value=None)
+        form = Form(local_window, operation, replace(kernel, bias_channel=bias_channel))
     if exchange == "all_gather":
-        return _GatheredAttention.apply(*states, form, documents, group)[0]
+        return _GatheredAttention.apply(*states, form, group)[0]
     ranks = dist.get_world_size(group)
     if key.shape[2] % ranks:
         raise ValueError(f"a2a needs KV heads that the {ranks} ranks divide, got {key.shape[2]}; use all_gather")
-    swapped = cast(States, tuple(None if x is None else swap_to_heads(x, group) for x in states))
-    return swap_to_sequence(attend_whole(swapped, form._replace(documents=documents)), group)
+    swapped = States._make(None if x is None else swap_to_heads(x, group) for x in states)
+    return swap_to_sequence(attend_whole(swapped, form), group)
 
 
 class _GatheredAttention(torch.autograd.Function):
-    """SlotAttention's arguments of this rank; keys are gathered once for each pass, so that none are kept between the two."""
+    """Attention of this rank's States, one by one. Keys are gathered in each pass, so that none are kept between the two."""
 
     @staticmethod
     def forward(
@@ -94,64 +93,49 @@ class _GatheredAttention(torch.autograd.Function):
         far_value: Tensor | None,
         merge_logits: Tensor | None,
         form: Form,
-        documents: Documents | None,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        keys = _gathered(key, value, far_key, far_value, merge_logits, form, documents, group)
+        states = States(query, key, value, far_key, far_value, merge_logits)
+        keys = _gathered(states, form, group)
+        forward = attend if form.kernel.documents is None else attend_packed
         chunk = query.shape[1] // 2
         parts = [
-            attend(part, keys, number * chunk, form)
-            if documents is None
-            else attend_packed(part, keys, number * chunk, form, documents)
+            forward(Queries(part, number * chunk), keys, form)
             for number, part in zip(chunk_numbers(group), query.split(chunk, dim=1), strict=True)
         ]
         out, lse = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(query, key, value, far_key, far_value, merge_logits, out, lse)
-        ctx.settings = form, documents, group
+        ctx.save_for_backward(*states, out, lse)
+        ctx.settings = form, group
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, far_key, far_value, merge_logits, out, lse = ctx.saved_tensors
-        form, documents, group = ctx.settings
-        keys = _gathered(key, value, far_key, far_value, merge_logits, form, documents, group)
-        sums = KeySums(keys, form, torch.promote_types(query.dtype, torch.float32))
-        chunk = query.shape[1] // 2
+        *tensors, out, lse = ctx.saved_tensors
+        states = States(*tensors)
+        form, group = ctx.settings
+        keys = _gathered(states, form, group)
+        sums = KeyGradients(keys, form, torch.promote_types(states.query.dtype, torch.float32))
+        backward = attend_backward if form.kernel.documents is None else attend_packed_backward
+        chunk = states.query.shape[1] // 2
         d_query = []
         for number, begin in zip(chunk_numbers(group), (0, chunk), strict=True):
-            grad, part, part_out, part_lse = (x[:, begin : begin + chunk] for x in (grads[0], query, out, lse))
-            states = grad, part, keys, number * chunk, part_out, part_lse, form
-            if documents is None:
-                d_query.append(attend_backward(*states, sums))
-            else:
-                d_query.append(attend_packed_backward(*states, documents, sums))
+            grad, part, *final = (x[:, begin : begin + chunk] for x in (grads[0], states.query, out, lse))
+            d_query.append(backward(grad, Queries(part, number * chunk), keys, Attended(*final), form, sums))
         d_keys = [
             None if d is None or x is None else sum_to_local(d, group).to(x.dtype)
-            for d, x in zip(
-                sums.gradients(key, far_key, merge_logits),
-                (key, value, far_key, far_value, merge_logits),
-                strict=True,
-            )
+            for d, x in zip(sums.of(states), states[1:], strict=True)
         ]
-        return torch.cat(d_query, dim=1), *d_keys, None, None, None
+        return torch.cat(d_query, dim=1), *d_keys, None, None
 
 
-def _gathered(
-    key: Tensor | None,
-    value: Tensor | None,
-    far_key: Tensor | None,
-    far_value: Tensor | None,
-    merge_logits: Tensor | None,
-    form: Form,
-    documents: Documents | None,
-    group: dist.ProcessGroup,
-) -> Keys:
+def _gathered(states: States, form: Form, group: dist.ProcessGroup) -> Keys:
     """The whole sequence's keys. All of one dtype travel in one message."""
-    local = [x for x in (key, value, far_key, far_value) if x is not None]
+    local = [x for x in states[1:5] if x is not None]
     parts = iter(gather_sequence(torch.cat(local, dim=-1), group).split(local[0].shape[-1], dim=-1))
-    k, v, far_k, far_v = (None if x is None else next(parts) for x in (key, value, far_key, far_value))
-    logits = None if merge_logits is None else gather_sequence(merge_logits, group)
-    if logits is not None and documents is not None:
-        logits = logits.masked_fill(documents.starts.view(*logits.shape[:2], 1), float("-inf"))
-    return gather_keys(k, v, far_k, far_v, logits, form)
+    key, value, far_key, far_value = (None if x is None else next(parts) for x in states[1:5])
+    merge_logits = None if states.merge_logits is None else gather_sequence(states.merge_logits, group)
+    documents = form.kernel.documents
+    if merge_logits is not None and documents is not None:
+        merge_logits = merge_logits.masked_fill(documents.starts.view(*merge_logits.shape[:2], 1), float("-inf"))
+    return keys_of(States(states.query, key, value, far_key, far_value, merge_logits), form)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents lie among the tokens of all rows, which stand one after another: [batch, seq] read row by row.
+    """Where documents lie among the tokens of all rows, one row after another: [batch, seq] read row by row.
 
     Attributes:
         cu_seqlens: int32 [documents + 1], where each begins, and the number of tokens.
@@ -38,7 +38,7 @@ class Documents:
     def starts(self) -> Tensor:
         """bool [tokens], true at the first token of a document."""
         marks = torch.zeros(self.tokens + 1, dtype=torch.bool, device=self.cu_seqlens.device)
-        # Empty documents may stand at the end.
+        # Empty documents may come last.
         return marks.index_fill_(0, self.cu_seqlens[:-1].long(), True)[:-1]
 
     @cached_property
@@ -49,7 +49,7 @@ class Documents:
 
     @cached_property
     def remaining(self) -> Tensor:
-        """int64 [tokens], how many tokens of its document stand behind each."""
+        """int64 [tokens], how many tokens of its document come after each."""
         ends = self.cu_seqlens[1:].long()
         return ends[self.number] - 1 - torch.arange(self.tokens, device=ends.device)
 
@@ -60,7 +60,7 @@ class Documents:
         return torch.searchsorted(self.cu_seqlens[1:].long(), tokens, right=True)
 
     def later(self, window: int) -> tuple["Documents", Tensor]:
-        """The documents without their first ``window`` tokens, and which tokens are left, int64. Waits for a GPU, once."""
+        """The documents without their first ``window`` tokens, and which tokens remain, int64. Waits for a GPU, once."""
         if window not in self._later:
             lengths = (torch.diff(self.cu_seqlens) - window).clamp(min=0)
             left = (self.positions >= window).nonzero()[:, 0]
@@ -69,7 +69,7 @@ class Documents:
         return self._later[window]
 
     def part(self, batch: int, tokens: slice) -> "Documents":
-        """Of these tokens of each of ``batch`` rows, cut where they begin and end. Waits for a GPU, once."""
+        """The documents of these tokens of each of ``batch`` rows, cut where the tokens end. Waits for a GPU, once."""
         place = tokens.start, tokens.stop
         if place not in self._parts:
             self._parts[place] = Documents.from_starts(self.starts.view(batch, -1)[:, tokens])
@@ -77,10 +77,10 @@ class Documents:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor]]:
-        """Documents as rows: of each group its tokens' places [documents, length], and which of those are real.
+        """Documents as rows: for each group the places of its tokens, [documents, length], and bool, which of them are real.
 
         Grouped by the power of two above their length: padding at most doubles the work, and there are at most log2(longest)
-        groups. Padding stands behind a document, where causal attention never sees it; its first token stands in.
+        groups. Padding repeats a document's first token and comes after the document, where causal attention never sees it.
         """
         length = torch.diff(self.cu_seqlens.long())
         begin, length = self.cu_seqlens[:-1].long()[length > 0], length[length > 0]
@@ -95,7 +95,7 @@ class Documents:
 
 
 def by_documents(documents: Documents, kernel: Callable[..., tuple[Any, ...]], *tensors: Tensor | None) -> list[Any]:
-    """``kernel`` on the documents as rows, for kernels that know no boundaries.
+    """Runs a kernel that knows no boundaries on documents as rows.
 
     Args:
         kernel: maps (which tokens are real, bool [documents, length]; the tensors, [documents, length, ...]) to results of

@@ -24,7 +24,7 @@ def dmc_attention(
     group = heads // key.shape[2]
     key, value, merge_logits = (x.repeat_interleave(group, dim=2) for x in (key, value, merge_logits))
 
-    log_keep = F.pad(F.logsigmoid(-merge_logits)[:, 1:], (0, 0, 0, 1))  # [B, S, H], log(1 - alpha_{j+1})
+    log_keep = F.pad(F.logsigmoid(-merge_logits)[:, 1:], (0, 0, 0, 1))  # [batch, seq, heads], log(1 - alpha_{j+1})
     bias = log_keep.transpose(1, 2)[:, :, None].expand(-1, -1, seq, -1)
     bias = bias.masked_fill(torch.eye(seq, dtype=torch.bool, device=bias.device), 0)
 
@@ -45,6 +45,7 @@ def windowed_dmc_attention(
     pooled_key: Tensor,
     pooled_value: Tensor,
     merge_logits: Tensor,
+    *,
     local_window: int,
     operation: str,
     softmax_scale: float | None = None,
@@ -71,12 +72,11 @@ def windowed_dmc_attention(
     near = torch.einsum("bihd,bjhd->bhij", query, key) * scale
     near = near.masked_fill(~((j <= i) & (i - j < local_window) & same), float("-inf"))
 
-    log_keep = (
-        F.logsigmoid(-merge_logits).masked_fill(starts[..., None], 0).transpose(1, 2)
-    )  # [B, H, S], log(1 - alpha_j)
+    # [batch, heads, seq], log(1 - alpha_j)
+    log_keep = F.logsigmoid(-merge_logits).masked_fill(starts[..., None], 0).transpose(1, 2)
     if operation == "merge":
-        following = F.pad(log_keep[..., 1:], (0, 1))[:, :, None]  # log(1 - alpha_{j+1})
-        far_key, far_value, bias = pooled_key, pooled_value, torch.where(j < i - local_window, following, 0)
+        log_keep = F.pad(log_keep[..., 1:], (0, 1))[:, :, None]  # log(1 - alpha_{j+1})
+        far_key, far_value, bias = pooled_key, pooled_value, torch.where(j < i - local_window, log_keep, 0)
     else:
         far_key, far_value, bias = key, value, log_keep[:, :, None]
     far = torch.einsum("bihd,bjhd->bhij", query, far_key) * scale + bias

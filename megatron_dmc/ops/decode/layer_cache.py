@@ -1,27 +1,28 @@
 """The compressed cache of one layer, and attention through it."""
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention.sliding import sliding_forward
-from megatron_dmc.ops.attention.windowed import join
+from megatron_dmc.ops.attention.flash import flash_forward
+from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
 from megatron_dmc.ops.decode.ring import Ring
 from megatron_dmc.ops.decode.slots import KeptTokens, MergedSlots, Slots
-from megatron_dmc.ops.decode.tokens import Tokens, take
 from megatron_dmc.ops.rotary import rotate, unrotate
+from megatron_dmc.ops.tokens import Tokens, take
 
 
 class LayerCache:
-    """A ring of the last tokens as they came, and slots of all before; every head has its own number of slots.
+    """A ring of the last tokens, raw, and the slots of all earlier ones; every head has its own number of slots.
 
     Args:
-        local_window: tokens in the ring: a decision is carried out when its token leaves it.
+        local_window: tokens in the ring. A decision takes effect when its token leaves it.
         operation: what becomes of a token with alpha 1 then.
         window_size: tokens that a slot's mean is truncated to, see DMCConfig.
-        clears_last_channel: the last channel of queries and keys is kept at zero through the rotation (the ``neuron``
+        clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
     """
@@ -73,17 +74,17 @@ class LayerCache:
     ) -> Tensor:
         """Takes in the next tokens of every sequence and returns their attention: prefill, a later chunk, or one step.
 
-        However the tokens are cut into calls, the result is the same (but for rounding).
+        The result does not depend on how the tokens are cut into calls (but for rounding).
 
         Args:
             query: [batch, seq, heads, head_dim], before rotary embedding.
             key, value: [batch, seq, kv_heads, head_dim], before rotary embedding.
-            alpha: bool [batch, seq, kv_heads], merge into the slot of the token before, or evict; ignored at a sequence's
-                first.
-            omega: [batch, seq, kv_heads], the token's weight.
+            alpha: bool [batch, seq, kv_heads], true: merge into the slot of the token before, or evict; ignored at a
+                sequence's first token.
+            omega: [batch, seq, kv_heads], the tokens' weights.
             cos, sin: of the tokens' positions, [batch or 1, seq, 1, head_dim].
-            lengths: [batch], how many of the tokens are real; what stands behind them leaves no trace, and what comes
-                out there means nothing. None: all.
+            lengths: [batch], how many of a row's tokens are real. Positions past a row's length are padding: the cache
+                ignores them and their outputs are undefined. None: all are real.
             softmax_scale: 1 / sqrt(head_dim) by default.
 
         Returns:
@@ -128,21 +129,21 @@ class LayerCache:
 
     def _chunk(self, query: Tensor, new: Tokens, kept: Slots, lengths: Tensor, scale: float) -> Tensor:
         """Many tokens at once, in parallel."""
-        bias_channel = -1 if self.clears_last_channel else None
+        settings = KernelSettings(scale, bias_channel=-1 if self.clears_last_channel else None)
         if self.ring is None:
-            return kept.chunk(query, new, lengths, scale, bias_channel)[0]
+            return kept.chunk(query, new, lengths, settings).out
         window = self.local_window
         both, held = self.ring.extend(new, lengths)
-        # Queries stand at their own tokens' columns; in front of them anything.
+        # A query takes its own token's column. Any query fills the columns before; their outputs are not read.
         seq, columns = query.shape[1], both.key.shape[1]
         query = take(query, (torch.arange(columns, device=held.device) - held[:, None]).clamp(0, seq - 1))
-        out, lse = sliding_forward(query, both.key, both.value, window, scale)
+        out, lse = flash_forward(query, BiasedKeys(both.key, both.value, None), replace(settings, window=window))
         if columns > window:
-            # The token that a query's own pushes out stands a window before it.
+            # A query's token pushes out the token one window earlier.
             leaving = self._as_kept(Tokens(*(x[:, : columns - window] for x in both)))
             count = (held + lengths - window).clamp(min=0)
-            far = kept.chunk(query[:, window:], leaving, count, scale, bias_channel)
-            out[:, window:] = join(out[:, window:], lse[:, window:], *far)[0]
+            far = kept.chunk(query[:, window:], leaving, count, settings)
+            out[:, window:] = join(Attended(out[:, window:], lse[:, window:]), far).out
         return take(out, held[:, None] + torch.arange(seq, device=held.device))
 
     def _as_kept(self, leaving: Tokens) -> Tokens:
@@ -152,7 +153,7 @@ class LayerCache:
         return leaving._replace(key=unrotate(leaving.key, leaving.cos, leaving.sin))
 
     def select(self, sequences: Tensor) -> None:
-        """Sequence i becomes what sequences[i] was: beam search, repetition, dropping finished ones and their memory.
+        """Sequence i becomes what sequences[i] was. For beam search, repetition, and to free finished sequences.
 
         Args:
             sequences: [new batch], int64.
@@ -175,7 +176,7 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Everything held: pages with their slack and tables, open slots and their sums, the ring."""
+        """Bytes held: pages with their unused slots and tables, open slots and their sums, the ring."""
         held = [] if self.kept is None else self.kept.tensors()
         held += [] if self.ring is None else self.ring.tensors()
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in held}

@@ -29,6 +29,7 @@ def decode(
     alpha: Tensor,
     omega: Tensor,
     rotate: Callable[[Tensor, int], Tensor],
+    *,
     window_size: int | None = None,
     local_window: int = 0,
     operation: str = "merge",

@@ -7,7 +7,7 @@ from megatron_dmc.ops.pooling import PoolState, pool
 
 
 class RunningSums:
-    """N_k, N_v and z of the exact scan; two vectors per (sequence, KV head), however long the slot.
+    """N_k, N_v and z of the exact scan: two vectors per (sequence, KV head), whatever the slot's length.
 
     A row without tokens holds N = 0, z = 1, so that nothing divides by zero.
     """
@@ -37,11 +37,11 @@ class RunningSums:
     def chunk(self, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Many tokens, lengths [batch] of them real; returns each one's pooled key and value, as key and value."""
         real = (torch.arange(key.shape[1], device=key.device) < lengths[:, None])[..., None]
-        # Merged with weight 0, a token behind its row's length changes no sum.
+        # A token past its row's length is merged with weight 0, which changes no sum.
         pooled_key, pooled_value, state = pool(
             key, value, (alpha | ~real).to(omega.dtype), omega * real, initial_state=self.state, return_final_state=True
         )
-        # A copy: it may be a view of a temporary as long as the chunk.
+        # A copy, because it may be a view of a temporary as long as the chunk.
         self.state = PoolState(*(x.clone() for x in state))
         return pooled_key, pooled_value
 

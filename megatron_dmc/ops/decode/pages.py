@@ -1,6 +1,7 @@
 """Closed slots of all (sequence, KV head) rows in one pool of small pages: memory follows the sum of the lengths."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,19 +9,28 @@ from torch import Tensor
 from megatron_dmc.ops.attention.flash import HIDDEN
 from megatron_dmc.ops.matrix_product import matrix_product
 
-# Entries beside the pages: keys (rotated), values [rows, entries, head_dim]; bool [rows, entries], those that are none.
-Nearby = tuple[Tensor, Tensor, Tensor]
+
+class Nearby(NamedTuple):
+    """Entries that a row has beside its pages.
+
+    Attributes:
+        key, value: [rows, entries, head_dim], the key rotated.
+        hidden: bool [rows, entries], places that hold no entry.
+    """
+
+    key: Tensor
+    value: Tensor
+    hidden: Tensor
 
 
 class Pages:
-    """A growing pool of pages, each owned by one row and written from its front.
+    """A growing pool of pages. One row owns each page and fills it from its start.
 
-    Pages are never given back one by one: rows only grow, or are selected anew as a whole (:meth:`select`), which packs
-    what is left. So the pages in use are the first ``used`` ones, a row's pages lie in the order of their slots, and
-    only its last page has room.
+    No page is freed by itself: rows only grow, or :meth:`select` chooses rows anew and packs their pages. So the pages in use
+    are the first ``used`` ones, a row's pages are in the order of their slots, and only its last page has room.
     """
 
-    GROWTH = 16  # the pool grows by 1/16: what it holds in vain, against how often it is copied
+    GROWTH = 16  # the pool grows by 1/16: a balance of unused memory and copies
 
     def __init__(self, rows: int, head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device):
         self.page_size = page_size
@@ -61,7 +71,7 @@ class Pages:
 
         Args:
             query: [rows, group, head_dim], rotated.
-            nearby: what else a row sees, one entry at least; see Nearby.
+            nearby: what else a row sees, at least one entry.
 
         Returns:
             [rows, group, head_dim], float32 or wider.
@@ -100,7 +110,7 @@ class Pages:
         return self.keys[page].flatten(1, 2), self.values[page].flatten(1, 2), bias.flatten(1, 2)
 
     def select(self, row: Tensor) -> None:
-        """Row i becomes what row[i] was; rows not named give their pages back."""
+        """Row i becomes what row[i] was; the pages of rows that are not named are freed."""
         count = self._page_count(self.lengths)
         by_row = self.owner[: self.used].argsort(stable=True)
         first = (count.cumsum(0) - count)[row]
@@ -124,14 +134,14 @@ class Pages:
         if pages <= capacity:
             return
         extra = max(pages, capacity + capacity // self.GROWTH) - capacity
-        # Zeros, not whatever lay there: an unwritten slot has weight 0, and 0 * NaN is NaN.
+        # Zeros, not uninitialized memory: an unwritten slot has weight 0, and 0 * NaN is NaN.
         for name in ("keys", "values", "owner", "fill"):
             pool = getattr(self, name)
             setattr(self, name, torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a @ b, in float32 or wider: scores rounded to bf16 would be off by far more than the keys are."""
+    """Batched a @ b in float32 or wider. Scores rounded to bf16 would be off by much more than the keys are."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)

@@ -1,15 +1,16 @@
-"""The last tokens as they came, while their decisions wait to be carried out (algorithm.md, section 7)."""
+"""The last tokens, raw, until their decisions take effect (algorithm.md, section 7)."""
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.tokens import Tokens, take
+from megatron_dmc.ops.decode.pages import Nearby
+from megatron_dmc.ops.tokens import Tokens, take
 
 
 class Ring:
-    """The last ``size`` tokens of every sequence; position p lies at p mod size.
+    """The last ``size`` tokens of every sequence; position p has place p mod size.
 
-    Keys are rotated, as attention sees them: one copy serves, because a rotation can be undone.
+    Keys are rotated, as attention sees them. One copy is enough, because a rotation can be undone.
 
     Attributes:
         tokens: int64 [batch], tokens seen.
@@ -45,7 +46,7 @@ class Ring:
         """Takes in many tokens, lengths [batch] of them real.
 
         Returns:
-            What each row held, oldest first, with ``new`` behind it, and int64 [batch], how many it held.
+            What each row held, oldest first, and ``new`` after it; int64 [batch], how many tokens the row held.
         """
         held = self.tokens.clamp(max=self.size)
         longest = int(held.max())
@@ -60,17 +61,18 @@ class Ring:
         self.tokens = self.tokens + lengths
         place = torch.arange(self.size, device=held.device)
         last = self.tokens[:, None] - 1
-        # The latest position at each place, counted from the first that was held; places not used yet hold anything.
+        # The latest position at each place, counted from the first that was held. Unused places hold any token.
         latest = (last - (last - place) % self.size - first[:, None]).clamp(min=0)
         kept = both.take(latest)
         self.key, self.value = kept.key.transpose(1, 2).contiguous(), kept.value.transpose(1, 2).contiguous()
         self._write_rest(slice(None), slice(None), kept)
         return both, held
 
-    def nearby(self) -> tuple[Tensor, Tensor, Tensor]:
-        """keys, values [batch * kv_heads, size, head_dim]; bool [batch * kv_heads, size], where there is no token."""
+    def nearby(self) -> Nearby:
+        """Its tokens; those places are hidden where there is none yet."""
         empty = torch.arange(self.size, device=self.tokens.device) >= self.tokens[:, None]
-        return self.key.flatten(0, 1), self.value.flatten(0, 1), empty.repeat_interleave(self.key.shape[1], dim=0)
+        hidden = empty.repeat_interleave(self.key.shape[1], dim=0)
+        return Nearby(self.key.flatten(0, 1), self.value.flatten(0, 1), hidden)
 
     def select(self, sequences: Tensor) -> None:
         for name in ("tokens", "key", "value", "alpha", "omega", "cos", "sin"):

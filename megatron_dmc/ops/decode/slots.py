@@ -1,17 +1,20 @@
-"""What is kept of the tokens whose decisions have been carried out: merged into slots, or the tokens that stay."""
+"""What the cache keeps of tokens whose decisions have taken effect: slots, or the tokens that were not evicted."""
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dmc.ops.attention.diagonal import diagonal_forward
+from megatron_dmc.ops.attention.fading_keys import FarKeys
 from megatron_dmc.ops.attention.flash import HIDDEN, flash_forward
-from megatron_dmc.ops.attention.windowed import join
-from megatron_dmc.ops.decisions import hard_logits
+from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
+from megatron_dmc.ops.decisions import hard_merge_logits
 from megatron_dmc.ops.decode.open_slot import RecentTokens, RunningSums
 from megatron_dmc.ops.decode.pages import Nearby, Pages
-from megatron_dmc.ops.decode.tokens import Tokens
 from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.tokens import Tokens
 
 
 class Slots:
@@ -30,18 +33,17 @@ class Slots:
         """One token of every row, or of those where ``exists`` [batch]; a row without one has had none before."""
         raise NotImplementedError
 
-    def chunk(
-        self, query: Tensor, new: Tokens, lengths: Tensor, scale: float, bias_channel: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Many tokens, lengths [batch] of them real, and what the queries, one per token, see of them and of all before.
+    def chunk(self, query: Tensor, new: Tokens, lengths: Tensor, settings: KernelSettings) -> Attended:
+        """Takes in many tokens, lengths [batch] of them real, and lets their queries see them and all before.
 
-        Returns:
-            out [batch, seq, heads, head_dim], log-sum-exp [batch, seq, heads].
+        Args:
+            query: [batch, seq, heads, head_dim], one per token.
+            settings: causal.
         """
         raise NotImplementedError
 
     def open(self) -> list[Nearby]:
-        """What stands beside the pages."""
+        """Entries beside the pages."""
         return []
 
     @property
@@ -57,12 +59,12 @@ class Slots:
     def tensors(self) -> list[Tensor]:
         return [self.tokens, *self.pages.tensors()]
 
-    def _past(self, query: Tensor, scale: float, bias_channel: int | None) -> tuple[Tensor, Tensor] | None:
-        """Attention to the pages alone; None if there are none."""
+    def _with_past(self, query: Tensor, settings: KernelSettings, chunk: Attended) -> Attended:
+        """Joins a chunk's attention to itself with its attention to the pages."""
         if self.pages.used == 0:
-            return None
-        past = [x.unflatten(0, (-1, self.kv_heads)).transpose(1, 2) for x in self.pages.padded()]
-        return flash_forward(query, *past, causal=False, softmax_scale=scale, bias_channel=bias_channel)
+            return chunk
+        past = BiasedKeys(*(x.unflatten(0, (-1, self.kv_heads)).transpose(1, 2) for x in self.pages.padded()))
+        return join(chunk, flash_forward(query, past, replace(settings, causal=False)))
 
     def _append(self, chosen: Tensor, key: Tensor, value: Tensor) -> None:
         """Writes the tokens chosen [batch, seq, kv_heads] of key and value [batch, seq, kv_heads, head_dim] to pages."""
@@ -75,8 +77,8 @@ class Slots:
 class MergedSlots(Slots):
     """Closed slots in pages, and one open slot per (sequence, KV head). Takes keys before rotary embedding.
 
-    The open slot stands as attention sees it (rotated at its latest token's position) beside its unrotated sums, and is
-    written to the pages when the next token appends; so no slot is ever written twice.
+    The open slot is held twice: as unrotated sums, and as attention sees it, rotated at its latest token's position. It is
+    written to the pages when the next token appends, so no slot is written twice.
     """
 
     def __init__(self, like: Tokens, page_size: int, window_size: int | None, clears_last_channel: bool):
@@ -91,7 +93,7 @@ class MergedSlots(Slots):
         merges, omega = begun & new.alpha[:, 0], new.omega[:, 0]
         closes = begun & ~merges
         if exists is not None:
-            # Merged with weight 0, no token changes no sum.
+            # A row without a token merges one of weight 0, which changes no sum.
             merges, omega = merges | ~exists[:, None], omega * exists[:, None]
         self._append(closes[:, None], self.open_key, self.open_value)
         self.sums.step(new.key[:, 0], new.value[:, 0], merges, omega)
@@ -99,20 +101,16 @@ class MergedSlots(Slots):
         self._reopen(self._rotate(key, new), value, exists)
         self.tokens = self.tokens + (1 if exists is None else exists)
 
-    def chunk(
-        self, query: Tensor, new: Tokens, lengths: Tensor, scale: float, bias_channel: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def chunk(self, query: Tensor, new: Tokens, lengths: Tensor, settings: KernelSettings) -> Attended:
         begun = (self.tokens > 0)[:, None]
         merges = begun & new.alpha[:, 0]
         self._append((begun & ~merges & (lengths > 0)[:, None])[:, None], self.open_key, self.open_value)
         alpha = torch.cat([merges[:, None], new.alpha[:, 1:]], dim=1)
         key, value = self.sums.chunk(new.key, new.value, alpha, new.omega, lengths)
         key = self._rotate(key, new)
-        following = F.pad(hard_logits(alpha[:, 1:].float()), (0, 0, 0, 1), value=float("-inf"))
-        out, lse = diagonal_forward(query, key, value, following, scale, bias_channel)
-        past = self._past(query, scale, bias_channel)
-        if past is not None:
-            out, lse = join(out, lse, *past)
+        fade_logits = F.pad(hard_merge_logits(alpha[:, 1:].float()), (0, 0, 0, 1), value=float("-inf"))
+        attended = diagonal_forward(query, FarKeys(key, value, fade_logits), settings)
+        attended = self._with_past(query, settings, attended)
 
         # Token j's slot closes when token j + 1 appends.
         real = torch.arange(1, key.shape[1], device=key.device) < lengths[:, None]
@@ -120,11 +118,11 @@ class MergedSlots(Slots):
         row, last = torch.arange(len(lengths), device=key.device), (lengths - 1).clamp(min=0)
         self._reopen(key[row, last][:, None], value[row, last][:, None], lengths > 0)
         self.tokens = self.tokens + lengths
-        return out, lse
+        return attended
 
     def open(self) -> list[Nearby]:
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.open_key, self.open_value))
-        return [(key, value, (self.tokens == 0).repeat_interleave(self.kv_heads)[:, None])]
+        return [Nearby(key, value, (self.tokens == 0).repeat_interleave(self.kv_heads)[:, None])]
 
     @property
     def count(self) -> Tensor:
@@ -161,19 +159,13 @@ class KeptTokens(Slots):
         self._append(kept, new.key, new.value)
         self.tokens = self.tokens + (1 if exists is None else exists)
 
-    def chunk(
-        self, query: Tensor, new: Tokens, lengths: Tensor, scale: float, bias_channel: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def chunk(self, query: Tensor, new: Tokens, lengths: Tensor, settings: KernelSettings) -> Attended:
         position = torch.arange(new.key.shape[1], device=lengths.device)
         first = (self.tokens[:, None] + position == 0)[..., None]
         kept = ~new.alpha | first
         bias = torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, HIDDEN)
-        out, lse = flash_forward(
-            query, new.key, new.value, bias, causal=True, softmax_scale=scale, bias_channel=bias_channel
-        )
-        past = self._past(query, scale, bias_channel)
-        if past is not None:
-            out, lse = join(out, lse, *past)
+        attended = flash_forward(query, BiasedKeys(new.key, new.value, bias), settings)
+        attended = self._with_past(query, settings, attended)
         self._append(kept & (position < lengths[:, None])[..., None], new.key, new.value)
         self.tokens = self.tokens + lengths
-        return out, lse
+        return attended

@@ -26,6 +26,7 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
 def logistic_noise(
     seed: int, sample_index: Tensor, layer: int, kv_heads: Sequence[int] | Tensor, positions: Tensor
 ) -> Tensor:
+    """As the public function: the word of each position as a uniform number u, and log u - log(1 - u)."""
     noise = torch.empty(len(sample_index), len(positions), len(kv_heads))
     for b, sample in enumerate(sample_index.tolist()):
         for t, position in enumerate(positions.tolist()):

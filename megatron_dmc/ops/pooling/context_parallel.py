@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_dmc.ops.context_parallel import chunk_numbers, gather_sequence_with_gradient
 from megatron_dmc.ops.matrix_product import matrix_product
 from megatron_dmc.ops.pooling import PoolState, pool
-from megatron_dmc.ops.pooling.parallel import rows, unrows
 from megatron_dmc.ops.pooling.scan import linear_scan
+from megatron_dmc.ops.pooling.torch import rows, unrows
 
 
 def context_parallel_pool(
@@ -25,8 +25,8 @@ def context_parallel_pool(
 ) -> tuple[Tensor, Tensor]:
     """As ``pool``, on this rank's two chunks of a sequence (see ops/context_parallel.py).
 
-    A chunk maps the open slot before it to the one behind it: state -> product of alpha * state + what its own tokens leave.
-    All chunks' maps are gathered, 2 head_dim + 2 numbers per head, and each chunk is pooled from the state before it.
+    A chunk maps the open slot before it to the open slot after it: state -> (product of its alphas) * state + its own sums.
+    The maps of all chunks are gathered, 2 head_dim + 2 numbers per head, and each chunk is pooled from the state before it.
 
     Args:
         key, value: [batch, seq / ranks, kv_heads, head_dim].
@@ -60,9 +60,9 @@ def context_parallel_pool(
 
 
 class _ChunkEnd(torch.autograd.Function):
-    """What a chunk's tokens leave: (N_k, N_v, z) [batch, kv_heads, 2 * head_dim + 1], and their alphas' product [..., 1].
+    """A chunk's own sums (N_k, N_v, z), [batch, kv_heads, 2 * head_dim + 1], and the product of its alphas, [..., 1].
 
-    N = sum_t S_t omega_t x_t with S_t the product of the alphas behind t. Backward, with u_t = dN . x_t + dz,
+    N = sum_t S_t omega_t x_t with S_t the product of the alphas after t. Backward, with u_t = dN . x_t + dz,
     dx_t = S_t omega_t dN,  domega_t = S_t u_t,  dalpha_t = S_t y_{t-1},  y_t = alpha_t y_{t-1} + omega_t u_t,
     where y_{-1} is the product's gradient.
     """
@@ -72,20 +72,20 @@ class _ChunkEnd(torch.autograd.Function):
         wide = torch.promote_types(key.dtype, torch.float32)
         alpha_rows = rows(alpha).to(wide)
         # S_{-1}, ..., S_{seq - 1}
-        behind = torch.cat([alpha_rows, torch.ones_like(alpha_rows[:, :1])], dim=1).flip(1).cumprod(1).flip(1)
-        weight = behind[:, 1:] * rows(omega).to(wide)
+        after = torch.cat([alpha_rows, torch.ones_like(alpha_rows[:, :1])], dim=1).flip(1).cumprod(1).flip(1)
+        weight = after[:, 1:] * rows(omega).to(wide)
         sums = [matrix_product(weight[:, None], rows(x).to(wide))[:, 0] for x in (key, value)]
         end = torch.cat([*sums, weight.sum(1, keepdim=True)], dim=-1)
         ctx.save_for_backward(key, value, alpha, omega)
         heads = key.shape[2]
-        return end.unflatten(0, (-1, heads)), behind[:, :1].unflatten(0, (-1, heads))
+        return end.unflatten(0, (-1, heads)), after[:, :1].unflatten(0, (-1, heads))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         key, value, alpha, omega = ctx.saved_tensors
         grad_end, grad_product = (x.flatten(0, 1) for x in grads)
         alpha_rows, omega_rows = (rows(x).to(grad_end.dtype) for x in (alpha, omega))
-        behind = torch.cat([alpha_rows[:, 1:], torch.ones_like(alpha_rows[:, :1])], dim=1).flip(1).cumprod(1).flip(1)
+        after = torch.cat([alpha_rows[:, 1:], torch.ones_like(alpha_rows[:, :1])], dim=1).flip(1).cumprod(1).flip(1)
         d_sums = grad_end[:, :-1].chunk(2, dim=-1)
         inner = grad_end[:, -1:] + sum(
             matrix_product(rows(x).to(grad_end.dtype), d[..., None])[..., 0]
@@ -94,6 +94,6 @@ class _ChunkEnd(torch.autograd.Function):
         along = linear_scan(alpha_rows, (omega_rows * inner)[..., None], grad_product)[..., 0]
         before = torch.cat([grad_product, along[:, :-1]], dim=1)
         heads = key.shape[2]
-        d_key, d_value = (unrows(((behind * omega_rows)[..., None] * d[:, None]).to(key.dtype), heads) for d in d_sums)
-        d_alpha, d_omega = unrows(behind * before, heads), unrows(behind * inner, heads)
+        d_key, d_value = (unrows(((after * omega_rows)[..., None] * d[:, None]).to(key.dtype), heads) for d in d_sums)
+        d_alpha, d_omega = unrows(after * before, heads), unrows(after * inner, heads)
         return d_key, d_value, d_alpha.to(alpha.dtype), d_omega.to(omega.dtype)

@@ -1,4 +1,4 @@
-"""Tokens on their way into the cache."""
+"""Tokens on their way into attention or into the cache."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,14 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """key, value [batch, seq, kv_heads, head_dim]; alpha (bool), omega [batch, seq, kv_heads]; cos, sin of the tokens'
-    positions [batch, seq, 1, head_dim]. Whether the key is rotated is said where they are used."""
+    """Keys and values with what is needed to merge and rotate them.
+
+    Attributes:
+        key, value: [batch, seq, kv_heads, head_dim]. Each user says whether the key is rotated.
+        alpha: [batch, seq, kv_heads], in [0, 1] in training, bool in the cache.
+        omega: [batch, seq, kv_heads], the tokens' weights.
+        cos, sin: of the tokens' positions, [batch, seq, 1, head_dim], in training also broadcastable to it.
+    """
 
     key: Tensor
     value: Tensor

@@ -9,7 +9,7 @@ from megatron_dmc.ops.noise.naive import KEY_STEPS, MULTIPLIERS, ROUNDS, WORD
 
 
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 64-bit product. int64 wraps around, which leaves all 64 bits right."""
+    """High and low 32 bits of a 64-bit product. int64 wraps around, and all 64 bits of the wrapped product are right."""
     product = word * multiplier
     return (product >> 32) & WORD, product & WORD
 
@@ -27,9 +27,10 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> 
 def logistic_noise(
     seed: int, sample_index: Tensor, layer: int, kv_heads: Sequence[int] | Tensor, positions: Tensor
 ) -> Tensor:
+    """As the public function."""
     device = sample_index.device
     heads = torch.as_tensor(kv_heads, dtype=torch.int64, device=device)
-    # One Philox call serves four neighbouring positions. Positions made on the host are grouped there: no wait for a GPU.
+    # One Philox call serves four neighbouring positions. Positions on the host are grouped there, without a wait for a GPU.
     blocks, block_of = torch.unique(positions // 4, return_inverse=True)
     word_of = (block_of * 4 + positions % 4).to(device)
     blocks = blocks.to(device)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.ops.attention.documents import Documents
-from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward
+from megatron_dmc.ops.attention.flash_cuda import cuda_backward, cuda_forward
+from megatron_dmc.ops.attention.types import BiasedKeys, KernelSettings
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 16
 
@@ -40,13 +41,13 @@ def test_documents_are_one_call(channel: int | None, biased: bool, window: int |
     key, value = (without_memory(1, TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
     bias = without_memory(1, TOKENS, KV_HEADS, dtype=torch.float32) if biased else None
     documents = Documents(without_memory(4, dtype=torch.int32), TOKENS, 12)
-    settings = bias, True, 0.25, channel, window, documents
+    keys, settings = BiasedKeys(key, value, bias), KernelSettings(0.25, True, window, channel, documents)
     with Calls() as calls:
-        out, lse = cuda_forward(query, key, value, *settings)
-        gradients = cuda_backward(grad, query, key, value, out, lse, *settings)
-    assert out.shape == query.shape and lse.shape == query.shape[:3]
+        attended = cuda_forward(query, keys, settings)
+        gradients = cuda_backward(grad, query, keys, attended, settings)
+    assert attended.out.shape == query.shape and attended.lse.shape == query.shape[:3]
     assert [x.shape for x in gradients[:3]] == [x.shape for x in (query, key, value)]
-    assert (gradients.key_bias is not None) == biased and (bias is None or gradients.key_bias.shape == bias.shape)
+    assert (gradients.bias is not None) == biased and (bias is None or gradients.bias.shape == bias.shape)
 
     (forward, forward_arguments, options), (backward, backward_arguments, _) = calls.made
     assert (forward, backward) == ("_flash_attention_forward", "_flash_attention_backward")

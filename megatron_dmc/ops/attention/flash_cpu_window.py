@@ -1,121 +1,82 @@
-"""Causal attention to the last few tokens on stock flash kernels.
+"""Causal attention to the last few tokens on torch's flash kernel for a CPU, which knows no window.
 
-CUDA's flash kernels know a window. The CPU's does not: blocks of queries go to it as rows of their own, each with the keys
-that it can see, and one small band mask serves all rows. Only the first block has nothing in front of it.
+Blocks of queries go to the kernel as rows of their own, each with the keys that it can see, and one small band mask serves
+all rows. Only the first block has no keys before its own.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention.documents import Documents, by_documents
-from megatron_dmc.ops.attention.flash import cuda_backward, cuda_forward, flash_backward, flash_forward, unpadded
+from megatron_dmc.ops.attention.types import Attended, BiasedKeys, Gradients, KernelSettings
 
-# Shorter blocks keep the CPU kernel waiting.
+# Queries in a block, at least. The kernel is slow with shorter blocks.
 SHORTEST_BLOCK = 32
 
-# Tokens that go to it in one call: what is copied stays small beside the tensors.
+# Tokens in one call of the kernel. It bounds the copies that a call needs.
 GROUP = 1024
 
-# No key's score comes near it; an infinity would empty a part of a block.
+# The mask of a key that no query of a row sees. No score comes near it; an infinity would leave a row without keys.
 UNSEEN = -1e30
 
 aten = torch.ops.aten
 
 
-def sliding_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-    softmax_scale: float,
-    documents: Documents | None = None,
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale q_i . k_j) v_j over i - window < j <= i.
-
-    Args:
-        query: [batch, seq, heads, head_dim].
-        key, value: [batch, seq, kv_heads, head_dim].
-        window: >= 1.
-        documents: of tokens [1, tokens, ...], no document sees another.
-
-    Returns:
-        out [batch, seq, heads, head_dim], log-sum-exp [batch, seq, heads].
-    """
-    seq = query.shape[1]
-    if window >= seq:
-        return flash_forward(query, key, value, None, causal=True, softmax_scale=softmax_scale, documents=documents)
-    if query.is_cuda:
-        return cuda_forward(query, key, value, None, True, softmax_scale, None, window, documents)
-    if documents is not None:
-
-        def rows(_: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            return sliding_forward(query, key, value, window, softmax_scale)
-
-        out, lse = by_documents(documents, rows, query, key, value)
-        return out, lse
+def cpu_window_forward(query: Tensor, keys: BiasedKeys, settings: KernelSettings) -> Attended:
+    """flash_forward with a window shorter than the sequence, without documents and without a bias."""
+    window, scale = _window(keys, settings), settings.softmax_scale
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     for blocks, band in _groups(query, window):
         part, part_lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            blocks.queries(query), blocks.keys(key), blocks.keys(value), 0.0, False, attn_mask=band, scale=softmax_scale
+            blocks.queries(query),
+            blocks.keys(keys.key),
+            blocks.keys(keys.value),
+            0.0,
+            False,
+            attn_mask=band,
+            scale=scale,
         )
         blocks.write_queries(out, part)
         blocks.write_queries(lse[..., None], part_lse[..., None])
-    return out, lse
+    return Attended(out, lse)
 
 
-def sliding_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    window: int,
-    softmax_scale: float,
-    documents: Documents | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, given out and lse that may include terms from outside the window."""
-    seq = query.shape[1]
-    tensors = grad_out, query, key, value, out, lse
-    if window >= seq:
-        return flash_backward(*tensors, None, causal=True, softmax_scale=softmax_scale, documents=documents)[:3]
-    if query.is_cuda:
-        return cuda_backward(*tensors, None, True, softmax_scale, None, window, documents)[:3]
-    if documents is not None:
-
-        def by_rows(inside: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-            return sliding_backward(*unpadded(inside, *tensors), window, softmax_scale)
-
-        d_query, d_key, d_value = by_documents(documents, by_rows, *tensors)
-        return d_query, d_key, d_value
-    d_query, d_key, d_value = query.new_empty(query.shape), torch.zeros_like(key), torch.zeros_like(value)
+def cpu_window_backward(
+    grad_out: Tensor, query: Tensor, keys: BiasedKeys, final: Attended, settings: KernelSettings
+) -> Gradients:
+    """flash_backward with a window shorter than the sequence, without documents and without a bias."""
+    window = _window(keys, settings)
+    d_query, d_key, d_value = query.new_empty(query.shape), torch.zeros_like(keys.key), torch.zeros_like(keys.value)
     for blocks, band in _groups(query, window):
         d_queries, d_keys, d_values = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             blocks.queries(grad_out),
             blocks.queries(query),
-            blocks.keys(key),
-            blocks.keys(value),
-            blocks.queries(out),
-            blocks.queries(lse[..., None])[..., 0].contiguous(),
+            blocks.keys(keys.key),
+            blocks.keys(keys.value),
+            blocks.queries(final.out),
+            blocks.queries(final.lse[..., None])[..., 0].contiguous(),
             0.0,
             False,
             attn_mask=band,
-            scale=softmax_scale,
+            scale=settings.softmax_scale,
         )
         blocks.write_queries(d_query, d_queries)
         blocks.add_keys(d_key, d_keys)
         blocks.add_keys(d_value, d_values)
-    return d_query, d_key, d_value
+    return Gradients(d_query, d_key, d_value, None)
+
+
+def _window(keys: BiasedKeys, settings: KernelSettings) -> int:
+    assert settings.window is not None and settings.causal and keys.bias is None
+    return settings.window
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Consecutive blocks of queries, each with as many keys as queries and ``before`` more in front of them."""
+    """Consecutive blocks of queries. Each sees as many keys as it has queries, and ``before`` keys before those."""
 
     first: int
     count: int

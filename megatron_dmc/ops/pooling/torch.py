@@ -6,6 +6,32 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.pooling.scan import linear_scan
+from megatron_dmc.ops.pooling.state import PoolState
+
+
+def pool(
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    window_size: int | None = None,
+    initial_state: PoolState | None = None,
+) -> tuple[Tensor, Tensor, PoolState | None]:
+    """Pooled key and value, and the open slot after the last token (None with a ``window_size``).
+
+    Args:
+        key, value, omega, window_size, initial_state: as the public pool's.
+        alpha: 0 where a slot has to start.
+    """
+    if window_size is not None:
+        return *pool_window(key, value, alpha, omega, window_size), None
+    initial = initial_weight = None
+    if initial_state is not None:
+        initial = torch.cat(initial_state[:2], dim=-1).flatten(0, 1)
+        initial_weight = initial_state.weight.flatten()
+    pooled_key, pooled_value, last, weight = Pool.apply(key, value, alpha, omega, initial, initial_weight)
+    key_sum, value_sum = last.unflatten(0, (-1, key.shape[2])).chunk(2, dim=-1)
+    return pooled_key, pooled_value, PoolState(key_sum, value_sum, weight.unflatten(0, (-1, key.shape[2])))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -21,7 +47,7 @@ def unrows(x: Tensor, kv_heads: int) -> Tensor:
 class Pool(torch.autograd.Function):
     """The means themselves are a recurrence: x~_t = (1 - r_t) x~_{t-1} + r_t x_t with r_t = omega_t / z_t.
 
-    So the slots' weights z are scanned first, one channel, and the means by them: nothing is divided but weights, and
+    So the slots' weights z are scanned first, one channel, and then the means. Only weights are divided by weights, and
     where alpha is 0 (r = 1) the result is x_t to the last bit. Gradients run through the same recurrence backwards: with
     g_t the gradient of x~_t and h_t = z_t dL/dN_t,
     h_t = g_t + (1 - r_{t+1}) h_{t+1},  dx_t = r_t h_t,  gz_t = -(g_t . x~_t) / z_t + alpha_{t+1} gz_{t+1},
@@ -38,7 +64,10 @@ class Pool(torch.autograd.Function):
         initial: Tensor | None,
         initial_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """initial [rows, 2 * head_dim] is N_{-1}, initial_weight [rows] z_{-1}; returns the last N and z too."""
+        """Pooled key and value, the last N [rows, 2 * head_dim] and the last z [rows].
+
+        ``initial`` is N_{-1} and ``initial_weight`` z_{-1}, shaped as the last N and z; rows are batch * kv_heads.
+        """
         wide = torch.promote_types(key.dtype, torch.float32)
         alpha_rows, omega_rows = rows(alpha).to(wide), rows(omega).to(wide)
         before = None if initial_weight is None else initial_weight[:, None]
@@ -90,7 +119,7 @@ class Pool(torch.autograd.Function):
 def pool_window(key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
     """The scan truncated to a slot's last ``window_size`` tokens, as the authors' released code has it.
 
-    A sum over the window's offsets (not over tokens); for their checkpoints, so by autograd and without a kernel's care.
+    A sum over the window's offsets (not over tokens). It serves their checkpoints only, so autograd makes its backward pass.
     """
     wide = torch.promote_types(key.dtype, torch.float32)
     tokens = torch.cat([key, value], dim=-1).to(wide)
