@@ -11,14 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from megatron_dmc.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
-    check_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from megatron_dmc.checkpoint.weights import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, save_checkpoint
+from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.hf_config import read_config
@@ -47,10 +41,9 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def load_megatron(checkpoint: Path, dtype: torch.dtype = torch.float32) -> GPTModel:
-    info = check_checkpoint(checkpoint)
-    recipe = recipe_from_dict(info.recipe)
-    network = empty_model(recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None, dtype)
-    set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
+    saved = SavedModel.open(checkpoint)
+    network = empty_model(saved.recipe.model, saved.dmc, dtype)
+    saved.load_into([network])
     return network.eval()
 
 
@@ -95,7 +88,7 @@ def test_there_and_back_keeps_every_bit(
     first, second = (dict(load_megatron(tmp_path / name, dtype).named_parameters()) for name in ("megatron", "again"))
     assert_identical(first, second)
     assert next(iter(first.values())).dtype == dtype
-    assert check_checkpoint(tmp_path / "megatron") == check_checkpoint(tmp_path / "again")
+    assert SavedModel.open(tmp_path / "megatron").info == SavedModel.open(tmp_path / "again").info
 
 
 def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -258,7 +251,7 @@ def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> Non
     import_hf(tmp_path / "hf", tmp_path / "again")
     first, second = (load_megatron(path) for path in (dmc_checkpoint, tmp_path / "again"))
     assert_identical(dict(first.named_parameters()), dict(second.named_parameters()))
-    before, after = (recipe_from_dict(check_checkpoint(path).recipe) for path in (dmc_checkpoint, tmp_path / "again"))
+    before, after = (SavedModel.open(path).recipe for path in (dmc_checkpoint, tmp_path / "again"))
     assert (after.model, after.dmc, after.merges) == (before.model, before.dmc, True)
     names = set(tensors(tmp_path / "hf"))
     has_decisions = before.dmc.decision_source == "projection"
@@ -278,7 +271,7 @@ def test_an_export_from_before_there_was_a_window(dmc_checkpoint: Path, tmp_path
     old = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert torch.equal(old(TOKENS).logits, expected)
     import_hf(tmp_path / "hf", tmp_path / "again")
-    dmc = recipe_from_dict(check_checkpoint(tmp_path / "again").recipe).dmc
+    dmc = SavedModel.open(tmp_path / "again").recipe.dmc
     assert (dmc.local_window, dmc.operation) == (0, "merge")
 
 
@@ -298,9 +291,9 @@ def test_a_retrofit_that_has_not_begun_to_merge(dmc_checkpoint: Path, tmp_path: 
 
 def test_an_imported_llama_is_a_base(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     import_hf(save_llama(), tmp_path / "megatron")
-    info = check_checkpoint(tmp_path / "megatron")
-    assert (info.kind, info.step, info.compression_ratio) == ("weights", 0, None)
-    assert not is_dmc_checkpoint(info)
+    saved = SavedModel.open(tmp_path / "megatron")
+    assert (saved.info.kind, saved.info.step, saved.info.compression_ratio) == ("weights", 0, None)
+    assert not saved.merges and saved.dmc is None
     assert (tmp_path / "megatron" / "tokenizer" / "tokenizer.json").is_file()
 
 
@@ -323,7 +316,7 @@ def test_what_exists_is_not_overwritten(save_llama: Callable[..., Path], tmp_pat
 def test_an_empty_folder_is_filled(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
     import_hf(save_llama(), tmp_path / "megatron")
-    check_checkpoint(tmp_path / "megatron")
+    SavedModel.open(tmp_path / "megatron")
 
 
 def test_a_failed_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path) -> None:

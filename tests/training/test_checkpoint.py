@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_dmc.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    check_checkpoint,
-    load_checkpoint,
+    SavedModel,
     prune,
     publish,
     read_latest,
@@ -32,13 +31,25 @@ from megatron_dmc.checkpoint import (
 )
 from megatron_dmc.checkpoint.background import BackgroundWriter
 from megatron_dmc.checkpoint.save import StagedCheckpoint, stage_checkpoint, write_checkpoint
+from megatron_dmc.convert.from_hf import placeholder_recipe
 from megatron_dmc.distributed import cpu
+from megatron_dmc.model.model_config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 REPOSITORY = Path(__file__).parents[2]
-MODEL = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "kv_channels": None}
-INFO = CheckpointInfo(kind="full", recipe={"model": MODEL}, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
+SIZES = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    num_query_groups=1,
+    vocab_size=300,
+    max_position_embeddings=64,
+)
+RECIPE = placeholder_recipe(SIZES, None).to_dict()
+MODEL = RECIPE["model"]
+INFO = CheckpointInfo(kind="full", recipe=RECIPE, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
 
 
 def state(value: float = 0.0, rows: int = 4) -> dict[str, Any]:
@@ -77,12 +88,12 @@ def test_roundtrip(tmp_path: Path) -> None:
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "model.safetensors").write_text("large")
     folder = save_checkpoint(tmp_path / "run", "step_00000003", state(3.0), INFO, tokenizer)
-    assert check_checkpoint(folder) == INFO
+    assert SavedModel.open(folder).info == INFO
     assert [path.name for path in (folder / "tokenizer").iterdir()] == ["tokenizer.json"]
     assert hidden(tmp_path / "run") == []
     assert str(tmp_path).encode() not in (folder / ".metadata").read_bytes()
 
-    loaded = load_checkpoint(folder, state(), expected_model=MODEL)
+    loaded = SavedModel.open(folder).load(state(), expected_model=MODEL)
     expected = state(3.0)
     assert loaded["step"] == 3 and loaded["nested"] == {"lr": 3.0}
     assert loaded["model"]["object"] == {"gate": 3.0, "ids": [1, 2]}
@@ -93,7 +104,7 @@ def test_roundtrip(tmp_path: Path) -> None:
 
 def test_overwriting_a_name_replaces_it(saved: Path) -> None:
     save_checkpoint(saved.parent, saved.name, state(5.0), INFO)
-    assert load_checkpoint(saved, state())["step"] == 5
+    assert SavedModel.open(saved).load(state())["step"] == 5
     assert hidden(saved.parent) == []
 
 
@@ -103,7 +114,7 @@ def test_a_failed_overwrite_leaves_the_old_one(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot save .*time\.sleep.*plain values and tensors") as raised:
         save_checkpoint(saved.parent, saved.name, broken, INFO)
     assert "\n" not in str(raised.value)
-    assert load_checkpoint(saved, state())["step"] == 3
+    assert SavedModel.open(saved).load(state())["step"] == 3
     assert hidden(saved.parent) == []
 
 
@@ -111,7 +122,7 @@ def test_a_replacement_killed_between_its_renames_is_undone(saved: Path) -> None
     update_latest(saved.parent, saved.name)
     saved.rename(saved.with_name(f".{saved.name}.old"))
     assert read_latest(saved.parent) == saved.name
-    assert load_checkpoint(saved, state())["step"] == 3
+    assert SavedModel.open(saved).load(state())["step"] == 3
 
 
 def test_latest(saved: Path) -> None:
@@ -128,7 +139,7 @@ def test_latest(saved: Path) -> None:
 
 
 def test_prune_keeps_latest_and_whatever_is_not_a_full_checkpoint(tmp_path: Path) -> None:
-    weights = CheckpointInfo(kind="weights", recipe={"model": MODEL}, step=0, consumed_samples=0, phase=0)
+    weights = CheckpointInfo(kind="weights", recipe=RECIPE, step=0, consumed_samples=0, phase=0)
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, f"step_{step}", state(), INFO)
     save_checkpoint(tmp_path, "cr_2", state(), weights)
@@ -153,23 +164,23 @@ def test_a_checkpoint_moved_behind_a_link_is_replaced_and_pruned(saved: Path, tm
     for value in (5.0, 6.0):
         saved.symlink_to(saved.rename(tmp_path / f"moved_{value}"))
         save_checkpoint(saved.parent, saved.name, state(value), INFO)
-        assert not saved.is_symlink() and load_checkpoint(saved, state())["step"] == value
+        assert not saved.is_symlink() and SavedModel.open(saved).load(state())["step"] == value
         assert hidden(saved.parent) == []
     saved.symlink_to(saved.rename(tmp_path / "moved"))
     save_checkpoint(saved.parent, "step_4", state(), INFO)
     update_latest(saved.parent, "step_4")
     assert prune(saved.parent, keep_last=1) == [saved.name]
     assert not saved.is_symlink() and hidden(saved.parent) == []
-    assert load_checkpoint(tmp_path / "moved", state())["step"] == 6
+    assert SavedModel.open(tmp_path / "moved").load(state())["step"] == 6
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
 def test_a_missing_file_is_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=rf"not whole.*{name} is missing"):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
     with pytest.raises(CheckpointError, match=rf"not whole.*{name} is missing"):
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
@@ -178,13 +189,13 @@ def test_a_truncated_file_is_named_in_one_line(saved: Path, name: str, kept: flo
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: int(kept * len(data))])
     with pytest.raises(CheckpointError, match=name) as raised:
-        check_checkpoint(saved)
+        SavedModel.open(saved)
     assert "\n" not in str(raised.value)
 
 
 def test_a_folder_that_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step_7 does not exist"):
-        check_checkpoint(tmp_path / "step_7")
+        SavedModel.open(tmp_path / "step_7")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +213,7 @@ def test_a_description_of_another_kind_is_refused(saved: Path, change: dict[str,
     values = json.loads((saved / "dmc.json").read_text())
     (saved / "dmc.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(CheckpointError, match=message):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
 
 
 class Attack:
@@ -243,7 +254,7 @@ def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path, at
     witness.unlink(missing_ok=True)
 
     (saved / ".metadata").write_bytes(data)
-    for refused in (lambda: check_checkpoint(saved), lambda: load_checkpoint(saved, state())):
+    for refused in (lambda: SavedModel.open(saved), lambda: SavedModel.open(saved).load(state())):
         with pytest.raises(CheckpointError, match=r"\.metadata (asks to load|holds the pickle opcode|is damaged)"):
             refused()
     assert not witness.exists()
@@ -258,7 +269,7 @@ def test_metadata_may_not_change_what_outlives_it(saved: Path) -> None:
     del MetadataIndex.polluted
     (saved / ".metadata").write_bytes(attack)
     with pytest.raises(CheckpointError, match=r"\.metadata asks to change <class .*MetadataIndex"):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
     assert not hasattr(MetadataIndex, "polluted")
 
 
@@ -268,13 +279,13 @@ def test_metadata_may_not_name_files_elsewhere(saved: Path) -> None:
         place.relative_path = f"../{saved.name}/{place.relative_path}"
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="does not describe"):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
 
 
 def test_plain_values_that_would_run_code_are_refused(saved: Path, tmp_path: Path) -> None:
     torch.save({"step": Attack(tmp_path / "witness")}, saved / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt.*posix\.system"):
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
     assert not (tmp_path / "witness").exists()
 
 
@@ -288,9 +299,9 @@ def test_objects_that_would_run_code_are_refused(saved: Path, tmp_path: Path, mo
     place.offset, place.length = len(data), len(attack)
     (saved / place.relative_path).write_bytes(bytes(data) + attack)
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    check_checkpoint(saved)
+    SavedModel.open(saved)
     with pytest.raises(CheckpointError, match=r"cannot load .*posix\.system") as raised:
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "witness").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
@@ -301,30 +312,30 @@ def test_damaged_data_is_one_line(saved: Path) -> None:
     data = (saved / "__0_0.distcp").read_bytes()
     (saved / "__0_0.distcp").write_bytes(bytes(len(data)))
     with pytest.raises(CheckpointError, match="cannot load") as raised:
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
     assert "\n" not in str(raised.value)
 
 
 def test_another_model_is_told_by_its_settings(saved: Path) -> None:
     expected = {**MODEL, "num_layers": 6, "num_query_groups": 2, "max_position_embeddings": 9}
     with pytest.raises(CheckpointError, match=r"num_layers is 2 there, 6 here; model\.num_query_groups is 1 there"):
-        load_checkpoint(saved, state(), expected_model=expected)
-    load_checkpoint(saved, state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
+        SavedModel.open(saved).load(state(), expected_model=expected)
+    SavedModel.open(saved).load(state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
 
 
 def test_another_model_is_told_by_its_tensors(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"another model's: weight has shape \[4, 3\] there, \[5, 3\] here"):
-        load_checkpoint(saved, state(rows=5))
+        SavedModel.open(saved).load(state(rows=5))
     wanted = state()
     wanted["model"]["bias"] = ShardedTensor.from_rank_offsets("bias", torch.zeros(2), replica_id=0)
     with pytest.raises(CheckpointError, match="bias is missing in the checkpoint"):
-        load_checkpoint(saved, wanted)
+        SavedModel.open(saved).load(wanted)
 
 
 def test_what_may_be_missing_is_left_out(saved: Path) -> None:
     wanted = state()
     wanted["model"]["decision"] = ShardedTensor.from_rank_offsets("decision", torch.ones(2), replica_id=0)
-    loaded = load_checkpoint(saved, wanted, may_be_missing=lambda key: key == "decision")
+    loaded = SavedModel.open(saved).load(wanted, may_be_missing=lambda key: key == "decision")
     assert "decision" not in loaded["model"]
     assert torch.equal(loaded["model"]["weight"], torch.full((4, 3), 3.0))
 
@@ -332,7 +343,7 @@ def test_what_may_be_missing_is_left_out(saved: Path) -> None:
 def test_less_than_everything_can_be_asked_for(saved: Path) -> None:
     wanted = state()
     del wanted["model"]["count"], wanted["model"]["object"]
-    assert set(load_checkpoint(saved, wanted)["model"]) == {"weight", "half"}
+    assert set(SavedModel.open(saved).load(wanted)["model"]) == {"weight", "half"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -356,7 +367,7 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
             save_checkpoint(disk, "step_2", large, INFO)
         assert "\n" not in str(raised.value)
         assert hidden(disk) == [] and not (disk / "step_2").exists()
-        assert load_checkpoint(disk / str(read_latest(disk)), state())["step"] == 1
+        assert SavedModel.open(disk / str(read_latest(disk))).load(state())["step"] == 1
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -368,7 +379,7 @@ def test_a_staged_checkpoint_is_what_was_there_when_it_was_staged(tmp_path: Path
     for tensor in tensors:
         tensor.fill_(-1)
     write_checkpoint(tmp_path, "step_3", staged, INFO)
-    loaded = load_checkpoint(tmp_path / "step_3", state())["model"]
+    loaded = SavedModel.open(tmp_path / "step_3").load(state())["model"]
     assert [float(loaded[name].max()) for name in ("weight", "half", "count")] == [3.0] * 3
 
 
@@ -387,7 +398,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "step_1").exists() and read_latest(tmp_path) is None
     may_write.set()
     background.wait()
-    assert load_checkpoint(tmp_path / str(read_latest(tmp_path)), state())["step"] == 1
+    assert SavedModel.open(tmp_path / str(read_latest(tmp_path))).load(state())["step"] == 1
 
 
 def test_a_failure_in_the_background_is_raised_at_the_next_poll(tmp_path: Path) -> None:
@@ -431,7 +442,7 @@ def test_a_kill_while_saving_harms_nothing_and_is_cleaned_up(tmp_path: Path, sce
     assert process.returncode == -signal.SIGKILL, output
     assert [name for name in hidden(tmp_path) if name.startswith(".step_2.tmp-")], "nothing was being written"
     assert not (tmp_path / "step_2").exists()
-    assert load_checkpoint(tmp_path / str(read_latest(tmp_path)), state())["step"] == 1
+    assert SavedModel.open(tmp_path / str(read_latest(tmp_path))).load(state())["step"] == 1
     save_checkpoint(tmp_path, "step_2", state(2.0), INFO)
     assert hidden(tmp_path) == []
 
@@ -448,7 +459,7 @@ def test_two_ranks_save_and_fail_together(tmp_path: Path, scenario: str) -> None
     assert hidden(tmp_path) == [] and not (tmp_path / "step_2").exists()
     # Written by two ranks, read by one.
     wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(4, 3), replica_id=0)}
-    loaded = load_checkpoint(tmp_path / "step_1", wanted)
+    loaded = SavedModel.open(tmp_path / "step_1").load(wanted)
     assert torch.equal(loaded["weight"], torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
     assert loaded["step"] == 1
 
@@ -490,7 +501,7 @@ def save_on_two_ranks(root: Path, rank: int, background: BackgroundWriter | None
     save(root, "step_1", sharded(3, 1.0 + rank), background)
     if background is not None:
         background.wait()
-    loaded = load_checkpoint(root / "step_1", sharded(3, 0.0))
+    loaded = SavedModel.open(root / "step_1").load(sharded(3, 0.0))
     assert torch.equal(loaded["weight"], torch.full((2, 3), 1.0 + rank))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
