@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_users(error):
             raise
-        print(f"megatron-dmc: {error}", file=sys.stderr)
+        from megatron_dmc.distributed.launcher import ThisRankError, report_failure
+
+        report_failure(f"megatron-dmc: {error}", of_this_rank=isinstance(error, ThisRankError))
         return 1
 
 
@@ -123,9 +125,11 @@ def _plan(parsed: argparse.Namespace) -> int:
     # The real model on the meta device: what is planned must not depend on the machine that plans.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    from megatron_dmc.distributed.launcher import check_runs_alone
     from megatron_dmc.recipe import load_recipe
 
     try:
+        check_runs_alone()
         recipe = load_recipe(parsed.recipe, parsed.overrides)
 
         from megatron_dmc.plan.estimate import Cluster, make_plan
@@ -148,17 +152,17 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
-    from megatron_dmc.distributed.world import world
+    from megatron_dmc.distributed.world import single_process
     from megatron_dmc.evaluation.inspect import run
 
-    with world():
+    with single_process():
         run(parsed.checkpoint, parsed.text, parsed.tokens, as_json=parsed.json, base=parsed.base)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt with the compressed cache and prints the text."""
-    from megatron_dmc.distributed.world import world
+    from megatron_dmc.distributed.world import single_process
     from megatron_dmc.inference.generate import run
 
-    with world():
+    with single_process():
         run(parsed.checkpoint, parsed.prompt, parsed.max_new_tokens, parsed.temperature, parsed.seed, base=parsed.base)

@@ -62,6 +62,8 @@ def preprocess(options: argparse.Namespace) -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
         from megatron_dmc import data
         from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
+        from megatron_dmc.distributed.launcher import check_runs_alone
+    check_runs_alone()
     if options.chat and options.train_tokenizer is not None:
         raise ConfigError("--chat needs --tokenizer: a newly trained tokenizer has no chat template")
     if options.chat_template is not None and not options.chat:
