@@ -49,6 +49,13 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     return values
 
 
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's ``value``, on every rank of the default group."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, without advice, lists of ranks or a second line."""
     error = _root_cause(error)

@@ -1,39 +1,48 @@
 """Checks and loads checkpoints of megatron-core's distributed format; nothing but tensors and plain values is unpickled."""
 
 import contextlib
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line
+from megatron_dmc.checkpoint.agreement import on_all_ranks, one_line
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, read_info, read_json
-from megatron_dmc.checkpoint.metadata import UnsafeMetadataError, bytes_per_file, read_metadata, sizes
+from megatron_dmc.checkpoint.metadata import Entry, UnsafeMetadataError, bytes_per_file, entries, read_metadata
 from megatron_dmc.checkpoint.save import BACKENDS
 from megatron_dmc.recipe.base import model_differences
 
 
-def check_checkpoint(folder: str | Path) -> CheckpointInfo:
+class Stored(NamedTuple):
+    """A checkpoint's files, which are whole and safe to read.
+
+    Attributes:
+        info: what it says of itself.
+        entries: what it holds, by key.
+        metadata_digest: SHA-256 of ``.metadata``: torch unpickles that file again, so it must still be the one checked.
+    """
+
+    info: CheckpointInfo
+    entries: dict[str, Entry]
+    metadata_digest: str
+
+
+def check_files(folder: Path) -> Stored:
     """Makes sure that a checkpoint is whole and safe to read; loads no tensors. Any one rank may call this.
 
     Raises:
         CheckpointError: the folder or one of its files is absent, cut short, from a newer version, or would run code.
     """
-    return _check(Path(folder))[0]
-
-
-def _check(folder: Path) -> tuple[CheckpointInfo, dict[str, tuple[int, ...] | None]]:
-    """The checkpoint's description, and the global shape (None: not a tensor) of all it holds, by key."""
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} does not exist")
     info = read_info(folder)
@@ -42,8 +51,9 @@ def _check(folder: Path) -> tuple[CheckpointInfo, dict[str, tuple[int, ...] | No
             raise CheckpointError(f"checkpoint {folder} is not whole: {name} is missing")
     if read_json(folder / "metadata.json") != asdict(BACKENDS):
         raise CheckpointError(f"{folder / 'metadata.json'} names another checkpoint format than torch_dist, version 1")
+    data = (folder / ".metadata").read_bytes()
     try:
-        metadata = read_metadata(folder / ".metadata")
+        metadata = read_metadata(data)
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except UnsafeMetadataError as error:
         raise CheckpointError(f"{folder / '.metadata'} {error}") from None
@@ -58,42 +68,23 @@ def _check(folder: Path) -> tuple[CheckpointInfo, dict[str, tuple[int, ...] | No
             raise CheckpointError(
                 f"checkpoint {folder} is not whole: {name} is cut short ({path.stat().st_size} of {needed} bytes)"
             )
-    return info, sizes(metadata)
+    return Stored(info, entries(metadata), hashlib.sha256(data).hexdigest())
 
 
-def load_checkpoint(
-    folder: str | Path,
+def load_tensors(
+    folder: Path,
+    stored: Stored,
     sharded_state_dict: dict[str, Any],
     *,
     expected_model: Mapping[str, Any] | None = None,
     may_be_missing: Callable[[str], bool] | None = None,
 ) -> dict[str, Any]:
-    """Checks a checkpoint and loads what ``sharded_state_dict`` asks for; every rank calls this together.
-
-    Nothing but tensors and plain values is ever unpickled.
-
-    Args:
-        folder: the checkpoint.
-        sharded_state_dict: as for ``dist_checkpointing.load``; it may ask for less than the checkpoint holds.
-        expected_model: the run's ``Recipe.to_dict()["model"]``: every setting that changes what the weights mean must
-            be the checkpoint's own.
-        may_be_missing: tells by its checkpoint key whether a tensor may be absent there; the result lacks it too.
-
-    Returns:
-        The loaded state dict, with the checkpoint's plain values.
-
-    Raises:
-        CheckpointError: on all ranks; as :func:`check_checkpoint`, or the checkpoint is another model's.
-    """
-    folder = Path(folder)
+    """Loads what ``sharded_state_dict`` asks for from a checkpoint that was checked; see ``SavedModel.load``."""
     what = f"cannot load {folder}"
-    checked: tuple[CheckpointInfo, dict[str, tuple[int, ...] | None]] | None = None
     with on_all_ranks(what):
-        if dist.get_rank() == 0:
-            checked = _check(folder)
-    info, stored = next(entry for entry in gather(checked) if entry is not None)
-    with on_all_ranks(what):
-        _must_fit(folder, info, stored, sharded_state_dict, expected_model, may_be_missing)
+        _must_fit(folder, stored, sharded_state_dict, expected_model, may_be_missing)
+        if hashlib.sha256((folder / ".metadata").read_bytes()).hexdigest() != stored.metadata_digest:
+            raise CheckpointError(f"{folder / '.metadata'} has changed since it was checked; start again")
     with on_all_ranks(what), _weights_only(), warnings.catch_warnings():
         # megatron-core calls a deprecated name of torch's.
         warnings.simplefilter("ignore", FutureWarning)
@@ -106,22 +97,21 @@ def load_checkpoint(
 
 def _must_fit(
     folder: Path,
-    info: CheckpointInfo,
-    stored: dict[str, tuple[int, ...] | None],
+    stored: Stored,
     sharded_state_dict: dict[str, Any],
     expected_model: Mapping[str, Any] | None,
     may_be_missing: Callable[[str], bool] | None,
 ) -> None:
-    differences = model_differences(info.recipe["model"], expected_model) if expected_model else []
+    differences = model_differences(stored.info.recipe["model"], expected_model) if expected_model else []
     if not differences:
         wanted, _ = extract_sharded_base(load_preprocess(sharded_state_dict)[0])
         for entry in nested_values(wanted):
             key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
-            if key not in stored:
+            if key not in stored.entries:
                 if may_be_missing is None or not may_be_missing(key):
                     differences.append(f"{key} is missing in the checkpoint")
                 continue
-            shape = stored[key]
+            shape = stored.entries[key].shape
             if isinstance(entry, ShardedObject) or entry.allow_shape_mismatch:
                 continue
             if shape is None or tuple(shape) != tuple(entry.global_shape):

@@ -5,7 +5,7 @@ import pickle
 import pickletools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -84,16 +84,14 @@ class _AllowListUnpickler(_PythonUnpickler):
         return super().find_class(module, name)
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(data: bytes) -> Metadata:
     """The metadata of a checkpoint, after two allow-lists: of pickle opcodes, then of every global it names.
 
-    A file that passes can be given to torch's own reader: unpickling it again names the same globals.
+    Bytes that pass can be given to torch's own reader: unpickling them again names the same globals.
 
     Raises:
         UnsafeMetadataError: one line, without the file's name.
-        OSError: the file cannot be read.
     """
-    data = path.read_bytes()
     try:
         for opcode, _, _ in pickletools.genops(data):
             if opcode.name not in _ALLOWED_OPCODES:
@@ -143,10 +141,22 @@ def _is_place(place: Any) -> bool:
     )
 
 
-def sizes(metadata: Metadata) -> dict[str, tuple[int, ...] | None]:
-    """Global shape of every tensor, None for every other object, by checkpoint key."""
-    entries: Mapping[str, Any] = metadata.state_dict_metadata
-    return {key: getattr(entry, "size", None) for key, entry in entries.items()}
+class Entry(NamedTuple):
+    """What a checkpoint holds under one key: a tensor's global shape and dtype; None for every other object."""
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+
+
+def entries(metadata: Metadata) -> dict[str, Entry]:
+    """All that a checkpoint holds, by key."""
+    stored: Mapping[str, Any] = metadata.state_dict_metadata
+    return {key: Entry(getattr(value, "size", None), _dtype(value)) for key, value in stored.items()}
+
+
+def _dtype(entry: Any) -> torch.dtype | None:
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def bytes_per_file(metadata: Metadata) -> dict[str, int]:

@@ -30,6 +30,7 @@ from megatron_dmc.cli import (
     retrofit,
 )
 from megatron_dmc.cli.version import ShowVersions
+from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
 from megatron_dmc.errors import DMCError
 
 # Exit statuses as a shell gives them: 128 and the signal's number.
@@ -95,7 +96,8 @@ def run_alone(command: Command, program: str, arguments: Sequence[str] | None = 
 
 def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.description = command.run.__doc__
-    parser.set_defaults(run=command.run, failed=1)
+    # A command is made for one process, and ends in 1 where it fails, unless its module says otherwise.
+    parser.set_defaults(run=command.run, failed=1, alone=True)
     command.add_arguments(parser)
 
 
@@ -114,6 +116,8 @@ def _run(program: str, options: argparse.Namespace) -> int:
     # megatron-core warns of every optional package that is missing, when it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     try:
+        if options.alone:
+            check_runs_alone()
         with _sigterm_interrupts():
             status = options.run(options) or 0
             # A reader that has gone is noticed here at the latest, not while Python exits.
@@ -133,7 +137,7 @@ def _run(program: str, options: argparse.Namespace) -> int:
             return PIPE_CLOSED
         raise
     except (DMCError, OSError) as error:
-        print(f"{program}: {_line(error)}", file=sys.stderr)
+        report_failure(f"{program}: {_line(error)}", of_this_rank=isinstance(error, ThisRankError))
         return int(options.failed)
 
 

@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Continues a prompt with the compressed cache and prints the text."""
     _check(options)
-    from megatron_dmc.distributed.world import world
+    from megatron_dmc.distributed.world import single_process
     from megatron_dmc.inference import generate
 
-    with world():
+    with single_process():
         generate.run(
             options.checkpoint,
             options.prompt,

@@ -19,8 +19,8 @@ def run(options: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
     if options.tokens < 2:
         raise ConfigError(f"--tokens must be >= 2, got {options.tokens}")
-    from megatron_dmc.distributed.world import world
+    from megatron_dmc.distributed.world import single_process
     from megatron_dmc.evaluation import inspect
 
-    with world():
+    with single_process():
         inspect.run(options.checkpoint, options.text, options.tokens, as_json=options.json, base=options.base)

@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """In a run's folder: prints, as JSON, a checkpoint's loss on held-out text, its ratio, and the bytes its cache holds."""
-    from megatron_dmc.distributed.world import world
+    from megatron_dmc.distributed.world import single_process
     from megatron_dmc.experiments.measure import measure
 
-    with world():
+    with single_process():
         print(json.dumps(measure(options.checkpoint, smoke=options.smoke)))

@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """In the quickstart's folder: measures all its models on the same held-out text and writes summary.json."""
-    from megatron_dmc.distributed.world import world
+    from megatron_dmc.distributed.world import single_process
     from megatron_dmc.experiments.quickstart.evaluate import write_summary
 
-    with world():
+    with single_process():
         write_summary(options.smoke)

@@ -9,6 +9,7 @@ HELP = "run a recipe: all its phases, resuming where it stopped"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
+    parser.set_defaults(alone=False)
 
 
 def run(options: argparse.Namespace) -> int:

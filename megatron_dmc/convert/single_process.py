@@ -1,29 +1,14 @@
-"""megatron-core's parallel state for one process, as much of it as a conversion needs."""
-
-import contextlib
-from collections.abc import Iterator
+"""The whole model in one process, as a conversion needs it."""
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.distributed.world import world
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.distributed.world import single_process
 from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.model.model_config import ModelConfig
 
-
-@contextlib.contextmanager
-def single_process() -> Iterator[None]:
-    """A world of this process alone. One that is already there is used and left as it is.
-
-    Raises:
-        ConfigError: the process is one of several.
-    """
-    with world():
-        if dist.get_world_size() != 1:
-            raise ConfigError(f"a conversion runs in one process, not in one of {dist.get_world_size()}")
-        yield
+__all__ = ["empty_model", "single_process"]
 
 
 def empty_model(model: ModelConfig, dmc: DMCConfig | None, dtype: torch.dtype) -> GPTModel:

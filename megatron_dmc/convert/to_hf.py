@@ -2,31 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from megatron_dmc.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
-    check_checkpoint,
-    copy_tokenizer,
-    load_checkpoint,
-)
-from megatron_dmc.checkpoint.metadata import read_metadata
-from megatron_dmc.checkpoint.weights import (
-    check_has_merged,
-    is_base_weight,
-    is_decision,
-    load_weights,
-    model_state,
-    only_decisions,
-    saved_recipe,
-    set_model_state,
-)
-from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.checkpoint import SavedModel, copy_tokenizer
+from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
+from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import (
     GENERATION_CONFIG,
     check_output,
@@ -40,7 +23,6 @@ from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
-from megatron_dmc.recipe import Recipe
 
 
 def export_hf(
@@ -70,11 +52,10 @@ def export_hf(
     """
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size must be >= 1 byte, got {max_shard_size}")
-    source = _open(Path(checkpoint), Path(output))
-    model, dmc = source.recipe.model, source.dmc
-    with _folder(source, Path(output), dtype) as temporary:
+    with _export(checkpoint, output, dtype, base) as (source, temporary):
+        model, dmc = source.recipe.model, source.dmc
         network = empty_model(model, dmc, source.dtype)
-        load_weights(source.checkpoint, [network], source.recipe, base)
+        source.load_into([network])
         parameters = dict(network.named_parameters())
         write_weights(
             temporary,
@@ -97,14 +78,11 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
     Raises:
         ConfigError, CheckpointError: as :func:`export_hf`; and a checkpoint that is no adapter.
     """
-    source = _open(Path(checkpoint), Path(output))
-    if source.info.base is None:
-        raise ConfigError(f"{checkpoint} is no adapter, it holds all its weights; export it without --adapter")
-    model, dmc = source.recipe.model, source.dmc
-    with _folder(source, Path(output), dtype) as temporary:
+    with _export(checkpoint, output, dtype, must_be_adapter=True) as (source, temporary):
+        model, dmc = source.recipe.model, source.dmc
         network = empty_model(model, dmc, source.dtype)
         wanted = only_decisions(model_state([network]))
-        set_model_state([network], load_checkpoint(source.checkpoint, wanted), is_base_weight)
+        set_model_state([network], source.load(wanted), is_base_weight)
         tensors: dict[str, torch.Tensor] = {}
         for row in rows(model, dmc):
             if is_decision(row.megatron):
@@ -113,48 +91,31 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
         save_file(tensors, temporary / ADAPTER_FILE, metadata={"format": "pt"})
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint that can be exported. dtype: its weights'. dmc: None for a base model."""
-
-    checkpoint: Path
-    info: CheckpointInfo
-    recipe: Recipe
-    dmc: DMCConfig | None
-    dtype: torch.dtype
-
-
-def _open(checkpoint: Path, output: Path) -> _Source:
-    check_output(output)
-    info = check_checkpoint(checkpoint)
-    recipe = saved_recipe(checkpoint, info)
-    dmc = recipe.dmc if recipe.merges else None
-    if dmc is not None:
-        check_has_merged(checkpoint, recipe, info)
-    return _Source(checkpoint, info, recipe, dmc, _stored_dtype(checkpoint))
-
-
 @contextlib.contextmanager
-def _folder(source: _Source, output: Path, dtype: torch.dtype | None) -> Iterator[Path]:
-    """The new folder, which gets all but the weights."""
-    tokens = special_tokens(source.checkpoint / "tokenizer")
-    config = write_config(source.recipe.model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
-    with single_process(), new_folder(output) as temporary:
-        copy_tokenizer(source.checkpoint / "tokenizer", temporary)
-        write_json(temporary / "config.json", config)
-        if not (temporary / GENERATION_CONFIG).is_file():
-            write_json(temporary / GENERATION_CONFIG, tokens)
-        if source.dmc is not None:
-            write_modeling_code(temporary)
-        yield temporary
-
-
-def _stored_dtype(checkpoint: Path) -> torch.dtype:
-    """The embedding's, or of an adapter, which has none, the decisions'."""
-    for name, entry in read_metadata(checkpoint / ".metadata").state_dict_metadata.items():
-        # Not the optimizer's, whose names begin with its own.
-        if name.startswith("embedding.word_embeddings.") or (name.startswith("decoder.") and is_decision(name)):
-            dtype = getattr(getattr(entry, "properties", None), "dtype", None)
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-                return dtype
-    raise CheckpointError(f"checkpoint {checkpoint} holds no weights of a language model")
+def _export(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None,
+    base: str | Path | None = None,
+    *,
+    must_be_adapter: bool = False,
+) -> Iterator[tuple[SavedModel, Path]]:
+    """The checkpoint, opened, and the new folder, which gets all but the weights; in a world of this process alone."""
+    output = Path(output)
+    check_output(output)
+    with single_process():
+        source = SavedModel.open(checkpoint, base)
+        if must_be_adapter and not source.is_adapter:
+            raise ConfigError(f"{checkpoint} is no adapter, it holds all its weights; export it without --adapter")
+        if source.merges:
+            source.check_has_merged()
+        tokens = special_tokens(source.tokenizer)
+        config = write_config(source.recipe.model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
+        with new_folder(output) as temporary:
+            copy_tokenizer(source.tokenizer, temporary)
+            write_json(temporary / "config.json", config)
+            if not (temporary / GENERATION_CONFIG).is_file():
+                write_json(temporary / GENERATION_CONFIG, tokens)
+            if source.merges:
+                write_modeling_code(temporary)
+            yield source, temporary

@@ -2,34 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.distributed.task import Task, master_port, number
 
 # Below the ports that Linux hands out by itself.
 _FIRST_PORT, _PORTS = 20000, 12000
+_REASON = "this process looks like one of several SLURM tasks"
 _REMEDY = "start with srun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
 
 
-@dataclass(frozen=True)
-class SlurmTask:
-    """One of several tasks of a SLURM step.
-
-    Attributes:
-        rank: among all tasks of the step.
-        world_size: tasks of the step.
-        local_rank: among the tasks of this node.
-        host, port: where the tasks meet; rank 0 listens there.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    host: str
-    port: int
-
-
-def slurm_task(environment: Mapping[str, str]) -> SlurmTask | None:
+def slurm_task(environment: Mapping[str, str]) -> Task | None:
     """This process's task, or None unless srun started several.
 
     The tasks meet on the step's first node, where srun puts rank 0, at a port that follows from the job and step;
@@ -47,12 +30,12 @@ def slurm_task(environment: Mapping[str, str]) -> SlurmTask | None:
         raise ConfigError(f"SLURM_PROCID {rank} must be below SLURM_STEP_NUM_TASKS {world_size}; {_REMEDY}")
     host = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
     if environment.get("MASTER_PORT"):
-        port = _number(environment, "MASTER_PORT")
+        port = master_port(environment, _REASON, _REMEDY)
     else:
         # Steps of one job may run side by side, and so may jobs that share a node.
         job_and_step = 10 * _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
         port = _FIRST_PORT + job_and_step % _PORTS
-    return SlurmTask(rank, world_size, _number(environment, "SLURM_LOCALID"), host, port)
+    return Task(rank, world_size, _number(environment, "SLURM_LOCALID"), host, port)
 
 
 def first_host(node_list: str) -> str:
@@ -68,8 +51,4 @@ def first_host(node_list: str) -> str:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(name)
-    if value is None or not value.isdecimal():
-        is_now = "not set" if value is None else f"{value!r}, not a number"
-        raise ConfigError(f"this process looks like one of several SLURM tasks, but {name} is {is_now}; {_REMEDY}")
-    return int(value)
+    return number(environment, name, _REASON, _REMEDY)

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -11,7 +13,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.distributed import cpu
-from megatron_dmc.distributed.slurm import SlurmTask, slurm_task
+from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, own_task
+from megatron_dmc.distributed.task import Task
 from megatron_dmc.recipe import ParallelConfig, divisors
 
 
@@ -24,16 +27,45 @@ def world(
     What is there already is used and left as it is.
 
     Args:
-        rendezvous_timeout: how long the tasks of srun wait for one another; torchrun has a wait of its own.
+        rendezvous_timeout: how long the processes wait for one another.
 
     Raises:
-        ConfigError: the layout does not fit the number of processes, or the tasks of srun did not meet.
+        ConfigError: the layout does not fit the number of processes, what the environment says of them is not whole, or
+            they did not meet.
     """
-    parallel = parallel or ParallelConfig()
     cpu.install()
-    starts, lays_out = not dist.is_initialized(), not parallel_state.model_parallel_is_initialized()
-    if starts:
-        _start(rendezvous_timeout)
+    parallel = parallel or ParallelConfig()
+    if dist.is_initialized():
+        with _laid_out(parallel):
+            yield
+    else:
+        with _group(own_task(os.environ), rendezvous_timeout), _laid_out(parallel):
+            yield
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """A world of this process alone, whatever the environment says. One that is already there is used and left as it is.
+
+    Raises:
+        ConfigError: the process is one of several.
+    """
+    cpu.install()
+    if dist.is_initialized():
+        if dist.get_world_size() != 1:
+            raise ConfigError(f"this is made for one process, not for one of {dist.get_world_size()}")
+        with _laid_out(ParallelConfig()):
+            yield
+    else:
+        check_runs_alone()
+        with _group(None), _laid_out(ParallelConfig()):
+            yield
+
+
+@contextlib.contextmanager
+def _laid_out(parallel: ParallelConfig) -> Iterator[None]:
+    """megatron-core's parallel state over the process group that is there."""
+    lays_out = not parallel_state.model_parallel_is_initialized()
     try:
         _check_size(parallel)
         if lays_out:
@@ -47,8 +79,6 @@ def world(
     finally:
         if lays_out and parallel_state.model_parallel_is_initialized():
             _lay_down()
-        if starts:
-            dist.destroy_process_group()
 
 
 def _lay_down() -> None:
@@ -69,48 +99,78 @@ def seed_weights(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _start(rendezvous_timeout: timedelta) -> None:
+@contextlib.contextmanager
+def _group(task: Task | None, timeout: timedelta = timedelta(0)) -> Iterator[None]:
+    """The default process group of the processes that ``task`` is one of; None: of this one alone."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        _use_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend)
-    elif (task := slurm_task(os.environ)) is not None:
+    local_rank = 0 if task is None else task.local_rank
+    if not os.environ.get("RANK") and torch.cuda.device_count() == 1:
         # SLURM can be told to show each task its own GPU alone (--gpus-per-task, --gpu-bind).
-        _use_device(task.local_rank if torch.cuda.device_count() > 1 else 0)
-        meet(backend, task, rendezvous_timeout)
-    else:
-        _use_device(0)
+        local_rank = 0
+    _use_device(local_rank)
+    if task is None or task.world_size == 1:
         # A store in memory: one process needs no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        meet(backend, task, timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _use_device(local_rank: int) -> None:
     if not torch.cuda.is_available():
         return
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        raise ThisRankError(
             f"local rank {local_rank} has no GPU, this node has {torch.cuda.device_count()}; start at most one process per "
             "GPU (--nproc-per-node, --ntasks-per-node)"
         )
     torch.cuda.set_device(local_rank)
 
 
-def meet(backend: str, task: SlurmTask, timeout: timedelta) -> None:
-    """Makes the default process group of a step's tasks.
+def meet(backend: str, task: Task, timeout: timedelta) -> None:
+    """Makes the default process group of all tasks.
 
     Raises:
         ConfigError: not all came to ``task.host`` and ``task.port`` in time, or rank 0 cannot listen there.
     """
+    deadline = time.monotonic() + timeout.total_seconds()
+    store: dist.Store
     try:
-        store = dist.TCPStore(task.host, task.port, task.world_size, is_master=task.rank == 0, timeout=timeout)
+        if task.agent_listens:
+            store = next(dist.rendezvous("env://", task.rank, task.world_size, timeout=timeout))[0]
+        else:
+            _wait_for_address(task, deadline)
+            left = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+            store = dist.TCPStore(task.host, task.port, task.world_size, is_master=task.rank == 0, timeout=left)
         dist.init_process_group(backend, store=store, rank=task.rank, world_size=task.world_size)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise ConfigError(
             f"rank {task.rank} of {task.world_size} did not meet the others at {task.host}:{task.port} within "
             f"{timeout.total_seconds():g} s; see why other tasks ended, or export MASTER_ADDR and MASTER_PORT for another "
             f"address ({reason})"
         ) from None
+
+
+def _wait_for_address(task: Task, deadline: float) -> None:
+    """Returns when somebody listens there, or, on rank 0, which will, when the host's name is known; else raises OSError.
+
+    torch would wait as well, and write pages about it.
+    """
+    while True:
+        try:
+            if task.rank == 0:
+                socket.getaddrinfo(task.host, task.port)
+            else:
+                socket.create_connection((task.host, task.port), timeout=max(deadline - time.monotonic(), 1.0)).close()
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _check_size(parallel: ParallelConfig) -> None:

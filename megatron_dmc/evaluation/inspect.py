@@ -13,13 +13,12 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documents
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
-from megatron_dmc.inference.loading import load_model, require_merging
+from megatron_dmc.inference.loading import load_model
 
 
 def run(checkpoint: str, text: str | None, tokens: int, *, as_json: bool = False, base: str | None = None) -> None:
     """Prints the table (or JSON) for the first ``tokens`` tokens of a text."""
-    loaded = load_model(checkpoint, base)
-    require_merging(loaded, checkpoint)
+    loaded = load_model(checkpoint, base, must_merge=True)
     size = measure_cache(loaded, read_tokens(loaded.tokenizer, text, tokens))
     if as_json:
         print(json.dumps(report(size)))

@@ -15,7 +15,7 @@ SMOKE_WINDOWS = 8
 
 
 def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
-    """A row of plain values. Runs in the run's folder, inside ``world()``.
+    """A row of plain values. Runs in the run's folder, inside ``single_process()``.
 
     Args:
         checkpoint: its path below ``checkpoints/``.

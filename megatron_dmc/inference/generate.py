@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.inference.context import DMCInferenceContext
-from megatron_dmc.inference.loading import LoadedModel, load_model, require_merging
+from megatron_dmc.inference.loading import LoadedModel, load_model
 
 
 @torch.no_grad()
@@ -67,8 +67,7 @@ def run(
     checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, *, base: str | None = None
 ) -> None:
     """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
-    loaded = load_model(checkpoint, base)
-    require_merging(loaded, checkpoint)
+    loaded = load_model(checkpoint, base, must_merge=True)
     ids = loaded.tokenizer.tokenize(prompt)
     if not ids:
         raise ConfigError("--prompt is empty; give at least one character")

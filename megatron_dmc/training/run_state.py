@@ -1,7 +1,6 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,27 +8,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_dmc.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
-    check_checkpoint,
-    load_checkpoint,
-    publish,
-    read_latest,
-)
-from megatron_dmc.checkpoint.agreement import gather, on_all_ranks
+from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, publish, read_latest
+from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
 from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
-from megatron_dmc.checkpoint.weights import (
-    adapter_base,
-    base_folder,
-    is_base_weight,
-    load_weights,
-    model_state,
-    only_decisions,
-    saved_recipe,
-    set_model_state,
-)
+from megatron_dmc.checkpoint.saved_model import must_be_seen
+from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
 from megatron_dmc.recipe import Recipe
@@ -45,14 +29,19 @@ def check_writable(folder: Path) -> None:
 
 
 class RunStore:
-    """A run's checkpoints below ``recipe.checkpoint.directory``."""
+    """A run's checkpoints below ``recipe.checkpoint.directory``.
 
-    def __init__(self, recipe: Recipe, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-        self.recipe, self.model, self.optimizer = recipe, model, optimizer
+    Attributes:
+        start: ``recipe.checkpoint.load_base``, opened; None for a run from initial weights.
+        base: what an adapter's checkpoints say of their base; None where all weights are trained.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: list[torch.nn.Module], optimizer: MegatronOptimizer, start: SavedModel | None
+    ) -> None:
+        self.recipe, self.model, self.optimizer, self.start = recipe, model, optimizer, start
         self.root = Path(recipe.checkpoint.directory)
-        self.base = None
-        if recipe.trains_adapter and recipe.checkpoint.load_base is not None:
-            self.base = adapter_base(recipe.checkpoint.load_base, self.root)
+        self.base = start.as_base_for(self.root) if recipe.trains_adapter and start is not None else None
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
         self.background = BackgroundWriter() if recipe.checkpoint.async_save else None
 
@@ -88,11 +77,11 @@ class RunStore:
         with on_all_ranks(f"cannot read {self.root / 'latest'}"):
             latest = read_latest(self.root)
         # Rank 0's: another node may still see what stood there before.
-        latest = gather(latest)[0]
+        latest = from_first_rank(latest)
         if latest is not None:
             return self._resume(self.root / latest)
-        if self.recipe.checkpoint.load_base is not None:
-            load_weights(self.recipe.checkpoint.load_base, self.model, self.recipe)
+        if self.start is not None:
+            self.start.load_into(self.model, self.recipe)
         return 0, 0.0
 
     def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -100,24 +89,23 @@ class RunStore:
 
     def _resume(self, folder: Path) -> tuple[int, float]:
         with on_all_ranks(f"cannot resume from {folder}"):
-            if dist.get_rank() > 0 and not folder.is_dir():
-                raise CheckpointError(
-                    f"rank {dist.get_rank()} on {socket.gethostname()} does not see {folder}, which rank 0 resumes from; the "
-                    "folder must be on storage that all nodes share"
-                )
-            info = check_checkpoint(folder)
+            if dist.get_rank() > 0:
+                must_be_seen(folder, "resumes from")
+        saved = SavedModel.open(folder)
+        info = saved.info
         if info.kind != "full":
             raise CheckpointError(
                 f"{self.root / 'latest'} names {folder.name}, which holds weights only; write the name of a step_* folder "
                 "into it, or start in a new checkpoint.directory with checkpoint.load_base"
             )
-        self._check_same_run(folder, info)
-        if info.base is not None and self.base is not None:
-            load_weights(base_folder(folder, info, folder / self.base["folder"]), self.model, self.recipe)
+        self._check_same_run(saved)
+        if saved.is_adapter and self.start is not None:
+            base = saved.with_base(self.start.base or self.start).base
+            assert base is not None
+            base.load_into(self.model, self.recipe)
         state = model_state(self.model)
         optimizer = OptimizerState(self.optimizer, state, is_loading=True)
-        state = load_checkpoint(
-            folder,
+        state = saved.load(
             {**self._learned(state), **optimizer.state_dict(), "merge_fraction": 0.0},
             expected_model=self.recipe.to_dict()["model"],
         )
@@ -125,9 +113,10 @@ class RunStore:
         optimizer.load(state)
         return info.step, state["merge_fraction"]
 
-    def _check_same_run(self, folder: Path, info: CheckpointInfo) -> None:
+    def _check_same_run(self, checkpoint: SavedModel) -> None:
         """The data's position is steps x batch: what it depends on must not change under a run."""
-        mine, saved = self.recipe.to_dict(), saved_recipe(folder, info).to_dict()
+        folder, info = checkpoint.folder, checkpoint.info
+        mine, saved = self.recipe.to_dict(), checkpoint.recipe.to_dict()
         for section, names in (
             ("training", ("train", "global_batch_size", "bf16")),
             ("data", ("sequence_length", "seed", "train", "reset_at_documents")),

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dmc.checkpoint.weights import check_fits, check_teacher, load_teacher
+from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.data import SampleDataset, build_datasets, check_reach, global_batch
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
@@ -84,10 +84,7 @@ class Trainer:
         self.stopped = False
         check_machine(recipe)
         check_writable(Path(recipe.checkpoint.directory))
-        if recipe.checkpoint.load_base is not None:
-            check_fits(recipe.checkpoint.load_base, recipe)
-        if recipe.teacher is not None:
-            check_teacher(recipe.teacher, recipe)
+        start, teacher = _open_checkpoints(recipe)
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         check_batch(recipe, parallel_state.get_data_parallel_world_size())
@@ -101,11 +98,11 @@ class Trainer:
         )
         seed_weights(training.seed)
         self.model = self._build_model()
-        self.forward_step = self._build_forward_step()
+        self.forward_step = self._build_forward_step(teacher)
         self.optimizer = build_optimizer(recipe, self.model)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.store = RunStore(recipe, self.model, self.optimizer)
+        self.store = RunStore(recipe, self.model, self.optimizer, start)
         self.step = 0
         # Noise-free share of merged tokens in the last global batch: what the compression loss' gate looks at.
         self.merge_fraction = 0.0
@@ -133,18 +130,18 @@ class Trainer:
             self.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         return list(wrapped)
 
-    def _build_forward_step(self) -> Any:
+    def _build_forward_step(self, teacher: SavedModel | None) -> Any:
         """What get_forward_backward_func calls for every micro-batch of training."""
         recipe = self.recipe
         if not recipe.distills:
             return forward_step
-        if recipe.teacher is None:
+        if teacher is None:
             return DistillationStep(recipe.distillation, self.model, None)
-        teachers = build_chunks(recipe, self.config, None)
-        for teacher in teachers:
-            teacher.eval().requires_grad_(False)
-        load_teacher(recipe.teacher, teachers, recipe)
-        return DistillationStep(recipe.distillation, self.model, teachers)
+        chunks = build_chunks(recipe, self.config, None)
+        for chunk in chunks:
+            chunk.eval().requires_grad_(False)
+        teacher.load_into(chunks, recipe)
+        return DistillationStep(recipe.distillation, self.model, chunks)
 
     def _layers(self) -> list[Any]:
         return [layer for chunk in self.model for layer in dmc_layers(chunk)]
@@ -395,6 +392,19 @@ def _monitor(recipe: Recipe, step: int, writes: bool) -> Monitor | _NoMonitor:
         first_step=step + 1 if step else 0,
         heatmap_interval=recipe.monitor.heatmap_interval,
     )
+
+
+def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | None]:
+    """What the run starts from, and what teaches it, as far as the recipe names them; both must fit it."""
+    start = teacher = None
+    load_base = recipe.checkpoint.load_base
+    if load_base is not None:
+        start = SavedModel.open(load_base)
+        start.check_fits(recipe)
+    if recipe.teacher is not None:
+        teacher = start if recipe.teacher == load_base and start is not None else SavedModel.open(recipe.teacher)
+        teacher.check_teaches(recipe)
+    return start, teacher
 
 
 def _report(evaluation: StepResult, step: int, progress: TrainingProgress, monitor: Monitor | None) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_dmc.checkpoint import CheckpointError, load_checkpoint, publish
+from megatron_dmc.checkpoint import CheckpointError, SavedModel, publish
 from megatron_dmc.checkpoint.background import BackgroundWriter
 from megatron_dmc.checkpoint.save import StagedCheckpoint, stage_checkpoint, write_checkpoint
 from megatron_dmc.distributed import cpu
@@ -65,7 +65,7 @@ def save_on_two_ranks(root: Path, rank: int, background: BackgroundWriter | None
     save(root, "step_1", sharded(3, 1.0 + rank), background)
     if background is not None:
         background.wait()
-    loaded = load_checkpoint(root / "step_1", sharded(3, 0.0))
+    loaded = SavedModel.open(root / "step_1").load(sharded(3, 0.0))
     assert torch.equal(loaded["weight"], torch.full((2, 3), 1.0 + rank))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -12,14 +12,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_dmc.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    check_checkpoint,
-    load_checkpoint,
+    SavedModel,
     prune,
     read_latest,
     save_checkpoint,
     update_latest,
 )
-from tests.support.checkpoints import INFO, MODEL, hidden, state
+from tests.support.checkpoints import INFO, MODEL, RECIPE, hidden, state
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -30,12 +29,12 @@ def test_roundtrip(tmp_path: Path) -> None:
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "model.safetensors").write_text("large")
     folder = save_checkpoint(tmp_path / "run", "step_00000003", state(3.0), INFO, tokenizer)
-    assert check_checkpoint(folder) == INFO
+    assert SavedModel.open(folder).info == INFO
     assert [path.name for path in (folder / "tokenizer").iterdir()] == ["tokenizer.json"]
     assert hidden(tmp_path / "run") == []
     assert str(tmp_path).encode() not in (folder / ".metadata").read_bytes()
 
-    loaded = load_checkpoint(folder, state(), expected_model=MODEL)
+    loaded = SavedModel.open(folder).load(state(), expected_model=MODEL)
     expected = state(3.0)
     assert loaded["step"] == 3 and loaded["nested"] == {"lr": 3.0}
     assert loaded["model"]["object"] == {"gate": 3.0, "ids": [1, 2]}
@@ -46,7 +45,7 @@ def test_roundtrip(tmp_path: Path) -> None:
 
 def test_overwriting_a_name_replaces_it(saved: Path) -> None:
     save_checkpoint(saved.parent, saved.name, state(5.0), INFO)
-    assert load_checkpoint(saved, state())["step"] == 5
+    assert SavedModel.open(saved).load(state())["step"] == 5
     assert hidden(saved.parent) == []
 
 
@@ -56,7 +55,7 @@ def test_a_failed_overwrite_leaves_the_old_one(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot save .*time\.sleep.*plain values and tensors") as raised:
         save_checkpoint(saved.parent, saved.name, broken, INFO)
     assert "\n" not in str(raised.value)
-    assert load_checkpoint(saved, state())["step"] == 3
+    assert SavedModel.open(saved).load(state())["step"] == 3
     assert hidden(saved.parent) == []
 
 
@@ -64,7 +63,7 @@ def test_a_replacement_killed_between_its_renames_is_undone(saved: Path) -> None
     update_latest(saved.parent, saved.name)
     saved.rename(saved.with_name(f".{saved.name}.old"))
     assert read_latest(saved.parent) == saved.name
-    assert load_checkpoint(saved, state())["step"] == 3
+    assert SavedModel.open(saved).load(state())["step"] == 3
 
 
 def test_latest(saved: Path) -> None:
@@ -81,7 +80,7 @@ def test_latest(saved: Path) -> None:
 
 
 def test_prune_keeps_latest_and_whatever_is_not_a_full_checkpoint(tmp_path: Path) -> None:
-    weights = CheckpointInfo(kind="weights", recipe={"model": MODEL}, step=0, consumed_samples=0, phase=0)
+    weights = CheckpointInfo(kind="weights", recipe=RECIPE, step=0, consumed_samples=0, phase=0)
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, f"step_{step}", state(), INFO)
     save_checkpoint(tmp_path, "cr_2", state(), weights)
@@ -106,23 +105,23 @@ def test_a_checkpoint_that_is_a_link_is_replaced_and_pruned(saved: Path, tmp_pat
     for value in (5.0, 6.0):
         saved.symlink_to(saved.rename(tmp_path / f"moved_{value}"))
         save_checkpoint(saved.parent, saved.name, state(value), INFO)
-        assert not saved.is_symlink() and load_checkpoint(saved, state())["step"] == value
+        assert not saved.is_symlink() and SavedModel.open(saved).load(state())["step"] == value
         assert hidden(saved.parent) == []
     saved.symlink_to(saved.rename(tmp_path / "moved"))
     save_checkpoint(saved.parent, "step_4", state(), INFO)
     update_latest(saved.parent, "step_4")
     assert prune(saved.parent, keep_last=1) == [saved.name]
     assert not saved.is_symlink() and hidden(saved.parent) == []
-    assert load_checkpoint(tmp_path / "moved", state())["step"] == 6
+    assert SavedModel.open(tmp_path / "moved").load(state())["step"] == 6
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
 def test_a_missing_file_is_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=rf"not whole.*{name} is missing"):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
     with pytest.raises(CheckpointError, match=rf"not whole.*{name} is missing"):
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "dmc.json", "__0_0.distcp"])
@@ -131,13 +130,13 @@ def test_a_truncated_file_is_named_in_one_line(saved: Path, name: str, kept: flo
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: int(kept * len(data))])
     with pytest.raises(CheckpointError, match=name) as raised:
-        check_checkpoint(saved)
+        SavedModel.open(saved)
     assert "\n" not in str(raised.value)
 
 
 def test_a_folder_that_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step_7 does not exist"):
-        check_checkpoint(tmp_path / "step_7")
+        SavedModel.open(tmp_path / "step_7")
 
 
 @pytest.mark.parametrize(
@@ -155,37 +154,37 @@ def test_a_description_of_another_kind_is_refused(saved: Path, change: dict[str,
     values = json.loads((saved / "dmc.json").read_text())
     (saved / "dmc.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(CheckpointError, match=message):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
 
 
 def test_damaged_data_is_one_line(saved: Path) -> None:
     data = (saved / "__0_0.distcp").read_bytes()
     (saved / "__0_0.distcp").write_bytes(bytes(len(data)))
     with pytest.raises(CheckpointError, match="cannot load") as raised:
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
     assert "\n" not in str(raised.value)
 
 
 def test_another_model_is_recognized_by_its_settings(saved: Path) -> None:
     expected = {**MODEL, "num_layers": 6, "num_query_groups": 2, "max_position_embeddings": 9}
     with pytest.raises(CheckpointError, match=r"num_layers is 2 there, 6 here; model\.num_query_groups is 1 there"):
-        load_checkpoint(saved, state(), expected_model=expected)
-    load_checkpoint(saved, state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
+        SavedModel.open(saved).load(state(), expected_model=expected)
+    SavedModel.open(saved).load(state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
 
 
 def test_another_model_is_recognized_by_its_tensors(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"another model's: weight has shape \[4, 3\] there, \[5, 3\] here"):
-        load_checkpoint(saved, state(rows=5))
+        SavedModel.open(saved).load(state(rows=5))
     wanted = state()
     wanted["model"]["bias"] = ShardedTensor.from_rank_offsets("bias", torch.zeros(2), replica_id=0)
     with pytest.raises(CheckpointError, match="bias is missing in the checkpoint"):
-        load_checkpoint(saved, wanted)
+        SavedModel.open(saved).load(wanted)
 
 
 def test_what_may_be_missing_is_left_out(saved: Path) -> None:
     wanted = state()
     wanted["model"]["decision"] = ShardedTensor.from_rank_offsets("decision", torch.ones(2), replica_id=0)
-    loaded = load_checkpoint(saved, wanted, may_be_missing=lambda key: key == "decision")
+    loaded = SavedModel.open(saved).load(wanted, may_be_missing=lambda key: key == "decision")
     assert "decision" not in loaded["model"]
     assert torch.equal(loaded["model"]["weight"], torch.full((4, 3), 3.0))
 
@@ -193,4 +192,4 @@ def test_what_may_be_missing_is_left_out(saved: Path) -> None:
 def test_less_than_everything_can_be_asked_for(saved: Path) -> None:
     wanted = state()
     del wanted["model"]["count"], wanted["model"]["object"]
-    assert set(load_checkpoint(saved, wanted)["model"]) == {"weight", "half"}
+    assert set(SavedModel.open(saved).load(wanted)["model"]) == {"weight", "half"}

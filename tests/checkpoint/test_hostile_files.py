@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_dmc.checkpoint import CheckpointError, check_checkpoint, load_checkpoint
+from megatron_dmc.checkpoint import CheckpointError, SavedModel
 from tests.support.checkpoints import state
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -54,7 +54,7 @@ def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path, at
     witness.unlink(missing_ok=True)
 
     (saved / ".metadata").write_bytes(data)
-    for refused in (lambda: check_checkpoint(saved), lambda: load_checkpoint(saved, state())):
+    for refused in (lambda: SavedModel.open(saved), lambda: SavedModel.open(saved).load(state())):
         with pytest.raises(CheckpointError, match=r"\.metadata (asks to load|holds the pickle opcode|is damaged)"):
             refused()
     assert not witness.exists()
@@ -69,7 +69,7 @@ def test_metadata_may_not_change_what_outlives_it(saved: Path) -> None:
     del MetadataIndex.polluted
     (saved / ".metadata").write_bytes(attack)
     with pytest.raises(CheckpointError, match=r"\.metadata asks to change <class .*MetadataIndex"):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
     assert not hasattr(MetadataIndex, "polluted")
 
 
@@ -79,13 +79,13 @@ def test_metadata_may_not_name_files_elsewhere(saved: Path) -> None:
         place.relative_path = f"../{saved.name}/{place.relative_path}"
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="does not describe"):
-        check_checkpoint(saved)
+        SavedModel.open(saved)
 
 
 def test_plain_values_that_would_run_code_are_refused(saved: Path, tmp_path: Path) -> None:
     torch.save({"step": Attack(tmp_path / "witness")}, saved / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt.*posix\.system"):
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
     assert not (tmp_path / "witness").exists()
 
 
@@ -99,9 +99,9 @@ def test_objects_that_would_run_code_are_refused(saved: Path, tmp_path: Path, mo
     place.offset, place.length = len(data), len(attack)
     (saved / place.relative_path).write_bytes(bytes(data) + attack)
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    check_checkpoint(saved)
+    SavedModel.open(saved)
     with pytest.raises(CheckpointError, match=r"cannot load .*posix\.system") as raised:
-        load_checkpoint(saved, state())
+        SavedModel.open(saved).load(state())
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "witness").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"

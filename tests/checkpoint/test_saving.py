@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_dmc.checkpoint import (
     CheckpointError,
-    load_checkpoint,
+    SavedModel,
     read_latest,
     save_checkpoint,
     update_latest,
@@ -51,7 +51,7 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
             save_checkpoint(disk, "step_2", large, INFO)
         assert "\n" not in str(raised.value)
         assert hidden(disk) == [] and not (disk / "step_2").exists()
-        assert load_checkpoint(disk / str(read_latest(disk)), state())["step"] == 1
+        assert SavedModel.open(disk / str(read_latest(disk))).load(state())["step"] == 1
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -63,7 +63,7 @@ def test_a_staged_checkpoint_is_what_was_there_when_it_was_staged(tmp_path: Path
     for tensor in tensors:
         tensor.fill_(-1)
     write_checkpoint(tmp_path, "step_3", staged, INFO)
-    loaded = load_checkpoint(tmp_path / "step_3", state())["model"]
+    loaded = SavedModel.open(tmp_path / "step_3").load(state())["model"]
     assert [float(loaded[name].max()) for name in ("weight", "half", "count")] == [3.0] * 3
 
 
@@ -82,7 +82,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "step_1").exists() and read_latest(tmp_path) is None
     may_write.set()
     background.wait()
-    assert load_checkpoint(tmp_path / str(read_latest(tmp_path)), state())["step"] == 1
+    assert SavedModel.open(tmp_path / str(read_latest(tmp_path))).load(state())["step"] == 1
 
 
 def test_a_failure_in_the_background_is_raised_at_the_next_poll(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_kill_while_saving_harms_nothing_and_is_cleaned_up(tmp_path: Path, sce
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [name for name in hidden(tmp_path) if name.startswith(".step_2.tmp-")], "nothing was being written"
     assert not (tmp_path / "step_2").exists()
-    assert load_checkpoint(tmp_path / str(read_latest(tmp_path)), state())["step"] == 1
+    assert SavedModel.open(tmp_path / str(read_latest(tmp_path))).load(state())["step"] == 1
     save_checkpoint(tmp_path, "step_2", state(2.0), INFO)
     assert hidden(tmp_path) == []
 
@@ -125,6 +125,6 @@ def test_two_ranks_save_and_fail_together(tmp_path: Path, scenario: str) -> None
     assert hidden(tmp_path) == [] and not (tmp_path / "step_2").exists()
     # Written by two ranks, read by one.
     wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(4, 3), replica_id=0)}
-    loaded = load_checkpoint(tmp_path / "step_1", wanted)
+    loaded = SavedModel.open(tmp_path / "step_1").load(wanted)
     assert torch.equal(loaded["weight"], torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
     assert loaded["step"] == 1

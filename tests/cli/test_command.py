@@ -20,8 +20,8 @@ from megatron_dmc.cli import run_alone
 from megatron_dmc.cli.command import COMMANDS, INTERRUPTED, PIPE_CLOSED, main
 from megatron_dmc.cluster_check.launch import CheckError
 from megatron_dmc.training.trainer import TrainingError
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "llama2_70b_dmc8" / "recipe.yaml"
 TOOLS = ("hf_to_megatron.py", "megatron_to_hf.py", "preprocess_data.py")
 

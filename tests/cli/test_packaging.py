@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.experiments import places
-
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT
 
 
 @pytest.fixture(scope="module")

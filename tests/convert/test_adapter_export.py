@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, save_checkpoint
-from megatron_dmc.checkpoint.weights import adapter_base, model_state, only_decisions
+from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, save_checkpoint
+from megatron_dmc.checkpoint.weights import model_state, only_decisions
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
@@ -58,7 +58,7 @@ def save_adapter(save_llama: Callable[..., Path], tokenizer_folder: Path, tmp_pa
             for name, parameter in network.named_parameters():
                 if ".decision." in name:
                     parameter.normal_()
-        base = adapter_base(tmp_path / "base", tmp_path / "run")
+        base = SavedModel.open(tmp_path / "base").as_base_for(tmp_path / "run")
         info = CheckpointInfo("weights", placeholder_recipe(model, dmc).to_dict(), 7, 7, 0, 2.0, base=base)
         state = only_decisions(model_state([network]))
         return Adapter(

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from megatron_dmc.checkpoint import CheckpointError, check_checkpoint
-from megatron_dmc.checkpoint.weights import is_dmc_checkpoint
+from megatron_dmc.checkpoint import CheckpointError, SavedModel
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.to_hf import export_hf
@@ -59,7 +58,7 @@ def test_there_and_back_keeps_every_bit(
     first, second = (dict(load_megatron(tmp_path / name, dtype).named_parameters()) for name in ("megatron", "again"))
     assert_same_tensors(first, second)
     assert next(iter(first.values())).dtype == dtype
-    assert check_checkpoint(tmp_path / "megatron") == check_checkpoint(tmp_path / "again")
+    assert SavedModel.open(tmp_path / "megatron").info == SavedModel.open(tmp_path / "again").info
 
 
 def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -145,9 +144,9 @@ def test_extra_tensors_of_older_transformers_are_left_out(save_llama: Callable[.
 
 def test_an_imported_llama_is_a_base(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     import_hf(save_llama(), tmp_path / "megatron")
-    info = check_checkpoint(tmp_path / "megatron")
-    assert (info.kind, info.step, info.compression_ratio) == ("weights", 0, None)
-    assert not is_dmc_checkpoint(info)
+    saved = SavedModel.open(tmp_path / "megatron")
+    assert (saved.info.kind, saved.info.step, saved.info.compression_ratio) == ("weights", 0, None)
+    assert not saved.merges and saved.dmc is None
     assert (tmp_path / "megatron" / "tokenizer" / "tokenizer.json").is_file()
 
 
@@ -170,7 +169,7 @@ def test_what_exists_is_not_overwritten(save_llama: Callable[..., Path], tmp_pat
 def test_an_empty_folder_is_filled(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
     import_hf(save_llama(), tmp_path / "megatron")
-    check_checkpoint(tmp_path / "megatron")
+    SavedModel.open(tmp_path / "megatron")
 
 
 def test_a_failed_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path) -> None:

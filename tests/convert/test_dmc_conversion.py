@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_dmc.checkpoint import CheckpointInfo, check_checkpoint, save_checkpoint
+from megatron_dmc.checkpoint import CheckpointInfo, SavedModel, save_checkpoint
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
@@ -19,7 +19,6 @@ from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.model.gpt import dmc_layers
-from megatron_dmc.recipe import recipe_from_dict
 from tests.support.llamas import TOKENS, load_megatron, megatron_logits
 from tests.support.tensors import assert_same_tensors, hugging_face_tensors
 
@@ -106,7 +105,7 @@ def test_a_dmc_model_there_and_back(dmc_checkpoint: Path, tmp_path: Path) -> Non
     import_hf(tmp_path / "hf", tmp_path / "again")
     first, second = (load_megatron(path) for path in (dmc_checkpoint, tmp_path / "again"))
     assert_same_tensors(dict(first.named_parameters()), dict(second.named_parameters()))
-    before, after = (recipe_from_dict(check_checkpoint(path).recipe) for path in (dmc_checkpoint, tmp_path / "again"))
+    before, after = (SavedModel.open(path).recipe for path in (dmc_checkpoint, tmp_path / "again"))
     assert (after.model, after.dmc, after.merges) == (before.model, before.dmc, True)
     names = set(hugging_face_tensors(tmp_path / "hf"))
     has_decisions = before.dmc.decision_source == "projection"
@@ -126,7 +125,7 @@ def test_an_export_from_before_there_was_a_window(dmc_checkpoint: Path, tmp_path
     old = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert torch.equal(old(TOKENS).logits, expected)
     import_hf(tmp_path / "hf", tmp_path / "again")
-    dmc = recipe_from_dict(check_checkpoint(tmp_path / "again").recipe).dmc
+    dmc = SavedModel.open(tmp_path / "again").recipe.dmc
     assert (dmc.local_window, dmc.operation) == (0, "merge")
 
 

@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.distributed.slurm import SlurmTask, first_host, slurm_task
+from megatron_dmc.distributed.slurm import first_host, slurm_task
+from megatron_dmc.distributed.task import Task
 from megatron_dmc.distributed.world import meet
 
 TASK = {
@@ -47,7 +48,7 @@ def test_one_task_and_a_batch_script_stand_alone(environment: dict[str, str]) ->
 
 def test_the_user_names_another_meeting_place() -> None:
     task = slurm_task({**TASK, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4321"})
-    assert task == SlurmTask(13, 128, 5, "10.0.0.7", 4321)
+    assert task == Task(13, 128, 5, "10.0.0.7", 4321)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,11 @@ def test_tasks_that_do_not_come_are_named_with_the_address(listener: socket.sock
     listener.close()
     message = rf"rank {rank} of 2 did not meet the others at 127\.0\.0\.1:{port} within 1 s; .*export MASTER_ADDR"
     with pytest.raises(ConfigError, match=message):
-        meet("gloo", SlurmTask(rank, 2, 0, "127.0.0.1", port), timedelta(seconds=1))
+        meet("gloo", Task(rank, 2, 0, "127.0.0.1", port), timedelta(seconds=1))
 
 
 def test_a_port_that_is_taken_is_named(listener: socket.socket) -> None:
     listener.listen()
     port = listener.getsockname()[1]
     with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} .*(in use|EADDRINUSE)"):
-        meet("gloo", SlurmTask(0, 2, 0, "127.0.0.1", port), timedelta(seconds=1))
+        meet("gloo", Task(0, 2, 0, "127.0.0.1", port), timedelta(seconds=1))

@@ -36,7 +36,7 @@ VARIANTS = {
 def loaded_model(dmc: DMCConfig | None) -> LoadedModel:
     """In float64. What an evaluation does not read is None."""
     unread: Any = None
-    return LoadedModel(random_model(dmc).double(), unread, unread, unread, merges=dmc is not None)
+    return LoadedModel(random_model(dmc).double(), unread, unread, merges=dmc is not None)
 
 
 def alone(loaded: LoadedModel, begin: int, end: int) -> tuple[float, int, torch.Tensor | None]:

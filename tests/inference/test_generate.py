@@ -7,7 +7,6 @@ import tokenizers
 import torch
 from tokenizers import decoders, models
 
-from megatron_dmc.checkpoint import CheckpointInfo
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import measure_cache
@@ -44,8 +43,7 @@ def test_new_text_waits_for_whole_characters_and_hides_none(tokenizer: Tokenizer
 @pytest.fixture(scope="module")
 def loaded(one_process: None, tokenizer: Tokenizer) -> LoadedModel:
     dmc = DMCConfig(decision_source="projection", decision_bias=0.5)
-    info = CheckpointInfo(kind="weights", recipe={}, step=0, consumed_samples=0, phase=0, compression_ratio=None)
-    return LoadedModel(random_model(dmc), Recipe(model=SIZES, dmc=dmc), info, tokenizer, merges=True)
+    return LoadedModel(random_model(dmc), Recipe(model=SIZES, dmc=dmc), tokenizer, merges=True)
 
 
 def test_generates_what_the_whole_text_predicts(loaded: LoadedModel) -> None:

@@ -12,8 +12,9 @@ from megatron_dmc.__main__ import main
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe import Recipe, load_recipe, recipe_from_dict
 from megatron_dmc.recipe.base import model_differences
+from tests.support.processes import ROOT
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+QUICKSTART = ROOT / "examples" / "quickstart"
 # What float32 makes of 1e-5: checkpoints converted by other tools say this.
 ROUNDED = 9.999999747378752e-06
 

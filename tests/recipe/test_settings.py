@@ -1,15 +1,15 @@
 """docs/settings.md says what the sources say, of every setting."""
 
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.settings import meanings_of, settings_page
+from tests.support.processes import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+PAGE = ROOT / "docs" / "settings.md"
 
 
 @dataclass

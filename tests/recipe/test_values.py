@@ -10,8 +10,9 @@ import yaml
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe import Recipe, load_recipe, recipe_from_dict
+from tests.support.processes import ROOT
 
-BASE = Path(__file__).parents[2] / "examples" / "quickstart" / "base.yaml"
+BASE = ROOT / "examples" / "quickstart" / "base.yaml"
 
 
 def setting(recipe: Recipe, name: str) -> Any:

@@ -7,9 +7,21 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_dmc.checkpoint import CheckpointInfo
+from megatron_dmc.convert.from_hf import placeholder_recipe
+from megatron_dmc.model.model_config import ModelConfig
 
-MODEL = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "kv_channels": None}
-INFO = CheckpointInfo(kind="full", recipe={"model": MODEL}, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
+SIZES = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    num_query_groups=1,
+    vocab_size=300,
+    max_position_embeddings=64,
+)
+RECIPE = placeholder_recipe(SIZES, None).to_dict()
+MODEL = RECIPE["model"]
+INFO = CheckpointInfo(kind="full", recipe=RECIPE, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
 
 
 def state(value: float = 0.0, rows: int = 4) -> dict[str, Any]:

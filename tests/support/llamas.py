@@ -8,10 +8,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_dmc.checkpoint import check_checkpoint, load_checkpoint
-from megatron_dmc.checkpoint.weights import is_dmc_checkpoint, model_state, set_model_state
+from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.convert.single_process import empty_model
-from megatron_dmc.recipe import recipe_from_dict
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 
@@ -42,10 +40,9 @@ def save_random_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", 
 
 def load_megatron(checkpoint: Path, dtype: torch.dtype = torch.float32) -> GPTModel:
     """The model of a checkpoint, on one process."""
-    info = check_checkpoint(checkpoint)
-    recipe = recipe_from_dict(info.recipe)
-    network = empty_model(recipe.model, recipe.dmc if is_dmc_checkpoint(info) else None, dtype)
-    set_model_state([network], load_checkpoint(checkpoint, model_state([network])))
+    saved = SavedModel.open(checkpoint)
+    network = empty_model(saved.recipe.model, saved.dmc, dtype)
+    saved.load_into([network])
     return network.eval()
 
 

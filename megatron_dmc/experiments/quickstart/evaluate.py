@@ -27,7 +27,7 @@ def write_summary(smoke: bool) -> None:
 
 
 def measure_all(smoke: bool) -> dict[str, Any]:
-    """All numbers of the table. Runs in the quickstart's folder, inside ``world()``."""
+    """All numbers of the table. Runs in the quickstart's folder, inside ``single_process()``."""
     text = heldout_windows("data/valid", CACHE_TOKENS, load_tokenizer("data/tokenizer"))[0]["tokens"]
     plain = measure_plain_cache("hf-control", text)
     checkpoints = [f"{run}/{name}" for run in RUNS for name in ("cr_2", "cr_3", "final")]
