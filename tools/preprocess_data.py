@@ -3,11 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import attrgetter
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError
 
@@ -55,61 +51,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def preprocess(options: argparse.Namespace) -> None:
-    """Writes the dataset or datasets that the options ask for; raises ConfigError for bad input."""
+def run(options: argparse.Namespace) -> None:
     # Here, so that --help needs no torch, and so that megatron-core's remarks on missing GPU packages can be left out.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-        from megatron_dmc import data
-        from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
-    if options.chat and options.train_tokenizer is not None:
-        raise ConfigError("--chat needs --tokenizer: a newly trained tokenizer has no chat template")
-    if options.chat_template is not None and not options.chat:
-        raise ConfigError("--chat-template is for --chat; add that, or leave it out")
-    prefixes = [options.output]
-    if options.valid_fraction != 0.0:
-        prefixes = [f"{options.output}_train", f"{options.output}_valid"]
-    tokenizer_folder = Path(options.tokenizer or f"{options.output}_tokenizer")
-    suffixes = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
-    outputs = [Path(prefix + suffix) for prefix in prefixes for suffix in suffixes]
-    if options.train_tokenizer is not None:
-        outputs += [tokenizer_folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    existing = next((path for path in outputs if path.exists()), None)
-    if existing is not None and not options.overwrite:
-        raise ConfigError(f"{existing} exists; choose another --output or add --overwrite")
-    # before the text is read: a bad tokenizer should not take an hour to show
-    tokenizer = load_tokenizer(tokenizer_folder) if options.train_tokenizer is None else None
-    documents: Iterable[Any]
-    if options.chat:
-        assert tokenizer is not None
-        template = data.load_chat_template(tokenizer, options.chat_template)
-        conversations = chain.from_iterable(data.iter_conversations(path) for path in options.input)
-        documents = map(template.render, data.usable_conversations(conversations, tokenizer.special_tokens))
-    else:
-        documents = chain.from_iterable(data.iter_documents(path) for path in options.input)
-    parts: Sequence[Iterable[Any]]
-    if tokenizer is not None and options.valid_fraction == 0.0:
-        parts = [documents]
-    else:
-        text_of = attrgetter("text") if options.chat else str
-        train, valid = data.split_documents(documents, options.valid_fraction, options.seed, text_of)
-        parts = [train, valid][: len(prefixes)]
-    if tokenizer is None:
-        tokenizer = train_tokenizer(parts[0], options.train_tokenizer, tokenizer_folder)
-        print(f"{tokenizer_folder}: {tokenizer.vocab_size} tokens")
-    for prefix, part in zip(prefixes, parts, strict=True):
-        counts = (data.build_chat_dataset if options.chat else data.build_indexed_dataset)(part, tokenizer, prefix)
-        learned = f" ({counts.trained_tokens} of the assistant)" if options.chat else ""
-        print(
-            f"{prefix}: {counts.documents} documents, {counts.tokens} tokens{learned}, {counts.bytes} bytes "
-            f"({counts.bytes_per_token:.3f} bytes per token)"
-        )
+        from megatron_dmc.data.preprocess import PreprocessOptions, preprocess
+    preprocess(PreprocessOptions(**vars(options)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, or 1 after one line on standard error."""
     try:
-        preprocess(parse_arguments(arguments))
+        run(parse_arguments(arguments))
     except (ConfigError, OSError) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return 1
