@@ -4,6 +4,10 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+
+# So that the tool runs from any folder, and without an installation of the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_dmc.config import ConfigError
 
