@@ -79,7 +79,7 @@ def run(
         raise ConfigError("--prompt is not UTF-8 text") from None
     loaded = load_model(checkpoint, base)
     require_merging(loaded, checkpoint)
-    ids = loaded.tokenizer.tokenize(prompt)
+    ids = loaded.tokenizer.tokenize_prompt(prompt)
     if not ids:
         raise ConfigError("--prompt is empty; give at least one character")
     most = loaded.recipe.model.max_position_embeddings
