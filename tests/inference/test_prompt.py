@@ -27,6 +27,7 @@ def checkpoint(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> P
         "model": {
             **{"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4},
             **{"num_query_groups": 2, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 64},
+            "init_method_std": 0.5,  # so that the prompt decides what follows
         },
         "data": {
             **{"train": [str(folder / "text")], "tokenizer": str(folder / "tokenizer")},
