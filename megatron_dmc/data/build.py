@@ -30,7 +30,8 @@ _MASK_FILES = (MASK_SUFFIX + ".bin", MASK_SUFFIX + ".idx")
 def build_indexed_dataset(documents: Iterable[str], tokenizer: Tokenizer, prefix: str | Path) -> DatasetCounts:
     """Tokenizes documents into ``prefix.bin`` and ``prefix.idx`` (megatron-core's format) and ``prefix.json`` (counts).
 
-    Every document is followed by the end-of-document token. Tokens are uint16 where the vocabulary allows, else int32.
+    A document is what the tokenizer's post-processor makes of the text (often with a beginning-of-text token), and the
+    end-of-document token. Tokens are uint16 where the vocabulary allows, else int32.
     Files appear under their names when they are whole; what stood there before is replaced. On a terminal a progress
     bar is shown.
 
@@ -40,8 +41,8 @@ def build_indexed_dataset(documents: Iterable[str], tokenizer: Tokenizer, prefix
 
     def tokenized() -> Iterator[tuple[int, list[int], None]]:
         for batch in _batches(documents):
-            for text, tokens in zip(batch, tokenizer.tokenize_batch(batch), strict=True):
-                yield len(text.encode()), [*tokens, tokenizer.eod], None
+            for text, tokens in zip(batch, tokenizer.tokenize_documents(batch), strict=True):
+                yield len(text.encode()), tokens, None
 
     return _write(tokenized(), tokenizer, str(prefix), masked=False)
 

@@ -5,8 +5,9 @@ strings, lists and dicts; nothing else of the folder is run or unpickled.
 """
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -54,14 +55,30 @@ class ChatTemplate:
         their reasoning, say) is refused, and so is one that writes nothing for a turn.
 
         Raises:
-            ConfigError: the template refuses the conversation, or does not tell the assistant's part exactly.
+            ConfigError: the template refuses the conversation, leaves out what it has to do with tools, or does not tell the
+                assistant's part exactly.
         """
         text = self._run(self.source, conversation)
+        self._check_tools_are_written(text, conversation)
         if self.marked_source != self.source:
             spans = self._marked_spans(text, conversation)
         else:
             spans = self._turn_spans(text, conversation)
         return RenderedChat(text, tuple(spans))
+
+    def _check_tools_are_written(self, text: str, conversation: Conversation) -> None:
+        """Many templates know nothing of tools, and drop them, calls and results without a word."""
+        for what, other in _without_tools(conversation):
+            try:
+                is_written = self._run(self.source, other) != text
+            except ConfigError:
+                # It misses what was taken away.
+                continue
+            if not is_written:
+                raise ConfigError(
+                    f"{conversation.place}: the chat template of {self.name} leaves out {what}; name a template that writes "
+                    "tools with --chat-template, or take them out of the line"
+                )
 
     def _marked_spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
         """From a second rendering in which characters of our own stand for the marks.
@@ -159,8 +176,40 @@ class ChatTemplate:
         return text
 
 
-def load_chat_template(tokenizer: Tokenizer, file: str | Path | None = None) -> ChatTemplate:
-    """The template of a tokenizer's folder, or another one out of a file.
+@dataclass(frozen=True)
+class NamedTemplates:
+    """A tokenizer's templates, of which transformers takes ``tool_use`` for a conversation with tools.
+
+    Attributes:
+        default: None where there is none.
+        name: of the tokenizer in messages.
+    """
+
+    default: ChatTemplate | None
+    tool_use: ChatTemplate
+    name: str
+
+    def render(self, conversation: Conversation) -> RenderedChat:
+        """:meth:`ChatTemplate.render` of the template for the conversation.
+
+        Raises:
+            ConfigError: there is none, or the template raises it.
+        """
+        template = self.tool_use if conversation.tools is not None else self.default
+        if template is None:
+            raise ConfigError(
+                f"{conversation.place}: {self.name} has a chat template for conversations with tools alone, and this one has "
+                "none; name another with --chat-template"
+            )
+        return template.render(conversation)
+
+
+def load_chat_template(tokenizer: Tokenizer, file: str | Path | None = None) -> ChatTemplate | NamedTemplates:
+    """What writes conversations as transformers' ``apply_chat_template`` does.
+
+    Args:
+        file: a Jinja template, or the name of one of the folder's, for all conversations; None: the folder's own, of several
+            ``tool_use`` for conversations with tools and ``default`` for the others.
 
     Raises:
         ConfigError: transformers is not installed, the folder names no template, or the file cannot be read.
@@ -178,20 +227,60 @@ def load_chat_template(tokenizer: Tokenizer, file: str | Path | None = None) -> 
         variables, source = settings.special_tokens_map, settings.chat_template
     except Exception as error:
         raise ConfigError(f"tokenizer {tokenizer.folder} cannot be read by transformers: {_one_line(error)}") from None
-    if isinstance(source, dict):
-        source = source.get("default")
-    name = str(file or tokenizer.folder)
+    named = {name: text for name, text in (source if isinstance(source, dict) else {"default": source}).items() if text}
+
+    def template(source: str, name: str) -> ChatTemplate:
+        return ChatTemplate(source, variables, tokenizer.special_tokens, name)
+
+    folder = str(tokenizer.folder)
     if file is not None:
-        try:
-            source = Path(file).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"chat template {file} cannot be read: {_one_line(error)}") from None
-    if not source:
+        return template(_read_template(str(file), named), str(file))
+    tool_use = template(named["tool_use"], f"{folder} (tool_use)") if "tool_use" in named else None
+    default = template(named["default"], folder) if "default" in named else None
+    if tool_use is not None:
+        return NamedTemplates(default, tool_use, folder)
+    if default is None:
         raise ConfigError(
-            f"tokenizer {tokenizer.folder} has no chat template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json); name one with --chat-template"
+            f"tokenizer {folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); name "
+            f"one with --chat-template{_among(named)}"
         )
-    return ChatTemplate(source, variables, tokenizer.special_tokens, name)
+    return default
+
+
+def _read_template(file: str, named: dict[str, str]) -> str:
+    if file in named and not Path(file).exists():
+        return named[file]
+    try:
+        source = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat template {file} cannot be read: {_one_line(error)}{_among(named)}") from None
+    if not source:
+        raise ConfigError(f"chat template {file} is empty; name another with --chat-template")
+    return source
+
+
+def _among(named: dict[str, str]) -> str:
+    others = sorted(named.keys() - {"default"})
+    return f" (the tokenizer has {', '.join(others)})" if others else ""
+
+
+def _without_tools(conversation: Conversation) -> Iterator[tuple[str, Conversation]]:
+    """Everything in a conversation that has to do with tools: what it is, and the conversation without it."""
+    if conversation.tools is not None:
+        yield 'the line\'s "tools"', replace(conversation, tools=None)
+    for number, message in enumerate(conversation.messages):
+        if message.get("tool_calls"):
+            other = {name: field for name, field in message.items() if name != "tool_calls"}
+            yield f"messages[{number}].tool_calls", _exchange(conversation, number, other)
+        if message["role"] == "tool":
+            # other text, because many templates refuse a call without a result
+            other = message | {"content": message["content"] + "?"}
+            yield f"messages[{number}], which is a tool's", _exchange(conversation, number, other)
+
+
+def _exchange(conversation: Conversation, number: int, message: dict[str, Any]) -> Conversation:
+    messages = [*conversation.messages[:number], message, *conversation.messages[number + 1 :]]
+    return replace(conversation, messages=messages)
 
 
 def _marker(tag: re.Match[str]) -> str:

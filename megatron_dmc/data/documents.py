@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import reprlib
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ logger = logging.getLogger(__name__)
 # What a folder scan takes for text. JSON, CSV and the like are data: name them as .jsonl with a "text" field.
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 JSON_LINES_SUFFIX = ".jsonl"
+LIST_HINT = " (this is a list: write every element of it as a line of its own)"
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
 _TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
 
@@ -129,23 +132,38 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The values of a ``.jsonl`` file with their lines' numbers; empty lines are skipped.
 
     Raises:
-        ConfigError: (while iterating) a file that cannot be read, or a line that is not JSON.
+        ConfigError: (while iterating) a file that cannot be read, or a line that is not JSON or names a key of an object
+            twice.
     """
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
+        except json.JSONDecodeError as error:
+            hint = "; every line must hold one whole value" if line.strip() in ("[", "{") else ""
+            raise ConfigError(f"{path}:{number} is not JSON: {error.msg} (column {error.colno}){hint}") from None
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}:{number} is not JSON: {error}") from None
+            raise ConfigError(f"{path}:{number} is not JSON that can be read: {error}") from None
         yield number, value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Keeps json from dropping all but the last of equal keys in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object names {reprlib.repr(twice)} twice; keep one")
+    return value
 
 
 def _read_json_lines(path: Path) -> Iterator[str]:
     for number, value in json_lines(path):
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
-            hint = " (conversations are read with --chat)" if isinstance(value, dict) and "messages" in value else ""
+            hint = LIST_HINT if isinstance(value, list) else ""
+            if isinstance(value, dict) and not {"messages", "conversations"}.isdisjoint(value):
+                hint = " (conversations are read with --chat)"
             raise ConfigError(f'{path}:{number} is not an object with a string "text"; every line must be{hint}')
         try:
             text.encode()

@@ -23,7 +23,8 @@ class HeldoutWindows:
     first is predicted once; the remainder that fills no window is dropped. Reads like a PackedDataset.
 
     Attributes:
-        bytes_per_token: UTF-8 bytes of text per token of the whole dataset, end-of-document tokens counted as tokens.
+        bytes_per_token: UTF-8 bytes of text per token of the whole dataset; the tokens that open and close a document count
+            as tokens.
     """
 
     def __init__(
@@ -79,14 +80,16 @@ def heldout_windows(
         trained = token_stream(prefix + MASK_SUFFIX, read_index(prefix + MASK_SUFFIX))
     starts = None
     if reset_at_documents:
-        lengths = index.sequence_lengths.astype(numpy.int64)
+        lengths = index.document_lengths
         # the start of an empty one is the next one's, or the end of the stream
         starts = numpy.unique((numpy.cumsum(lengths) - lengths)[lengths > 0])
     return HeldoutWindows(stream, sequence_length, bytes_per_token, trained=trained, starts=starts)
 
 
 def _bytes_per_token(stream: numpy.ndarray, index: DatasetIndex, tokenizer: Tokenizer) -> float:
+    before, after = tokenizer.added_tokens
     size = 0
-    for document in numpy.split(stream, numpy.cumsum(index.sequence_lengths)[:-1]):
-        size += len(tokenizer.detokenize(document[document != tokenizer.eod]).encode())
+    for document in numpy.split(stream, numpy.cumsum(index.document_lengths)[:-1]):
+        text = document[~numpy.isin(document, [*before, *after, tokenizer.eod])]
+        size += len(tokenizer.detokenize(text).encode())
     return size / index.tokens

@@ -5,21 +5,26 @@ Chat data has a loss mask beside its tokens: an indexed dataset ``prefix.mask`` 
 
 import hashlib
 import json
+import logging
 import struct
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy
 from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.utils import log_single_rank
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # The .idx file: magic, version, type code, number of sequences, number of document boundaries; then int32 lengths,
 # int64 byte offsets and int64 document boundaries (megatron-core's indexed_dataset.py).
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DIGESTED_BLOCKS, _BLOCK_BYTES = 256, 4096
+_LONGEST_DOCUMENT = 2**31 - 1
 MASK_SUFFIX = ".mask"
 
 
@@ -29,7 +34,7 @@ class DatasetCounts:
 
     Attributes:
         documents: their number.
-        tokens: all of them, one end-of-document token per document included.
+        tokens: all of them, with those that open and close every document.
         bytes: UTF-8 bytes of the text.
         vocabulary: digest of the tokenizer's vocabulary.
         trained_tokens: how many of the tokens count in the loss, of a dataset with a loss mask; None: all.
@@ -49,13 +54,23 @@ class DatasetCounts:
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """A checked ``prefix.idx``: number of documents and tokens, the tokens' type, and a digest of the whole index."""
+    """A checked ``prefix.idx``.
 
-    documents: int
+    Attributes:
+        tokens: all of them.
+        dtype: the tokens' type.
+        document_lengths: int64 [documents], tokens of each. The sequences that a document may be stored in are of no account.
+        digest: of the whole index.
+    """
+
     tokens: int
     dtype: type[numpy.integer]
-    sequence_lengths: numpy.ndarray
+    document_lengths: numpy.ndarray
     digest: str
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_lengths)
 
 
 def read_index(prefix: str) -> DatasetIndex:
@@ -111,7 +126,33 @@ def read_index(prefix: str) -> DatasetIndex:
             f"{data_path} has {data_path.stat().st_size} bytes where {index_path.name} promises {tokens * item_size}; "
             "build the dataset again"
         )
-    return DatasetIndex(boundaries - 1, tokens, dtype, lengths, hashlib.sha256(content).hexdigest())
+    document_lengths = lengths_of_documents(lengths, documents)
+    # megatron-core counts the tokens of one in int32
+    if document_lengths.max() > _LONGEST_DOCUMENT:
+        raise ConfigError(
+            f"{index_path}: a document has {document_lengths.max()} tokens, more than {_LONGEST_DOCUMENT}; cut it into several"
+        )
+    digest = hashlib.sha256(content)
+    if has_several_sequences(documents):
+        # Indices and checkpoints made when every sequence was taken for a document belong to other samples.
+        digest.update(b"documents")
+    return DatasetIndex(tokens, dtype, document_lengths, digest.hexdigest())
+
+
+def lengths_of_documents(sequence_lengths: numpy.ndarray, boundaries: numpy.ndarray) -> numpy.ndarray:
+    """int64 [documents], tokens of each.
+
+    Args:
+        sequence_lengths: int [sequences], tokens of each.
+        boundaries: int64 [documents + 1], each document's first sequence, and the number of sequences.
+    """
+    ends = numpy.concatenate([[0], numpy.cumsum(sequence_lengths, dtype=numpy.int64)])
+    return numpy.diff(ends[boundaries])
+
+
+def has_several_sequences(boundaries: numpy.ndarray) -> bool:
+    """Whether any document is stored in another number of sequences than one."""
+    return not numpy.array_equal(boundaries, numpy.arange(len(boundaries)))
 
 
 def read_counts(prefix: str, index: DatasetIndex) -> DatasetCounts | None:
@@ -189,6 +230,7 @@ def check_dataset(prefix: str, tokenizer: Tokenizer, sequence_length: int) -> Da
             f"dataset {prefix} was built with another tokenizer than {tokenizer.folder}; build it again with this one"
         )
     _check_loss_mask(prefix, index, counts)
+    _check_opening(prefix, index, tokenizer)
     return index
 
 
@@ -200,10 +242,23 @@ def _check_loss_mask(prefix: str, index: DatasetIndex, counts: DatasetCounts | N
     if not masked:
         return
     mask = read_index(prefix + MASK_SUFFIX)
-    if mask.dtype is not numpy.uint8 or not numpy.array_equal(mask.sequence_lengths, index.sequence_lengths):
+    if mask.dtype is not numpy.uint8 or not numpy.array_equal(mask.document_lengths, index.document_lengths):
         raise ConfigError(
             f"{prefix}{MASK_SUFFIX}.idx is not the loss mask of {prefix}.idx ({mask.documents} documents and {mask.tokens} "
             f"values for {index.documents} documents and {index.tokens} tokens); build the dataset again"
+        )
+
+
+def _check_opening(prefix: str, index: DatasetIndex, tokenizer: Tokenizer) -> None:
+    """Warns where text begins otherwise than the tokenizer has every text begin; a chat template has its own say."""
+    before, _ = tokenizer.added_tokens
+    first = token_stream(prefix, index)[: len(before)].tolist()
+    if tuple(first) != before and not has_loss_mask(prefix):
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            f"dataset {prefix} begins without {tokenizer.detokenize(before)}, which the tokenizer {tokenizer.folder} puts "
+            "before every text; build the dataset again to train on what it will read in use",
         )
 
 

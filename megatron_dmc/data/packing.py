@@ -7,7 +7,12 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_dmc.data.indexed_dataset import MASK_SUFFIX, has_loss_mask
+from megatron_dmc.data.indexed_dataset import (
+    MASK_SUFFIX,
+    has_loss_mask,
+    has_several_sequences,
+    lengths_of_documents,
+)
 
 # Above any token's bits.
 _TRAINED, _STARTS = 1 << 32, 1 << 33
@@ -36,7 +41,7 @@ class PackedDataset(GPTDataset):
 
 
 class FlaggedTokens(IndexedDataset):
-    """An indexed dataset whose tokens carry, in bits of their own, what else a sample must know about them.
+    """A dataset of documents whose tokens carry, in bits of their own, what else a sample must know about them.
 
     So a sample's mask is read from the very spans that its tokens are read from.
     """
@@ -45,6 +50,9 @@ class FlaggedTokens(IndexedDataset):
         super().initialize(path_prefix, *arguments, **keywords)
         masked = has_loss_mask(path_prefix)
         self.loss_mask = IndexedDataset(path_prefix + MASK_SUFFIX, mmap=self.mmap) if masked else None
+        _join_sequences(self.index)
+        if self.loss_mask is not None:
+            _join_sequences(self.loss_mask.index)
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> numpy.ndarray:
         """int64 [length] tokens of document ``idx`` from ``offset`` on, with their flags."""
@@ -56,6 +64,19 @@ class FlaggedTokens(IndexedDataset):
         if offset == 0:
             tokens[:1] |= _STARTS
         return tokens
+
+
+def _join_sequences(index: Any) -> None:
+    """Has every document stored in one sequence: GPTDataset shuffles and cuts sequences, whatever document they are of."""
+    boundaries = index.document_indices
+    if not has_several_sequences(boundaries):
+        return
+    lengths = lengths_of_documents(index.sequence_lengths, boundaries)
+    index.sequence_lengths = lengths.astype(numpy.int32)
+    # read_index saw that sequences lie one after another
+    index.sequence_pointers = (numpy.cumsum(lengths) - lengths) * index.dtype_size
+    index.document_indices = numpy.arange(len(boundaries))
+    index.sequence_count = len(lengths)
 
 
 def packed_sample(

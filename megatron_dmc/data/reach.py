@@ -15,7 +15,7 @@ def check_reach(recipe: Recipe) -> None:
     data, dmc = recipe.data, recipe.dmc
     if not (recipe.merges and data.reset_at_documents):
         return
-    lengths = numpy.concatenate([read_index(prefix).sequence_lengths for prefix in data.train])
+    lengths = numpy.concatenate([read_index(prefix).document_lengths for prefix in data.train])
     highest = highest_ratio(lengths, data.sequence_length, dmc.local_window)
     if dmc.target_compression_ratio >= highest:
         raise ConfigError(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,30 @@ class Tokenizer:
         return {"class": type(self).__name__, "vocabulary": self.vocabulary_digest, "eod": self.eod}
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``, without any special token."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text that may not speak to the model: what spells a special token in it is text.
 
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """:meth:`tokenize` of every text, in parallel threads."""
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        Otherwise as transformers' tokenizers do it: with what the file's post-processor adds, often a beginning-of-text token.
+        """
+        return self._backend.encode(text).ids
+
+    def tokenize_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`tokenize` of every text, in parallel threads, each closed by one end-of-document token."""
+        _, after = self.added_tokens
+        end = [] if after[-1:] == (self.eod,) else [self.eod]
+        return [encoding.ids + end for encoding in self._backend.encode_batch(list(texts))]
+
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """:meth:`tokenize` of a text that may speak to the model: what spells a special token in it is that token."""
+        return self._copy().encode(text).ids
+
+    @cached_property
+    def added_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the post-processor puts before a text (most often one, beginning of text, or none), and after it."""
+        encoding = self._backend.encode("a")
+        ids, is_added = encoding.ids, encoding.special_tokens_mask
+        before = sum(1 for _ in takewhile(bool, is_added))
+        after = sum(1 for _ in takewhile(bool, reversed(is_added[before:])))
+        return tuple(ids[:before]), tuple(ids[len(ids) - after :])
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
@@ -76,10 +94,15 @@ class Tokenizer:
 
     @cached_property
     def _rendered_backend(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.encode_special_tokens = False
+        backend = self._copy()
         # it may take white space out of a token's characters
         backend.post_processor = None
+        return backend
+
+    def _copy(self) -> tokenizers.Tokenizer:
+        """A backend for texts in which the spelling of a special token means that token."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
         return backend
 
     def detokenize(self, ids: Iterable[int]) -> str:

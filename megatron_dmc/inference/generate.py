@@ -68,7 +68,7 @@ def run(
 ) -> None:
     """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
     loaded = load_model(checkpoint, base, must_merge=True)
-    ids = loaded.tokenizer.tokenize(prompt)
+    ids = loaded.tokenizer.tokenize_prompt(prompt)
     if not ids:
         raise ConfigError("--prompt is empty; give at least one character")
     most = loaded.recipe.model.max_position_embeddings

@@ -147,7 +147,7 @@ def write_mask(prefix, lengths, dtype=numpy.uint8):
 
 
 def test_a_mask_of_other_lengths_or_type(tokenizer, dataset):
-    lengths = read_index(dataset).sequence_lengths.tolist()
+    lengths = read_index(dataset).document_lengths.tolist()
     write_mask(dataset, lengths)
     check_dataset(dataset, tokenizer, 8)
     # As many values, in other documents.
@@ -171,7 +171,7 @@ def test_a_mask_beside_a_dataset_that_has_none(tmp_path, tokenizer, dataset):
     build_indexed_dataset(["text"] * 9, tokenizer, dataset)
     # The mask of the chat data was removed with it.
     assert sorted(os.listdir(Path(dataset).parent)) == ["chat.bin", "chat.idx", "chat.json"]
-    write_mask(dataset, read_index(dataset).sequence_lengths.tolist())
+    write_mask(dataset, read_index(dataset).document_lengths.tolist())
     fails(
         r"chat\.json: the loss mask .* stands beside it, which says nothing of one",
         check_dataset,

@@ -14,7 +14,9 @@ def test_text_comes_back_unchanged(tokenizer):
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize(ids) == text
     assert max(ids) < tokenizer.vocab_size == 320
-    assert tokenizer.tokenize_batch([text, "x"]) == [ids, tokenizer.tokenize("x")]
+    assert tokenizer.tokenize_documents([text, "x"]) == [
+        [*made, tokenizer.eod] for made in (ids, tokenizer.tokenize("x"))
+    ]
 
 
 def test_spelled_special_token_is_text(tokenizer):
@@ -83,7 +85,7 @@ def test_llama_style_end_token(tmp_path, name, eos_token):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eod == 2
     assert tokenizer.vocab_size == 5
-    assert tokenizer.tokenize("ab a") == [3, 4, 3]  # without <s>, which the file would add; not truncated to 2
+    assert tokenizer.tokenize("ab a") == [1, 3, 4, 3]  # with the <s> that the file adds; not truncated to 2
 
 
 def test_no_end_token(tmp_path):
