@@ -127,7 +127,7 @@ class _Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("heads", [range(2, 7), range(1), [3, 1], torch.tensor([3, 1])], ids=str)
 def test_no_host_waits_for_a_device(heads: Any) -> None:
-    """As in a layer on a GPU: samples are on the device, positions on the host. ``meta`` is a device that every machine has."""
+    """As in a layer on a GPU: samples on the device, positions on the host. Every machine has the device ``meta``."""
     samples = torch.empty(2, dtype=torch.int64, device="meta")
     with _Constants() as constants, _Copies() as copies:
         noise = logistic_noise(7, samples, 3, heads, torch.arange(13))

@@ -54,5 +54,5 @@ def _head_numbers(kv_heads: Sequence[int] | Tensor, device: torch.device) -> Ten
 
 
 def _without_wait(x: Tensor, device: torch.device) -> Tensor:
-    """On the device. A copy from the host does not wait for the device's queue; one to the host must, or it reads too early."""
+    """On the device. A copy from the host does not wait for the device; a copy to the host must, or it is read too early."""
     return x.to(device, non_blocking=x.device.type == "cpu")
