@@ -32,7 +32,7 @@ help:
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
-	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
+	@echo "make gpu-check           numbers, speed, memory and host waits on a CUDA device, if there is one (CHECK_ARGS=...)"
 	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU"
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
@@ -71,7 +71,7 @@ bench: setup
 	    for name in attention pooling retrofit_step adapter_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 gpu-check: setup
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(CHECK_ARGS)
 
 cluster-check: setup
 	$(BIN)/python -m megatron_dmc.cluster_check $(CHECK_ARGS)
