@@ -32,7 +32,7 @@ help:
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
 	@echo "make bench               the benchmarks"
-	@echo "make gpu-check           numbers, speed, memory and host waits on a CUDA device, if there is one (CHECK_ARGS=...)"
+	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
 	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU"
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
