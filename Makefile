@@ -76,7 +76,7 @@ bench: setup
 	    for name in attention pooling retrofit_step adapter_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 gpu-check: setup
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(CHECK_ARGS)
 
 cluster-check: setup
 	$(BIN)/python -m megatron_dmc cluster-check $(CHECK_ARGS)

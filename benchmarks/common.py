@@ -128,12 +128,16 @@ def report(name: str, title: str, rows: Sequence[dict[str, Any]], **settings: An
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with the same keys as aligned columns; None as a dash."""
-    header = list(rows[0])
-    lines = [header] + [["-" if row[name] is None else _shown(row[name]) for name in header] for row in rows]
+    print("\n".join(table_lines(rows)))
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows as aligned columns, one for every key; a dash for None and for what a row does not have."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = ((row.get(name) for name in header) for row in rows)
+    lines = [header] + [["-" if value is None else _shown(value) for value in row] for row in cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,13 @@
 """Counter-based noise against Random123's known answers, its integer oracle, and its promises about global indices."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.ops.noise import logistic_noise, naive
 from megatron_dmc.ops.noise.torch import philox
@@ -91,3 +95,45 @@ def test_neighbours_are_not_correlated() -> None:
     for dim in range(3):
         neighbours = noise.narrow(dim, 0, noise.shape[dim] - 1) * noise.narrow(dim, 1, noise.shape[dim] - 1)
         assert abs(neighbours.mean()) < 5 / math.sqrt(neighbours.numel())
+
+
+class _Constants(TorchFunctionMode):
+    """Notes tensors that are built from Python numbers for another device than the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = torch.device((kwargs or {}).get("device") or "cpu")
+        if function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor) and device.type != "cpu":
+            self.built.append(f"{args[0]} on {device}")
+        return function(*args, **(kwargs or {}))
+
+
+class _Copies(TorchDispatchMode):
+    """Notes copies from the host to another device: the shape, and whether the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], bool]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        source = args[0] if args else None
+        if isinstance(source, Tensor) and source.is_cpu and isinstance(result, Tensor) and not result.is_cpu:
+            self.seen.append((tuple(source.shape), not (kwargs or {}).get("non_blocking", False)))
+        return result
+
+
+@pytest.mark.parametrize("heads", [range(2, 7), range(1), [3, 1], torch.tensor([3, 1])], ids=str)
+def test_no_host_waits_for_a_device(heads: Any) -> None:
+    """As in a layer on a GPU: samples on the device, positions on the host. Every machine has the device ``meta``."""
+    samples = torch.empty(2, dtype=torch.int64, device="meta")
+    with _Constants() as constants, _Copies() as copies:
+        noise = logistic_noise(7, samples, 3, heads, torch.arange(13))
+    assert noise.is_meta and noise.shape == (2, 13, len(heads))
+    assert constants.built == []
+    # The positions, split into blocks of four, and heads that are no range: all are inputs.
+    inputs = [(13,), (4,)] if isinstance(heads, range) else [(13,), (4,), (2,)]
+    assert sorted(copies.seen) == sorted((shape, False) for shape in inputs)

@@ -29,11 +29,11 @@ def logistic_noise(
 ) -> Tensor:
     """As the public function."""
     device = sample_index.device
-    heads = torch.as_tensor(kv_heads, dtype=torch.int64, device=device)
+    heads = _head_numbers(kv_heads, device)
     # One Philox call serves four neighbouring positions. Positions on the host are grouped there, without a wait for a GPU.
     blocks, block_of = torch.unique(positions // 4, return_inverse=True)
-    word_of = (block_of * 4 + positions % 4).to(device)
-    blocks = blocks.to(device)
+    word_of = _without_wait(block_of * 4 + positions % 4, device)
+    blocks = _without_wait(blocks, device)
     shape = (len(sample_index), len(blocks), len(heads))
     counter = (
         blocks[None, :, None].expand(shape),
@@ -45,3 +45,15 @@ def logistic_noise(
     words = words.flatten(1, 2)[:, word_of]
     u = ((words >> 9).float() + 0.5) / 2**23
     return torch.log(u) - torch.log1p(-u)
+
+
+def _head_numbers(kv_heads: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """int64 [kv_heads]. A range, which layers give, is counted on the device: nothing is copied."""
+    if isinstance(kv_heads, range):
+        return torch.arange(kv_heads.start, kv_heads.stop, kv_heads.step, device=device)
+    return _without_wait(torch.as_tensor(kv_heads, dtype=torch.int64), device)
+
+
+def _without_wait(x: Tensor, device: torch.device) -> Tensor:
+    """On the device. A copy from the host does not wait for the device; a copy to the host must, or it is read too early."""
+    return x.to(device, non_blocking=x.device.type == "cpu")

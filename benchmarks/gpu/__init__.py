@@ -1,0 +1,1 @@
+"""The parts of gpu_check.py: each says one thing about a GPU, and none stops the next."""
