@@ -114,7 +114,8 @@ def test_a_package_that_defines_names_is_copied(package):
 
 def test_imports_anywhere_in_a_module_count(package):
     package(**{"config": "A = B = 1\n", "late": "x = 1\n"})
-    source = "import torch\nfrom megatron_dmc.config import (\n    A,\n    B,\n)\ndef f():\n    from megatron_dmc.late import x\n"
+    source = "import torch\nfrom megatron_dmc.config import (\n    A,\n    B,\n)\n"
+    source += "def f():\n    from megatron_dmc.late import x\n"
     assert flat(source) == (
         "import torch\nfrom .dmc_config import A\nfrom .dmc_config import B\ndef f():\n    from .dmc_late import x\n"
     )
@@ -143,7 +144,14 @@ def test_what_an_export_cannot_have_is_refused_by_name(package, source, message)
 
 
 def test_two_modules_of_one_name_are_refused(package):
-    package(**{"a_b": "", "a.b": "", "hf.modeling_dmc": "from megatron_dmc import a_b\nfrom megatron_dmc.a import b\n"})
+    package(
+        **{
+            "a_b": "",
+            "a": "",
+            "a.b": "",
+            "hf.modeling_dmc": "from megatron_dmc import a_b\nfrom megatron_dmc.a import b\n",
+        }
+    )
     with pytest.raises(
         ConfigError, match=r"a_b and .*a\.b would both be exported as dmc_a_b.py|a\.b and .*a_b would both"
     ):
