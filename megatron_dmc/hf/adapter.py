@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import safe_open
 
 ADAPTER_FILE = "adapter.safetensors"
+# Of another kind of adapter: where PEFT is installed, transformers adds it to the weights beside it.
+PEFT_CONFIG = "adapter_config.json"
 _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # What base and adapter must agree on. Not max_position_embeddings: a retrofit may see longer texts than its base did.
 _SHARED = (
@@ -97,7 +99,12 @@ def _check_shapes(own: str, config: Any) -> None:
 
 
 def _tensors(base: str) -> dict[str, str]:
-    """File of every tensor."""
+    """File of every tensor; as transformers, of one file rather than of an index."""
+    if os.path.isfile(os.path.join(base, PEFT_CONFIG)):
+        raise ValueError(
+            f"{base} holds a PEFT adapter ({PEFT_CONFIG}): merge it (merge_and_unload) and save the model anew, or remove "
+            f"{PEFT_CONFIG} to leave it out"
+        )
     single = os.path.join(base, _SINGLE_FILE)
     if os.path.isfile(single):
         return dict.fromkeys(_shapes(single), single)
