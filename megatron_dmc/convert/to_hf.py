@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_dmc.checkpoint import (
     CheckpointError,
@@ -37,7 +36,7 @@ from megatron_dmc.convert.folders import (
 from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, rows, to_hugging_face
 from megatron_dmc.convert.single_process import empty_model, single_process
-from megatron_dmc.convert.weights import write_weights
+from megatron_dmc.convert.weights import save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
 from megatron_dmc.recipe import Recipe
@@ -110,7 +109,7 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
             if is_decision(row.megatron):
                 parts = row.split(network.get_parameter(row.megatron).detach(), model)
                 tensors |= zip(row.hugging_face, (part.to(dtype or source.dtype) for part in parts), strict=True)
-        save_file(tensors, temporary / ADAPTER_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, temporary / ADAPTER_FILE)
 
 
 @dataclass(frozen=True)

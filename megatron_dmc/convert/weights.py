@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,23 @@ def write_weights(
             weight_map[name] = file
         if len(shard) != len(names):
             raise RuntimeError(f"{names[len(shard)]} was planned and did not come")
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise ConfigError(f"cannot write {folder / file}: {error}") from None
+        save_tensors(shard, folder / file)
     if len(shards) > 1:
         total = sum(map(_numel, shapes.values())) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, which anyone may read whom the umask lets; raises ConfigError if that fails."""
+    try:
+        # safetensors makes its files the owner's alone. One that Python makes has the permissions that the umask leaves.
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except SafetensorError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from None
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_shard_size: int) -> list[list[str]]:
