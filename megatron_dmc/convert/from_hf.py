@@ -42,7 +42,7 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(load_tokenizer(folder), model.vocab_size)
     # What an export would refuse is refused now, not after the training.
-    tokens = special_tokens(folder)
+    tokens = special_tokens(folder, model.vocab_size)
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())
@@ -65,7 +65,7 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
             path.rename(temporary / path.name)
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
-        keep_special_tokens(temporary / "tokenizer", tokens)
+        keep_special_tokens(temporary / "tokenizer", tokens, model.vocab_size)
 
 
 def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:

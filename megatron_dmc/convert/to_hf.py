@@ -136,7 +136,7 @@ def _open(checkpoint: Path, output: Path) -> _Source:
 @contextlib.contextmanager
 def _folder(source: _Source, output: Path, dtype: torch.dtype | None) -> Iterator[Path]:
     """The new folder, which gets all but the weights."""
-    tokens = special_tokens(source.checkpoint / "tokenizer")
+    tokens = special_tokens(source.checkpoint / "tokenizer", source.recipe.model.vocab_size)
     config = write_config(source.recipe.model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
     with single_process(), new_folder(output) as temporary:
         copy_tokenizer(source.checkpoint / "tokenizer", temporary)
