@@ -3,12 +3,14 @@
 A checkpoint is a folder ``root/name`` with the files of ``megatron.core.dist_checkpointing`` (``metadata.json``,
 ``.metadata``, ``common.pt``, ``*.distcp``), ``dmc.json`` (:class:`CheckpointInfo`) and, if given, ``tokenizer/``. It is
 written as ``root/.name.tmp-*`` and renamed when every file is on the disk. ``root/latest`` names the newest full one.
-``folder`` knows the files, ``save`` writes, ``load`` checks and loads, ``weights`` puts a model together.
+``folder`` knows the files, ``companions`` what travels beside the weights, ``save`` writes, ``load`` checks and loads,
+``weights`` puts a model together.
 """
 
+from megatron_dmc.checkpoint.companions import copy_tokenizer
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, prune, read_latest, update_latest
 from megatron_dmc.checkpoint.load import check_checkpoint, load_checkpoint
-from megatron_dmc.checkpoint.save import copy_tokenizer, publish, save_checkpoint
+from megatron_dmc.checkpoint.save import publish, save_checkpoint
 
 __all__ = [
     "CheckpointError",
