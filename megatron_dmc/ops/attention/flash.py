@@ -197,7 +197,10 @@ def _window_sizes(window: int | None) -> dict[str, int]:
 
 def _check_cuda(query: Tensor) -> None:
     if query.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"attention on a GPU needs bfloat16 or float16 (flash kernels have no {query.dtype}); set bf16")
+        raise TypeError(
+            f"attention on a GPU needs bfloat16 or float16, got {query.dtype}: load the model with dtype=torch.bfloat16 (in a "
+            "recipe: training.bf16 true)"
+        )
 
 
 def cuda_forward(
