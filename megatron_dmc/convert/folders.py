@@ -81,8 +81,8 @@ def _check_special_token(path: Path, name: str, value: Any, vocab_size: int) -> 
     if value is not None and not all(type(index) is int and 0 <= index < vocab_size for index in ids):
         several = "" if ids is not value else " (each of a list)"
         raise ConfigError(
-            f"{path}: {name} must be null or a token of the model, 0 to {vocab_size - 1}{several}, got {value!r}; a model "
-            "with it does not load or generate: set it to null, or to a token that the model has"
+            f"{path}: {name} must be null or a token of the model, 0 to {vocab_size - 1}{several}, got {value!r}; set it "
+            "to null, or to a token that the model has"
         )
 
 

@@ -80,7 +80,7 @@ def test_a_checkpoint_that_has_one_can_be_mended(save_llama: Callable[..., Path]
     import_hf(save_llama(), tmp_path / "megatron")
     file = tmp_path / "megatron" / "tokenizer" / "generation_config.json"
     change(file, pad_token_id=32000)
-    with pytest.raises(ConfigError, match=f"{file}: pad_token_id must be null .*got 32000; .* set it to null"):
+    with pytest.raises(ConfigError, match=f"{file}: pad_token_id must be null .*got 32000; set it to null"):
         export_hf(tmp_path / "megatron", tmp_path / "hf")
     change(file, pad_token_id=None)
     export_hf(tmp_path / "megatron", tmp_path / "hf")
