@@ -3,11 +3,13 @@
 A checkpoint is a folder ``root/name`` with the files of ``megatron.core.dist_checkpointing`` (``metadata.json``,
 ``.metadata``, ``common.pt``, ``*.distcp``), ``dmc.json`` (:class:`CheckpointInfo`) and, if given, ``tokenizer/``. It is
 written as ``root/.name.tmp-*`` and renamed when every file is on the disk. ``root/latest`` names the newest full one.
-``folder`` knows the files, ``save`` writes, ``load`` checks and loads; ``saved_model`` is what all others open one with.
+``folder`` knows the files, ``companions`` what travels beside the weights, ``save`` writes, ``load`` checks and loads;
+``saved_model`` is what all others open one with.
 """
 
+from megatron_dmc.checkpoint.companions import copy_tokenizer
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, prune, read_latest, update_latest
-from megatron_dmc.checkpoint.save import copy_tokenizer, publish, save_checkpoint
+from megatron_dmc.checkpoint.save import publish, save_checkpoint
 from megatron_dmc.checkpoint.saved_model import SavedModel
 
 __all__ = [

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint import save as torch_save
 
 from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line, size_text
+from megatron_dmc.checkpoint.companions import copy_tokenizer
 from megatron_dmc.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointError,
@@ -47,13 +48,6 @@ from megatron_dmc.checkpoint.folder import (
 
 # metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use.
 BACKENDS = CheckpointingConfig("torch_dist", 1)
-# A tokenizer is often given as a whole model folder: the weights beside it are not copied. generation_config.json belongs
-# to it: its end-of-text tokens can be more than the tokenizer's one.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ def write_checkpoint(
         root: on storage that all nodes share; made if absent.
         name: a plain folder name, such as ``step_00000600``.
         info: written as ``dmc.json``.
-        tokenizer_folder: its tokenizer files are copied to ``tokenizer/``.
+        tokenizer_folder: copied to ``tokenizer/``, as :func:`copy_tokenizer` does.
         group: all ranks; in a thread it must be one (for the CPU) that nothing else uses. None: the default group.
 
     Returns:
@@ -173,14 +167,6 @@ def publish(root: str | Path, name: str, keep_last: int, group: dist.ProcessGrou
         if dist.get_rank() == 0:
             update_latest(root, name)
             prune(root, keep_last)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what belongs to the tokenizer, as far as it is there."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            target.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
 
 
 def _write(

@@ -51,19 +51,39 @@ def check_output(target: Path) -> None:
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it first")
 
 
-def special_tokens(folder: Path) -> dict[str, Any]:
+def special_tokens(folder: Path, vocab_size: int) -> dict[str, Any]:
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as far as a model's or a tokenizer's folder tells.
 
     As in transformers, generation_config.json goes before config.json; the tokenizer is asked where they name no end.
+
+    Args:
+        vocab_size: the model's.
+
+    Raises:
+        ConfigError: one of them, or another special token of generation_config.json, is not a token of the model.
     """
     tokens: dict[str, Any] = {}
     for name in ("config.json", GENERATION_CONFIG):
         if (folder / name).is_file():
             content = read_json(folder / name)
+            for token, value in content.items():
+                if token in SPECIAL_TOKENS or (name == GENERATION_CONFIG and token.endswith("_token_id")):
+                    _check_special_token(folder / name, token, value, vocab_size)
             tokens |= {token: content[token] for token in SPECIAL_TOKENS if content.get(token) is not None}
     if "eos_token_id" not in tokens and (folder / "tokenizer.json").is_file():
         tokens = _tokens_of_tokenizer(folder) | tokens
     return tokens
+
+
+def _check_special_token(path: Path, name: str, value: Any, vocab_size: int) -> None:
+    """transformers' Llama takes one id for a beginning and for padding, and may have several ends."""
+    ids = value if isinstance(value, list) and value and name not in ("bos_token_id", "pad_token_id") else [value]
+    if value is not None and not all(type(index) is int and 0 <= index < vocab_size for index in ids):
+        several = "" if ids is not value else " (each of a list)"
+        raise ConfigError(
+            f"{path}: {name} must be null or a token of the model, 0 to {vocab_size - 1}{several}, got {value!r}; set it "
+            "to null, or to a token that the model has"
+        )
 
 
 def _tokens_of_tokenizer(folder: Path) -> dict[str, Any]:
@@ -81,9 +101,9 @@ def _tokens_of_tokenizer(folder: Path) -> dict[str, Any]:
     return tokens
 
 
-def keep_special_tokens(tokenizer: Path, tokens: dict[str, Any]) -> None:
+def keep_special_tokens(tokenizer: Path, tokens: dict[str, Any], vocab_size: int) -> None:
     """Adds to a tokenizer's folder what it does not tell of ``tokens``: what stood in a model's config.json alone."""
-    if special_tokens(tokenizer) != tokens:
+    if special_tokens(tokenizer, vocab_size) != tokens:
         path = tokenizer / GENERATION_CONFIG
         content = read_json(path) if path.is_file() else {}
         tokenizer.mkdir(exist_ok=True)

@@ -1,12 +1,13 @@
 """A Hugging Face Llama folder -> a checkpoint of this project."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_dmc.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
 from megatron_dmc.checkpoint.weights import model_state
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
@@ -14,12 +15,12 @@ from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig
+from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig, check_head_dim
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def import_hf(folder: str | Path, output: str | Path) -> None:
+def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_of: int = 1) -> None:
     """Writes a weights-only checkpoint, and with it the tokenizer; to load as ``checkpoint.load_base`` of a recipe.
 
     Weights keep their dtype. A plain Llama becomes a base model, a DMC model keeps its decisions. One process, on the
@@ -28,6 +29,8 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
     Args:
         folder: config.json, safetensors and, if it has one, a tokenizer.
         output: must not exist, or be empty. It appears when it is whole.
+        pad_vocab_to_multiple_of: tokens are added until the vocabulary is divisible by it, as tensor parallelism needs;
+            see :func:`pad_vocabulary`. They stay: the recipe's ``model.vocab_size`` and an export's count them.
 
     Raises:
         ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
@@ -35,20 +38,29 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
     """
     folder, output = Path(folder), Path(output)
     check_output(output)
+    if pad_vocab_to_multiple_of < 1:
+        raise ConfigError(f"pad_vocab_to_multiple_of must be an integer >= 1, got {pad_vocab_to_multiple_of}")
     model, dmc = read_config(folder)
+    check_head_dim(model, dmc)
     weights = Weights(folder)
     _drop_redundant(weights, model)
     weights.check(hugging_face_shapes(model, dmc))
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(load_tokenizer(folder), model.vocab_size)
     # What an export would refuse is refused now, not after the training.
-    tokens = special_tokens(folder)
+    tokens = special_tokens(folder, model.vocab_size)
+    padding = -model.vocab_size % pad_vocab_to_multiple_of
+    model = replace(model, vocab_size=model.vocab_size + padding)
+
+    def tensor(name: str) -> torch.Tensor:
+        return pad_vocabulary(weights[name], padding) if name in (OUTPUT_LAYER, EMBEDDING) else weights[name]
+
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())
         with torch.no_grad():
-            for name, tensor in to_megatron(weights.__getitem__, model, dmc):
-                parameters.pop(name).copy_(tensor)
+            for name, value in to_megatron(tensor, model, dmc):
+                parameters.pop(name).copy_(value)
         if parameters:
             raise RuntimeError(f"the mapping has no row for {', '.join(parameters)}")
         recipe = placeholder_recipe(model, dmc)
@@ -65,7 +77,20 @@ def import_hf(folder: str | Path, output: str | Path) -> None:
             path.rename(temporary / path.name)
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
-        keep_special_tokens(temporary / "tokenizer", tokens)
+        keep_special_tokens(temporary / "tokenizer", tokens, model.vocab_size)
+
+
+def pad_vocabulary(weight: torch.Tensor, padding: int) -> torch.Tensor:
+    """Adds ``padding`` rows to an embedding or an output layer [vocabulary, hidden]: the mean of the others.
+
+    The logit of an added token is then the mean of all logits, whatever the input: it is never the largest one, and its
+    probability is at most the mean of the others' (Jensen's inequality). So greedy choices stay, and p added tokens to V
+    raise a loss by at most log(1 + p / V). (Zeros would win wherever all logits are negative.)
+    """
+    if padding == 0:
+        return weight
+    mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
+    return torch.cat([weight, mean.expand(padding, -1)])
 
 
 def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:

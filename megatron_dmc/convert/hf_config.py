@@ -17,6 +17,7 @@ _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_ma
 
 # Key, the value that a plain Llama has (also when the key is absent), and what another value means.
 _MUST_BE = (
+    ("transformers_weights", None, "weights under a name of their own are not read; load the model and save it anew"),
     ("quantization_config", None, "quantized weights are not supported; save the model in bfloat16 or float32"),
     ("hidden_act", "silu", "only SwiGLU (silu) is supported"),
     ("attention_bias", False, "attention biases are not supported"),

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_dmc.checkpoint import SavedModel, copy_tokenizer
 from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
@@ -20,7 +19,7 @@ from megatron_dmc.convert.folders import (
 from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, rows, to_hugging_face
 from megatron_dmc.convert.single_process import empty_model, single_process
-from megatron_dmc.convert.weights import write_weights
+from megatron_dmc.convert.weights import save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
 
@@ -88,7 +87,7 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
             if is_decision(row.megatron):
                 parts = row.split(network.get_parameter(row.megatron).detach(), model)
                 tensors |= zip(row.hugging_face, (part.to(dtype or source.dtype) for part in parts), strict=True)
-        save_file(tensors, temporary / ADAPTER_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, temporary / ADAPTER_FILE)
 
 
 @contextlib.contextmanager
@@ -109,7 +108,7 @@ def _export(
             raise ConfigError(f"{checkpoint} is no adapter, it holds all its weights; export it without --adapter")
         if source.merges:
             source.check_has_merged()
-        tokens = special_tokens(source.tokenizer)
+        tokens = special_tokens(source.tokenizer, source.recipe.model.vocab_size)
         config = write_config(source.recipe.model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
         with new_folder(output) as temporary:
             copy_tokenizer(source.tokenizer, temporary)

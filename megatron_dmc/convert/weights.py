@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from torch import Tensor
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.convert.mapping import Shape
-from megatron_dmc.hf.adapter import ADAPTER_FILE
+from megatron_dmc.hf.adapter import ADAPTER_FILE, PEFT_CONFIG
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# How transformers saves the shards of a distributed model; where they are, it looks for nothing else.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES_IN_MESSAGE = 3
@@ -32,7 +37,7 @@ class Weights:
 
     Raises:
         ConfigError: no safetensors, a shard that is missing or truncated, an index that does not fit its shards, or a
-            dtype that is not floating point.
+            dtype that is not floating point; more than one set of weights that transformers would mix.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,12 +46,19 @@ class Weights:
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, Shape] = {}
         dtypes = set()
+        files: dict[str, Path] = {}
         for path, names in _files(folder).items():
             handle = _open(path)
             held = set(handle.keys())
-            for name in sorted(held if names is None else names):
-                if name not in held:
-                    raise ConfigError(f"{path} does not hold {name}, which {INDEX_FILE} says it does; fetch it again")
+            if lost := sorted(set(names) - held):
+                raise ConfigError(f"{path} does not hold {lost[0]}, which {INDEX_FILE} says it does; fetch it again")
+            # As in transformers, all that a file of the index holds counts, also what the index does not speak of.
+            for name in sorted(held):
+                if (other := files.setdefault(name, path)) != path:
+                    raise ConfigError(
+                        f"{other} and {path.name} both hold {name}; they were saved by different runs: fetch the folder "
+                        "again, or save it anew with save_pretrained"
+                    )
                 header = handle.get_slice(name)
                 if header.get_dtype() not in _DTYPES:
                     raise ConfigError(
@@ -123,14 +135,23 @@ def write_weights(
             weight_map[name] = file
         if len(shard) != len(names):
             raise RuntimeError(f"{names[len(shard)]} was planned and did not come")
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise ConfigError(f"cannot write {folder / file}: {error}") from None
+        save_tensors(shard, folder / file)
     if len(shards) > 1:
         total = sum(map(_numel, shapes.values())) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, which anyone may read whom the umask lets; raises ConfigError if that fails."""
+    try:
+        # safetensors makes its files the owner's alone. One that Python makes has the permissions that the umask leaves.
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except SafetensorError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from None
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_shard_size: int) -> list[list[str]]:
@@ -146,19 +167,29 @@ def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_shard_size: int) 
     return shards
 
 
-def _files(folder: Path) -> dict[Path, list[str] | None]:
-    """Files and the tensors to take from each (None: all)."""
+def _files(folder: Path) -> dict[Path, list[str]]:
+    """Files to read, and the tensors that each must hold; in the order in which transformers looks for them."""
+    if (folder / PEFT_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} holds a PEFT adapter ({PEFT_CONFIG}), which transformers adds to the weights: merge it "
+            f"(merge_and_unload) and save the model anew, or remove {PEFT_CONFIG} to leave it out"
+        )
+    if distributed := next((path for path in _named(folder) if _DISTRIBUTED.fullmatch(path.name)), None):
+        raise ConfigError(
+            f"{folder} holds weights as one file per process ({distributed.name}), which are not read: load the model "
+            "in transformers, and save it anew with save_pretrained"
+        )
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: []}
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        files: dict[Path, list[str] | None] = {}
+        files: dict[Path, list[str]] = {}
         for name, file in _entries(folder, weight_map):
-            files.setdefault(folder / file, []).append(name)  # type: ignore[union-attr]
+            files.setdefault(folder / file, []).append(name)
         for path in files:
             if not path.is_file():
                 raise ConfigError(f"{path} is missing; {INDEX_FILE} names it")
         return files
-    if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: None}
     if (folder / ADAPTER_FILE).is_file():
         raise ConfigError(f"{folder} holds an adapter without its base's weights; name a merged export")
     if next(folder.glob("*.bin"), None) or next(folder.glob("*.pth"), None):
@@ -166,7 +197,20 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
             f"{folder} holds its weights only as pickles (.bin, .pth), which are not read: convert to safetensors, "
             "with save_pretrained of a recent transformers"
         )
-    raise ConfigError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    other = next(iter(_named(folder)), None)
+    raise ConfigError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+        + (
+            f"; {other.relative_to(folder)}, which it holds, transformers does not load by itself either"
+            if other
+            else ""
+        )
+    )
+
+
+def _named(folder: Path) -> list[Path]:
+    """Files of weights by whatever name: another library's, a variant's, a subfolder's."""
+    return sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*/*.safetensors"))
 
 
 def _entries(folder: Path, weight_map: Any) -> Iterator[tuple[str, str]]:

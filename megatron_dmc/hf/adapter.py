@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from typing import Any
 from safetensors import safe_open
 
 ADAPTER_FILE = "adapter.safetensors"
+# Of another kind of adapter: where PEFT is installed, transformers adds it to the weights beside it.
+PEFT_CONFIG = "adapter_config.json"
 _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # What base and adapter must agree on. Not max_position_embeddings: a retrofit may see longer texts than its base did.
 _SHARED = (
@@ -77,11 +80,18 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
     for name in _OF_ROTARY:
         pairs[name] = [(each.rope_parameters or {}).get(name) for each in (theirs, config)]
     for name, (found, expected) in pairs.items():
-        if found != expected:
+        if not _is_same(found, expected):
             raise ValueError(
                 f"{base} is not the base of {adapter}: its {name} is {found!r}, the adapter's is {expected!r}; name the "
                 "Llama that the adapter was trained on"
             )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Some tools write 1e-5 in float32's digits, 9.999999747378752e-06."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=2**-24)
+    return bool(one == other)
 
 
 def _check_shapes(own: str, config: Any) -> None:
@@ -97,7 +107,12 @@ def _check_shapes(own: str, config: Any) -> None:
 
 
 def _tensors(base: str) -> dict[str, str]:
-    """The file of every tensor, by the tensor's name."""
+    """File of every tensor; as transformers, of one file rather than of an index."""
+    if os.path.isfile(os.path.join(base, PEFT_CONFIG)):
+        raise ValueError(
+            f"{base} holds a PEFT adapter ({PEFT_CONFIG}): merge it (merge_and_unload) and save the model anew, or remove "
+            f"{PEFT_CONFIG} to leave it out"
+        )
     single = os.path.join(base, _SINGLE_FILE)
     if os.path.isfile(single):
         return dict.fromkeys(_shapes(single), single)

@@ -16,6 +16,7 @@ class DMCCache(Cache):
     Attributes:
         layers: the LayerCaches.
         columns: columns of input_ids seen, padding counted. generate() calls this number the cache's length.
+        real: bool [batch, columns], where they held no padding; None: nowhere.
     """
 
     is_compileable = False
@@ -32,6 +33,7 @@ class DMCCache(Cache):
         ]
         self.offloading = False
         self.columns = 0
+        self.real: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"DMCCache(columns={self.columns}, nbytes={self.nbytes})"
@@ -58,8 +60,8 @@ class DMCCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes held, everything counted."""
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.real is None else self.real.nbytes)
 
     @property
     def batch_size(self) -> int:
@@ -85,11 +87,32 @@ class DMCCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.columns = 0
+        self.real = None
+
+    def take_columns(self, real: Tensor | None, batch: int, seq: int) -> None:
+        """Notes ``seq`` new columns, of which ``real`` (bool [batch, seq]; None: all) are no padding."""
+        if real is not None or self.real is not None:
+            device = next(x.device for x in (self.real, real) if x is not None)
+            before, new = (
+                torch.ones(batch, width, dtype=torch.bool, device=device) if each is None else each.to(device)
+                for each, width in ((self.real, self.columns), (real, seq))
+            )
+            self.real = torch.cat([before, new], dim=1)
+        self.columns += seq
+
+    def leave_inference_mode(self) -> None:
+        """Makes what was taken in under torch.inference_mode() usable outside, where such tensors cannot be written to."""
+        for layer in self.layers:
+            if layer.tokens.is_inference() and not torch.is_inference_mode_enabled():
+                # Selecting every sequence copies all that the layer holds, in the same order.
+                layer.select(torch.arange(len(layer.tokens), device=layer.tokens.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what beam_idx[i] was."""
         for layer in self.layers:
             layer.select(beam_idx)
+        if self.real is not None:
+            self.real = self.real[beam_idx.to(self.real.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)

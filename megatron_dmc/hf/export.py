@@ -3,59 +3,30 @@
 import ast
 import json
 import os
+import sys
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_dmc.config import ConfigError
 
-# What is copied, and under which name: transformers knows a flat folder only.
-MANIFEST = {
-    "megatron_dmc.config": "dmc_config",
-    "megatron_dmc.errors": "dmc_errors",
-    "megatron_dmc.hf.adapter": "dmc_adapter",
-    "megatron_dmc.hf.cache": "dmc_cache",
-    "megatron_dmc.hf.configuration_dmc": "configuration_dmc",
-    "megatron_dmc.hf.modeling_dmc": "modeling_dmc",
-    "megatron_dmc.hf.padding": "dmc_padding",
-    "megatron_dmc.ops.attention": "ops_attention",
-    "megatron_dmc.ops.attention.api": "ops_attention_api",
-    "megatron_dmc.ops.attention.bias_channel": "ops_attention_bias_channel",
-    "megatron_dmc.ops.attention.diagonal": "ops_attention_diagonal",
-    "megatron_dmc.ops.attention.documents": "ops_attention_documents",
-    "megatron_dmc.ops.attention.fading_keys": "ops_attention_fading_keys",
-    "megatron_dmc.ops.attention.flash": "ops_attention_flash",
-    "megatron_dmc.ops.attention.flash_cpu": "ops_attention_flash_cpu",
-    "megatron_dmc.ops.attention.flash_cpu_window": "ops_attention_flash_cpu_window",
-    "megatron_dmc.ops.attention.flash_cuda": "ops_attention_flash_cuda",
-    "megatron_dmc.ops.attention.keys": "ops_attention_keys",
-    "megatron_dmc.ops.attention.naive": "ops_attention_naive",
-    "megatron_dmc.ops.attention.parts": "ops_attention_parts",
-    "megatron_dmc.ops.attention.slot_attention": "ops_attention_slot_attention",
-    "megatron_dmc.ops.attention.types": "ops_attention_types",
-    "megatron_dmc.ops.backend": "ops_backend",
-    "megatron_dmc.ops.decisions": "ops_decisions",
-    "megatron_dmc.ops.decode": "ops_decode",
-    "megatron_dmc.ops.decode.layer_cache": "ops_decode_layer_cache",
-    "megatron_dmc.ops.decode.open_slot": "ops_decode_open_slot",
-    "megatron_dmc.ops.decode.pages": "ops_decode_pages",
-    "megatron_dmc.ops.decode.ring": "ops_decode_ring",
-    "megatron_dmc.ops.decode.slots": "ops_decode_slots",
-    "megatron_dmc.ops.matrix_product": "ops_matrix_product",
-    "megatron_dmc.ops.pooling": "ops_pooling",
-    "megatron_dmc.ops.pooling.api": "ops_pooling_api",
-    "megatron_dmc.ops.pooling.naive": "ops_pooling_naive",
-    "megatron_dmc.ops.pooling.scan": "ops_pooling_scan",
-    "megatron_dmc.ops.pooling.state": "ops_pooling_state",
-    "megatron_dmc.ops.pooling.torch": "ops_pooling_torch",
-    "megatron_dmc.ops.rotary": "ops_rotary",
-    "megatron_dmc.ops.states": "ops_states",
-    "megatron_dmc.ops.tokens": "ops_tokens",
-}
-MODELING = "modeling_dmc"
+PACKAGE = "megatron_dmc"
+# What the copies may import beside each other and the standard library; transformers itself needs safetensors.
+ALLOWED = frozenset({"torch", "transformers", "safetensors"})
+CONFIGURATION, MODELING = "megatron_dmc.hf.configuration_dmc", "megatron_dmc.hf.modeling_dmc"
+
+
+def flat_name(module: str) -> str:
+    """The name of a module's copy: transformers knows a flat folder only."""
+    last = module.rpartition(".")[2]
+    return last if last.endswith("_dmc") else module.replace(PACKAGE, "dmc", 1).replace(".", "_")
+
+
 AUTO_MAP = {
-    "AutoConfig": "configuration_dmc.DMCLlamaConfig",
-    "AutoModel": f"{MODELING}.DMCLlamaModel",
-    "AutoModelForCausalLM": f"{MODELING}.DMCLlamaForCausalLM",
+    "AutoConfig": f"{flat_name(CONFIGURATION)}.DMCLlamaConfig",
+    "AutoModel": f"{flat_name(MODELING)}.DMCLlamaModel",
+    "AutoModelForCausalLM": f"{flat_name(MODELING)}.DMCLlamaForCausalLM",
 }
 
 
@@ -81,37 +52,124 @@ def write_modeling_code(folder: Path) -> None:
 
 def modeling_code() -> dict[str, str]:
     """File names in the flat folder and their contents."""
-    texts = {flat: flat_imports(_source(module), module) for module, flat in MANIFEST.items()}
-    others = sorted(set(texts) - {MODELING})
-    texts[MODELING] += _reachable(others)
+    texts = {flat_name(module): flat_imports(source, module) for module, source in needed_modules().items()}
+    others = sorted(set(texts) - {flat_name(MODELING)})
+    texts[flat_name(MODELING)] += _reachable(others)
     return {f"{flat}.py": text for flat, text in texts.items()}
 
 
-def flat_imports(source: str, module: str) -> str:
-    """source with its imports from this package turned into relative ones between the flat folder's files.
+def needed_modules() -> dict[str, str]:
+    """Sources of the configuration, of the model, and of every module of this package that they import, by name.
 
     Raises:
-        ValueError: it imports something that the manifest does not have.
+        ConfigError: one of them imports what a user of the export need not have, or in a form that cannot be rewritten.
+    """
+    sources: dict[str, str] = {}
+    new = [CONFIGURATION, MODELING]
+    while new:
+        module = new.pop()
+        if module not in sources:
+            sources[module] = _source(module)
+            new += [target.module for _, targets in _own_imports(sources[module], module) for target in targets]
+    names: dict[str, str] = {}
+    for module in sources:
+        if (other := names.setdefault(flat_name(module), module)) != module:
+            raise ConfigError(f"{module} and {other} would both be exported as {flat_name(module)}.py; rename one")
+    return dict(sorted(sources.items()))
+
+
+def flat_imports(source: str, module: str) -> str:
+    """``source`` with its imports from this package turned into relative ones between the flat folder's files.
+
+    Raises:
+        ConfigError: as :func:`needed_modules`.
     """
     lines = source.splitlines(keepends=True)
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    for node in sorted(imports, key=lambda node: node.lineno, reverse=True):
-        origin = node.module or ""
-        if origin.split(".")[0] != __package__.split(".")[0]:
-            continue
-        new = [_flat_import(origin, name, module) for name in node.names]
-        lines[node.lineno - 1 : node.end_lineno] = [" " * node.col_offset + line + "\n" for line in new]
+    for node, targets in sorted(_own_imports(source, module), key=lambda each: each[0].lineno, reverse=True):
+        indent = " " * node.col_offset
+        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{target.statement()}\n" for target in targets]
     return "".join(lines)
 
 
-def _flat_import(origin: str, name: ast.alias, module: str) -> str:
-    submodule = MANIFEST.get(f"{origin}.{name.name}")
-    if submodule is not None:
-        return f"from . import {submodule} as {name.asname or name.name}"
-    if origin not in MANIFEST:
-        raise ValueError(f"{module} imports {name.name} from {origin}, which the export's manifest does not list")
-    renamed = f" as {name.asname}" if name.asname else ""
-    return f"from .{MANIFEST[origin]} import {name.name}{renamed}"
+class _Target(NamedTuple):
+    """One imported name: of ``module``, which is the thing itself where ``name`` is None; bound as ``alias``."""
+
+    module: str
+    name: str | None
+    alias: str
+
+    def statement(self) -> str:
+        flat = flat_name(self.module)
+        if self.name is None:
+            return f"from . import {flat} as {self.alias}"
+        return f"from .{flat} import {self.name}" + (f" as {self.alias}" if self.alias != self.name else "")
+
+
+def _own_imports(source: str, module: str) -> Iterator[tuple[ast.ImportFrom, list[_Target]]]:
+    """Every import from this package in a module, wherever it stands, with what it imports.
+
+    Raises:
+        ConfigError: an import that an export cannot have.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                _check_foreign(alias.name, module, node)
+                if _is_own(alias.name):
+                    raise _refusal(module, node, f"write it as from {PACKAGE}... import ...")
+        elif isinstance(node, ast.ImportFrom):
+            origin = _absolute(node, module)
+            _check_foreign(origin, module, node)
+            if _is_own(origin):
+                if any(alias.name == "*" for alias in node.names):
+                    raise _refusal(module, node, "name what is imported")
+                yield node, [_resolve(origin, alias.name, alias.asname or alias.name) for alias in node.names]
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module if _is_package(module) else module.rpartition(".")[0]
+    base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+    return f"{base}.{node.module}" if node.module else base
+
+
+def _check_foreign(name: str, module: str, node: ast.stmt) -> None:
+    top = name.split(".")[0]
+    if not _is_own(name) and top not in ALLOWED and top not in sys.stdlib_module_names:
+        raise _refusal(module, node, "an exported model needs torch and transformers only")
+
+
+def _is_own(name: str) -> bool:
+    return name.split(".")[0] == PACKAGE
+
+
+def _refusal(module: str, node: ast.stmt, reason: str) -> ConfigError:
+    return ConfigError(f"{module} cannot be exported, line {node.lineno} reads {ast.unparse(node)!r}: {reason}")
+
+
+def _resolve(origin: str, name: str, alias: str) -> _Target:
+    """Where a name is defined: packages that pass it on are no part of an export."""
+    while _is_package(origin):
+        passed_on = _passed_on(origin).get(name, (origin, name))
+        if passed_on != (origin, name):
+            origin, name = passed_on
+        elif _exists(f"{origin}.{name}"):
+            return _Target(f"{origin}.{name}", None, alias)
+        else:
+            break
+    return _Target(origin, name, alias)
+
+
+def _passed_on(package: str) -> Mapping[str, tuple[str, str]]:
+    """What a package's ``__init__`` imports from this package: module and name there, by the name here."""
+    nodes = [node for node in ast.parse(_source(package)).body if isinstance(node, ast.ImportFrom)]
+    return {
+        alias.asname or alias.name: (_absolute(node, package), alias.name)
+        for node in nodes
+        if _is_own(_absolute(node, package))
+        for alias in node.names
+    }
 
 
 def _reachable(modules: list[str]) -> str:
@@ -120,10 +178,25 @@ def _reachable(modules: list[str]) -> str:
     return f"\n\nfrom typing import TYPE_CHECKING  # noqa: E402\n\nif TYPE_CHECKING:\n{imports}"
 
 
+def _file(module: str) -> Path:
+    """A module's file, or a package's ``__init__``; need not exist."""
+    path = Path(str(files(PACKAGE))).joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _exists(module: str) -> bool:
+    return _file(module).is_file()
+
+
+def _is_package(module: str) -> bool:
+    return _file(module).name == "__init__.py"
+
+
 def _source(module: str) -> str:
-    package, _, name = module.rpartition(".")
-    path = files(package) / f"{name}.py"
-    return (path if path.is_file() else files(module) / "__init__.py").read_text(encoding="utf-8")
+    try:
+        return _file(module).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{module}, which an export needs, cannot be read: {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

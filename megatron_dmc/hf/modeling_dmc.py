@@ -172,7 +172,8 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
 
         Args:
             input_ids, inputs_embeds: one of them, [batch, seq] or [batch, seq, hidden].
-            attention_mask: [batch, seq] or longer (past tokens first); zero at padding, which may be anywhere.
+            attention_mask: [batch, seq], or with the columns of past_key_values before them; zero at padding, which may be
+                anywhere. Past columns must be masked as they were when they were taken in.
             position_ids: must agree with the mask: a row's real tokens count from 0.
             past_key_values: a DMCCache, or None.
             use_cache: None follows the configuration, but means False where gradients are recorded: the cache has none.
@@ -192,13 +193,15 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         cache = self._cache(past_key_values, use_cache)
+        if cache is not None:
+            cache.leave_inference_mode()
         keep_states = bool(output_hidden_states or self.config.output_hidden_states)
         if cache is not None and cache.columns > 0 and cache.batch_size != batch:
             raise ValueError(
                 f"past_key_values holds {cache.batch_size} sequences, got {batch}; give it as many with its "
                 "batch_repeat_interleave or batch_select_indices, or start a new one"
             )
-        packing = _packing(attention_mask, batch, seq)
+        packing = _packing(attention_mask, batch, seq, cache)
         first = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         if cache is not None and cache.columns > 0:
             first = cache.tokens[:, None]
@@ -213,7 +216,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         if packing is not None:
             states = [packing.unpack(x) for x in states]
         if cache is not None:
-            cache.columns += seq
+            cache.take_columns(None if packing is None else packing.real, batch, seq)
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             past_key_values=cache,
@@ -313,18 +316,43 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = DMCCache(self.config)
 
 
-def _packing(attention_mask: Tensor | None, batch: int, seq: int) -> Packing | None:
+def _packing(attention_mask: Tensor | None, batch: int, seq: int, cache: DMCCache | None) -> Packing | None:
     """None if there is no padding."""
     if attention_mask is None:
         return None
+    past = 0 if cache is None else cache.columns
     shape = list(getattr(attention_mask, "shape", ()))
-    if len(shape) != 2 or shape[0] != batch or shape[1] < seq:
+    if len(shape) != 2 or shape[0] != batch or shape[1] not in (seq, past + seq):
+        columns = f"{past + seq} columns" + (f" (past and new tokens) or {seq} (new ones alone)" if past else "")
+        found = shape or type(attention_mask).__name__
         raise ValueError(
-            f"attention_mask must be [{batch}, >= {seq}], zero at padding, got {shape or type(attention_mask).__name__}; "
-            "attention itself is always causal"
+            f"attention_mask must have {batch} rows and {columns}, zero at padding, got {found}; attention itself is always "
+            "causal"
         )
-    attention_mask = attention_mask[:, -seq:]
-    return None if bool((attention_mask != 0).all()) else Packing(attention_mask)
+    real = attention_mask != 0
+    if (cache is None or cache.real is None) and bool(real.all()):
+        return None
+    if cache is not None and shape[1] != seq:
+        _check_past(real[:, :past], cache)
+    real = real[:, -seq:]
+    return None if bool(real.all()) else Packing(real)
+
+
+def _check_past(real: Tensor, cache: DMCCache) -> None:
+    """real [batch, past columns] by the mask. What was taken in is in its slots, what was padding is nowhere."""
+    differs = ~real if cache.real is None else real != cache.real.to(real.device)
+    if bool(differs.any()):
+        row, column = (int(index) for index in differs.nonzero()[0])
+        is_real = bool(real[row, column])
+        raise ValueError(
+            f"attention_mask is {int(is_real)} at row {row}, column {column}, where past_key_values "
+            + (
+                "took in padding: there is no token to attend to"
+                if is_real
+                else "took in a token: merged, it cannot be hidden"
+            )
+            + "; give past columns the mask they had, or start anew without past_key_values"
+        )
 
 
 def _check_positions(position_ids: Tensor | None, packing: Packing | None, first: Tensor, seq: int) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.layout import check_layout
 from megatron_dmc.recipe.sections import PhaseConfig, Recipe
 
@@ -11,6 +12,29 @@ from megatron_dmc.recipe.sections import PhaseConfig, Recipe
 MOST_SAMPLES = 2**31 - 1
 # What the sizes of an FP8 matrix product must be multiples of.
 FP8_MULTIPLE = 16
+
+
+# What flash-attention kernels have: head dimensions that are multiples of this, up to the widest one.
+HEAD_DIM_MULTIPLE = 8
+WIDEST_HEAD = 256
+
+
+def check_head_dim(model: ModelConfig, dmc: DMCConfig | None) -> None:
+    """Raises ConfigError for a head dimension that the attention kernels of a GPU do not have.
+
+    Args:
+        dmc: None for a model without decisions.
+    """
+    # The projection's bias per key travels in channels that are added to the head; neuron has one to spare.
+    widened = HEAD_DIM_MULTIPLE if dmc is not None and dmc.decision_source == "projection" else 0
+    widest = WIDEST_HEAD - widened
+    if model.head_dim % HEAD_DIM_MULTIPLE or model.head_dim > widest:
+        what = " with dmc.decision_source projection" if widened else ""
+        raise ConfigError(
+            f"the head dimension (model.kv_channels, or hidden_size / num_attention_heads) must be a multiple of "
+            f"{HEAD_DIM_MULTIPLE} and <= {widest}{what}, got {model.head_dim}: flash-attention kernels have no other; such a "
+            "model cannot be used here"
+        )
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -21,6 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     model, training, parallel, phases = recipe.model, recipe.training, recipe.parallel, recipe.phases
     model.check()
+    check_head_dim(model, recipe.dmc if recipe.merges else None)
     for section, config in (("training", training), ("parallel", parallel)):
         for name, value in vars(config).items():
             if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:

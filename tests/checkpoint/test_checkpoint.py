@@ -169,7 +169,7 @@ def test_another_model_is_recognized_by_its_settings(saved: Path) -> None:
     expected = {**MODEL, "num_layers": 6, "num_query_groups": 2, "max_position_embeddings": 9}
     with pytest.raises(CheckpointError, match=r"num_layers is 2 there, 6 here; model\.num_query_groups is 1 there"):
         SavedModel.open(saved).load(state(), expected_model=expected)
-    SavedModel.open(saved).load(state(), expected_model={**MODEL, "kv_channels": 4, "init_method_std": 0.1})
+    SavedModel.open(saved).load(state(), expected_model={**MODEL, "kv_channels": 8, "init_method_std": 0.1})
 
 
 def test_another_model_is_recognized_by_its_tensors(saved: Path) -> None:

@@ -51,11 +51,11 @@ def test_a_folder_that_a_new_one_cannot_replace_is_refused(
 
 
 def test_tokens_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
-    assert special_tokens(tmp_path) == {}
+    assert special_tokens(tmp_path, 280) == {}
     copy_tokenizer(tokenizer_folder, tmp_path)
-    assert special_tokens(tmp_path) == {"bos_token_id": 0, "eos_token_id": 0}
+    assert special_tokens(tmp_path, 280) == {"bos_token_id": 0, "eos_token_id": 0}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "bos_token_id": 4, "temperature": 0.6}')
-    assert special_tokens(tmp_path) == {"bos_token_id": 4, "eos_token_id": [5, 6]}
+    assert special_tokens(tmp_path, 280) == {"bos_token_id": 4, "eos_token_id": [5, 6]}
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
-        special_tokens(tmp_path)
+        special_tokens(tmp_path, 280)

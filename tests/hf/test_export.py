@@ -1,6 +1,5 @@
 """The exported folder needs torch and transformers, and no megatron_dmc."""
 
-import ast
 import json
 import os
 
@@ -55,60 +54,6 @@ def test_a_stranger_loads_and_generates(make_model, dmc, left_padded, tmp_path):
         )
     torch.save(given, tmp_path / "given.pt")
     run_as_stranger(STRANGER, folder, tmp_path / "given.pt", folder=tmp_path)
-
-
-def test_copies_are_the_sources(tmp_path):
-    """Only the imports differ, and the manifest lists what the model needs and nothing else."""
-
-    def body(text):
-        tree = ast.parse(text)
-        for node in ast.walk(tree):
-            if hasattr(node, "body") and isinstance(node.body, list):
-                node.body = [x for x in node.body if not isinstance(x, ast.Import | ast.ImportFrom)]
-        return ast.dump(tree)
-
-    code = export.modeling_code()
-    assert sorted(code) == sorted(f"{flat}.py" for flat in export.MANIFEST.values())
-    for module, flat in export.MANIFEST.items():
-        source, copy = export._source(module), code[f"{flat}.py"]
-        assert "megatron_dmc" not in "".join(line for line in copy.splitlines() if "import" in line)
-        if flat == export.MODELING:
-            copy = copy[: copy.index("\n\nfrom typing import TYPE_CHECKING  # noqa: E402")]
-        assert body(copy) == body(source), module
-
-    needed, new = set(), {"megatron_dmc.hf.modeling_dmc"}
-    while new:
-        needed |= new
-        found = set()
-        for module in new:
-            for node in ast.walk(ast.parse(export._source(module))):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_dmc"):
-                    found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names} & set(
-                        export.MANIFEST
-                    )
-        new = found - needed
-    # A package that is imported from only for its submodules needs no file of its own.
-    assert set(export.MANIFEST) <= needed
-    assert all(not export._source(module).strip() for module in needed - set(export.MANIFEST))
-
-
-def test_rewriting_of_imports():
-    source = (
-        "import torch\n"
-        "from megatron_dmc.ops.pooling import naive, pool as merge\n"
-        "from megatron_dmc.ops.decisions import (\n    clear_channel,\n    hard_logits,\n)\n"
-        "def f():\n    from megatron_dmc.ops.rotary import rotate\n"
-    )
-    assert export.flat_imports(source, "x") == (
-        "import torch\n"
-        "from . import ops_pooling_naive as naive\n"
-        "from .ops_pooling import pool as merge\n"
-        "from .ops_decisions import clear_channel\n"
-        "from .ops_decisions import hard_logits\n"
-        "def f():\n    from .ops_rotary import rotate\n"
-    )
-    with pytest.raises(ValueError, match=r"x imports run from megatron_dmc.training, which the export's manifest"):
-        export.flat_imports("from megatron_dmc.training import run\n", "x")
 
 
 def test_refuses_a_folder_that_is_no_export(tmp_path):

@@ -162,8 +162,8 @@ def test_refusals(projection_model, prompt):
     with torch.no_grad():
         refused = {
             "output_attentions": {"output_attentions": True},
-            "attention_mask must be": {"attention_mask": torch.ones(3, 1, 41, 41)},
-            r"attention_mask must be \[3, >= 41\], zero at padding, got \[1, 41\]": {
+            "attention_mask must have": {"attention_mask": torch.ones(3, 1, 41, 41)},
+            r"attention_mask must have 3 rows and 41 columns, zero at padding, got \[1, 41\]": {
                 "attention_mask": (torch.arange(41) > 0)[None]
             },
             "zero at padding, got dict": {"attention_mask": {"full_attention": None}},

@@ -19,7 +19,8 @@ PHASES = [{"kind": "compress", "steps": 2, "lr": 1e-3}]
 
 def recipe(folder: Path) -> Path:
     values = recipe_values(folder, folder / "run", PHASES)
-    values["model"] |= {"num_layers": 6, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 44}
+    values["model"] |= {"num_layers": 6, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4}
+    values["model"]["ffn_hidden_size"] = 44
     values["data"]["sequence_length"] = 30
     return write_recipe(folder / "run", values)
 
@@ -30,7 +31,10 @@ def recipe(folder: Path) -> Path:
         ([f"{TP}=3"], r"tensor_model_parallel_size \(3\) must divide model.num_query_groups \(4\).* work: 1, 2, 4$"),
         ([f"{TP}=8"], r"\(8\) must divide model.num_query_groups \(4\): a KV head and its decisions live on one rank"),
         ([f"{TP}=4", "model.ffn_hidden_size=42"], r"must divide model.ffn_hidden_size \(42\); .* work: 1, 2$"),
-        ([f"{TP}=4", "model.vocab_size=302"], r"vocab_size \(302\) .*\(4\); pad the vocabulary, or .* work: 1, 2$"),
+        (
+            [f"{TP}=4", "model.vocab_size=302"],
+            r"vocab_size \(302\) .*\(4\); .* set model.vocab_size to 304, or .* work: 1, 2$",
+        ),
         ([SEQUENCE], "sequence_parallel needs tensor_model_parallel_size > 1; set it to false"),
         (
             [f"{TP}=4", SEQUENCE],

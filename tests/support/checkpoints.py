@@ -12,7 +12,7 @@ from megatron_dmc.model.model_config import ModelConfig
 
 SIZES = ModelConfig(
     num_layers=2,
-    hidden_size=8,
+    hidden_size=16,
     ffn_hidden_size=16,
     num_attention_heads=2,
     num_query_groups=1,

@@ -70,7 +70,10 @@ def cuda_backward(
 
 def _check_dtype(query: Tensor) -> None:
     if query.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"attention on a GPU needs bfloat16 or float16 (flash kernels have no {query.dtype}); set bf16")
+        raise TypeError(
+            f"attention on a GPU needs bfloat16 or float16, got {query.dtype}: load the model with dtype=torch.bfloat16 (in a "
+            "recipe: training.bf16 true)"
+        )
 
 
 def _carry_bias(
