@@ -4,7 +4,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, read_info, read_json
 from megatron_dmc.checkpoint.metadata import UnsafeMetadataError, bytes_per_file, read_metadata, sizes
-from megatron_dmc.checkpoint.save import BACKENDS
+from megatron_dmc.checkpoint.save import BACKENDS, SHARDED_BACKEND
 
 # Settings of recipe.model that may differ between the checkpoint and the run: they do not change what the weights mean.
 _FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
@@ -42,7 +41,7 @@ def _check(folder: Path) -> tuple[CheckpointInfo, dict[str, tuple[int, ...] | No
     for name in ("metadata.json", ".metadata", "common.pt"):
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} is not whole: {name} is missing")
-    if read_json(folder / "metadata.json") != asdict(BACKENDS):
+    if read_json(folder / "metadata.json") not in (BACKENDS, SHARDED_BACKEND):
         raise CheckpointError(f"{folder / 'metadata.json'} names another checkpoint format than torch_dist, version 1")
     try:
         metadata = read_metadata(folder / ".metadata")
