@@ -5,7 +5,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron_dmc.checkpoint.agreement import on_all_ranks, one_line
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, read_info, read_json
 from megatron_dmc.checkpoint.metadata import Entry, UnsafeMetadataError, bytes_per_file, entries, read_metadata
-from megatron_dmc.checkpoint.save import BACKENDS
+from megatron_dmc.checkpoint.save import BACKENDS, SHARDED_BACKEND
 from megatron_dmc.recipe.base import model_differences
 
 
@@ -49,7 +48,7 @@ def check_files(folder: Path) -> Stored:
     for name in ("metadata.json", ".metadata", "common.pt"):
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} is not whole: {name} is missing")
-    if read_json(folder / "metadata.json") != asdict(BACKENDS):
+    if read_json(folder / "metadata.json") not in (BACKENDS, SHARDED_BACKEND):
         raise CheckpointError(f"{folder / 'metadata.json'} names another checkpoint format than torch_dist, version 1")
     data = (folder / ".metadata").read_bytes()
     try:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -46,8 +45,10 @@ from megatron_dmc.checkpoint.folder import (
     update_latest,
 )
 
-# metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use.
-BACKENDS = CheckpointingConfig("torch_dist", 1)
+# metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use. megatron-core < 0.17
+# writes all four entries and newer ones the first two; each reads the other's.
+SHARDED_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+BACKENDS = SHARDED_BACKEND | {"common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _write(
         )
     with on_all_ranks(what, needed, folder.parent, group):
         if is_first:
-            save_config(BACKENDS, str(temporary))
+            (temporary / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
             if tokenizer_folder is not None:
                 if not Path(tokenizer_folder, "tokenizer.json").is_file():
                     raise CheckpointError(

@@ -32,7 +32,8 @@ class PackedDataset(GPTDataset):
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         """One sample of :func:`packed_sample`."""
-        flagged, _ = self._query_document_sample_shuffle_indices(idx)
+        # megatron-core >= 0.17 returns the documents' lengths as well.
+        flagged, *_ = self._query_document_sample_shuffle_indices(idx)
         return packed_sample(
             flagged & (_TRAINED - 1),
             (flagged & _TRAINED) != 0,

@@ -1,8 +1,10 @@
 """Text generation with the compressed cache."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from megatron.core.inference import utils as inference_utils
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
@@ -16,9 +18,18 @@ def forward(loaded: LoadedModel, tokens: Tensor, context: DMCInferenceContext) -
     """Takes the next tokens [batch, seq] into the cache; the model's logits, [batch, seq or 1, vocabulary] in float32."""
     tokens = tokens.to(loaded.device)
     # Positions are the cache's: each sequence goes on where it stands.
-    logits = loaded.model(tokens, torch.zeros_like(tokens), None, inference_context=context, runtime_gather_output=True)
+    with _inference():
+        logits = loaded.model(
+            tokens, torch.zeros_like(tokens), None, inference_context=context, runtime_gather_output=True
+        )
     context.sequence_len_offset += tokens.shape[1]
     return logits.float()
+
+
+def _inference() -> AbstractContextManager[None]:
+    """megatron-core < 0.17 sees from the context that a model infers; newer versions ask a flag of the process."""
+    mode = getattr(inference_utils, "InferenceMode", None)
+    return nullcontext() if mode is None else mode.active()
 
 
 def generate(

@@ -1,5 +1,6 @@
 """megatron-core's GPTModel with DMC attention, from a ModelConfig."""
 
+import logging
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def build_model(
 
     megatron-core's parallel_state must be initialized. ``dmc`` None builds the base model.
     """
+    logging.getLogger(GPTModel.__module__).addFilter(_is_news)
     config = config or transformer_config(model)
     spec = get_dmc_block_spec(config, dmc, vp_stage=vp_stage, use_transformer_engine=use_transformer_engine)
     return GPTModel(
@@ -76,6 +78,11 @@ def build_model(
         rope_scaling_factor=model.rotary_scaling_factor or 8.0,
         vp_stage=vp_stage,
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """megatron-core 0.19 announces with every model that GPTModel gets no new features; what is there is all we need."""
+    return not record.getMessage().startswith("GPTModel IS DEPRECATED")
 
 
 def dmc_layers(model: torch.nn.Module) -> list[DMCSelfAttention]:

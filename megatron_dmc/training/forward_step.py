@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.distillation_loss import distillation_loss
 from megatron_dmc.model.documents import PackedDocuments, pack_documents
 from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.ops.context_parallel import local_positions
 from megatron_dmc.recipe import DistillationConfig
 
 Batch = dict[str, Tensor]
@@ -22,8 +23,10 @@ Output = tuple[Tensor, Any]
 
 def on_this_context_rank(batch: Batch) -> Batch:
     """[b, s] -> this context-parallel rank's tokens [b, s / ranks]; samples' numbers and document_starts as they are."""
-    tokens = {name: x for name, x in batch.items() if name not in ("sample_index", "document_starts")}
-    return {**batch, **get_batch_on_this_cp_rank(tokens)}
+    ranks = parallel_state.get_context_parallel_world_size()
+    # Not megatron-core's get_batch_on_this_cp_rank, whose arguments differ between versions.
+    mine = local_positions(batch["tokens"].shape[1] // ranks, parallel_state.get_context_parallel_group())
+    return {name: x if name in ("sample_index", "document_starts") else x[:, mine] for name, x in batch.items()}
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Output:
