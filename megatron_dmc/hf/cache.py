@@ -5,9 +5,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.ops.decode import LayerCache
+
+# What models' arguments and outputs call their cache: transformers 5.24 renamed it.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class DMCCache(Cache):
@@ -16,7 +20,7 @@ class DMCCache(Cache):
     Attributes:
         layers: the LayerCaches.
         columns: columns of input_ids seen, padding counted. generate() calls this number the cache's length.
-        real: bool [batch, columns], where they held no padding; None: nowhere.
+        real: bool [batch, columns], false where a column held padding; None: none did.
     """
 
     is_compileable = False

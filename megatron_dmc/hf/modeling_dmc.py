@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.utils import can_return_tuple
 
 from megatron_dmc.hf.adapter import joined, lacks_its_base
-from megatron_dmc.hf.cache import DMCCache
+from megatron_dmc.hf.cache import CACHE_NAME, DMCCache
 from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.padding import Packing
 from megatron_dmc.ops.attention import windowed_dmc_attention
@@ -166,6 +166,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The hidden states after the last layer and the final norm.
@@ -175,7 +176,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
             attention_mask: [batch, seq], or with the columns of past_key_values before them; zero at padding, which may be
                 anywhere. Past columns must be masked as they were when they were taken in.
             position_ids: must agree with the mask: a row's real tokens count from 0.
-            past_key_values: a DMCCache, or None.
+            past_key_values, cache: two names for the same argument (transformers 5.24 renamed it): a DMCCache, or None.
             use_cache: None follows the configuration, but means False where gradients are recorded: the cache has none.
             output_hidden_states: also return the states before every layer and after the final norm.
 
@@ -192,7 +193,7 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
             raise ValueError("there are no new tokens: the cache already holds everything that was given")
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         if cache is not None:
             cache.leave_inference_mode()
         keep_states = bool(output_hidden_states or self.config.output_hidden_states)
@@ -219,8 +220,8 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
             cache.take_columns(None if packing is None else packing.real, batch, seq)
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=cache,
             hidden_states=tuple(states) if keep_states else None,
+            **{CACHE_NAME: cache},
         )
 
     def _run_layers(
@@ -270,6 +271,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss where labels are given. Arguments as DMCLlamaModel's and Llama's."""
@@ -280,6 +282,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -291,8 +294,8 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -309,11 +312,11 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported: this model has its "
                 "compressed cache only; leave it out"
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if isinstance(cache, Cache) and cache.get_seq_length() == 0 and not isinstance(cache, DMCCache):
             cache = None  # another kind, still empty
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DMCCache(self.config)
+            model_kwargs[CACHE_NAME] = DMCCache(self.config)
 
 
 def _packing(attention_mask: Tensor | None, batch: int, seq: int, cache: DMCCache | None) -> Packing | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_dmc.ops.attention import dmc_attention, naive
+from megatron_dmc.ops.attention import dmc_attention, flash_cpu, naive
 from megatron_dmc.ops.attention.diagonal import diagonal_forward
 from megatron_dmc.ops.attention.fading_keys import FarKeys
 from megatron_dmc.ops.attention.types import KernelSettings
@@ -66,6 +66,22 @@ def assert_equal_to_oracle(
 )
 def test_equals_the_oracle(shape: Shape, decisions: str, channel: int | None) -> None:
     assert_equal_to_oracle(of_slots(shape, decisions=decisions, channel=channel), 1e-12, channel)
+
+
+@pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
+def test_a_kernel_without_groups_of_query_heads(channel: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.9 reads beyond the keys where they have fewer heads: it never sees such keys."""
+    monkeypatch.setattr(flash_cpu, "KNOWS_GROUPS", False)
+    seen = []
+    original = flash_cpu.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def kernel(query: Tensor, key: Tensor, *others: Any, **options: Any) -> Any:
+        seen.append((query.shape[1], key.shape[1]))
+        return original(query, key, *others, **options)
+
+    monkeypatch.setattr(flash_cpu.aten, "_scaled_dot_product_flash_attention_for_cpu", kernel)
+    assert_equal_to_oracle(of_slots(Shape(2, 97, 8, 2, 32), decisions="mixed", channel=channel), 1e-12, channel)
+    assert seen == [(8, 8)]
 
 
 @pytest.mark.parametrize("channel", [None, -1, 3], ids=lambda c: f"channel{c}")

@@ -9,15 +9,14 @@ from megatron_dmc.ops.attention.types import Attended, BiasedKeys, Gradients, Ke
 
 aten = torch.ops.aten
 
+KNOWS_GROUPS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
+
 
 def cpu_forward(query: Tensor, keys: BiasedKeys, settings: KernelSettings) -> Attended:
     """flash_forward without documents and without a window."""
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(query, keys.key, keys.value),
-        0.0,
-        settings.causal,
-        attn_mask=_mask(query, keys.bias),
-        scale=settings.softmax_scale,
+    tensors = _heads_first(query, keys.key, keys.value)
+    out, lse = kernel_forward(
+        *tensors, causal=settings.causal, mask=_mask(query, keys.bias), softmax_scale=settings.softmax_scale
     )
     return Attended(out.transpose(1, 2), lse.transpose(1, 2))
 
@@ -43,13 +42,12 @@ def cpu_backward(
             F.pad(value, (0, 1)),
             F.pad(final.out, (0, 1)),
         )
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads = kernel_backward(
         *_heads_first(*wide),
         final.lse.transpose(1, 2).contiguous(),
-        0.0,
-        settings.causal,
-        attn_mask=_mask(query, bias),
-        scale=settings.softmax_scale,
+        causal=settings.causal,
+        mask=_mask(query, bias),
+        softmax_scale=settings.softmax_scale,
     )
     return split_bias([g.transpose(1, 2) for g in grads], channel, head_dim, 1.0)
 
@@ -65,3 +63,42 @@ def _mask(query: Tensor, bias: Tensor | None) -> Tensor | None:
     group = query.shape[2] // bias.shape[2]
     bias = bias.to(torch.promote_types(query.dtype, torch.float32))
     return bias.repeat_interleave(group, dim=2).transpose(1, 2)[:, :, None].contiguous()
+
+
+def kernel_forward(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's kernel: query [batch, heads, seq_q, d], key and value [batch, kv_heads, seq_k, d] -> out, lse."""
+    key, value = (_for_each_query_head(x, query) for x in (key, value))
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=softmax_scale
+    )
+
+
+def kernel_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    softmax_scale: float,
+) -> list[Tensor]:
+    """The gradients of kernel_forward's query, key and value."""
+    kv_heads = key.shape[1]
+    wide_key, wide_value = (_for_each_query_head(x, query) for x in (key, value))
+    d_query, d_key, d_value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, query, wide_key, wide_value, out, lse, 0.0, causal, attn_mask=mask, scale=softmax_scale
+    )
+    if wide_key is not key:
+        d_key, d_value = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (d_key, d_value))
+    return [d_query, d_key, d_value]
+
+
+def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
+    """A key or value as the kernel takes it. Before torch 2.9 it knows no groups of query heads, and reads beyond the end."""
+    group = query.shape[1] // x.shape[1]
+    return x if group == 1 or KNOWS_GROUPS else x.repeat_interleave(group, dim=1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.attention.flash_cpu import kernel_backward, kernel_forward
 from megatron_dmc.ops.attention.types import Attended, BiasedKeys, Gradients, KernelSettings
 
 # Queries in a block, at least. The kernel is slow with shorter blocks.
@@ -21,8 +22,6 @@ GROUP = 1024
 # The mask of a key that no query of a row sees. No score comes near it; an infinity would leave a row without keys.
 UNSEEN = -1e30
 
-aten = torch.ops.aten
-
 
 def cpu_window_forward(query: Tensor, keys: BiasedKeys, settings: KernelSettings) -> Attended:
     """flash_forward with a window shorter than the sequence, without documents and without a bias."""
@@ -30,14 +29,13 @@ def cpu_window_forward(query: Tensor, keys: BiasedKeys, settings: KernelSettings
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     for blocks, band in _groups(query, window):
-        part, part_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        part, part_lse = kernel_forward(
             blocks.queries(query),
             blocks.keys(keys.key),
             blocks.keys(keys.value),
-            0.0,
-            False,
-            attn_mask=band,
-            scale=scale,
+            causal=False,
+            mask=band,
+            softmax_scale=scale,
         )
         blocks.write_queries(out, part)
         blocks.write_queries(lse[..., None], part_lse[..., None])
@@ -51,17 +49,16 @@ def cpu_window_backward(
     window = _window(keys, settings)
     d_query, d_key, d_value = query.new_empty(query.shape), torch.zeros_like(keys.key), torch.zeros_like(keys.value)
     for blocks, band in _groups(query, window):
-        d_queries, d_keys, d_values = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_queries, d_keys, d_values = kernel_backward(
             blocks.queries(grad_out),
             blocks.queries(query),
             blocks.keys(keys.key),
             blocks.keys(keys.value),
             blocks.queries(final.out),
             blocks.queries(final.lse[..., None])[..., 0].contiguous(),
-            0.0,
-            False,
-            attn_mask=band,
-            scale=settings.softmax_scale,
+            causal=False,
+            mask=band,
+            softmax_scale=settings.softmax_scale,
         )
         blocks.write_queries(d_query, d_queries)
         blocks.add_keys(d_key, d_keys)
