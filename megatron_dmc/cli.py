@@ -82,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="compression ratio of every layer and head on a text", description=_inspect.__doc__
     )
-    inspect.add_argument("checkpoint", help="a checkpoint folder")
+    inspect.add_argument("checkpoint", help="a checkpoint folder, or a run's folder of them")
     inspect.add_argument("--base", metavar="FOLDER", help=_BASE)
     inspect.add_argument("--text", help="a text file; by default Python's own sources")
-    inspect.add_argument("--tokens", type=int, default=2048, help="tokens to read (default: 2048)")
+    inspect.add_argument("--tokens", type=int, help="tokens to read (default: 2048, or the model's positions if fewer)")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=_inspect)
 
@@ -101,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _retrofit(parsed: argparse.Namespace) -> int:
-    """Runs a recipe on the processes that torchrun or srun started, or on this one alone. On SIGUSR1 or SIGTERM it saves
-    after the current step and exits with status 75; the same command goes on from there."""
+    """Runs a recipe on the processes that torchrun or srun started, or on this one alone. On Ctrl-C, SIGUSR1 or SIGTERM it
+    saves after the current step and exits with status 75; the same command goes on from there. A second Ctrl-C stops at
+    once."""
     # Before the imports, which take seconds: until then a signal ends the process.
     with stop_request() as request:
         from megatron_dmc.recipe import load_recipe
@@ -147,7 +148,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
+    """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved. For a folder
+    of checkpoints it lists them, with the ratios they were saved at."""
     from megatron_dmc.distributed.world import world
     from megatron_dmc.evaluation.inspect import run
 

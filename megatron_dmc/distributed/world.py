@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -30,6 +31,10 @@ def world(
         ConfigError: the layout does not fit the number of processes, or the tasks of srun did not meet.
     """
     parallel = parallel or ParallelConfig()
+    # megatron-core calls these two by the names that torch had for them before 2.13.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning
+    )
     cpu.install()
     starts, lays_out = not dist.is_initialized(), not parallel_state.model_parallel_is_initialized()
     if starts:

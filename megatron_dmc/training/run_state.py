@@ -2,6 +2,9 @@
 
 import os
 import socket
+import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +47,23 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"checkpoint.directory {folder} cannot be written ({existing} is no folder to write in)")
 
 
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is whole on the disk, what it took in seconds, and its files' size."""
+
+    name: str
+    info: CheckpointInfo
+    size: int
+    seconds: float
+
+
 class RunStore:
-    """A run's checkpoints below ``recipe.checkpoint.directory``."""
+    """A run's checkpoints below ``recipe.checkpoint.directory``.
+
+    Attributes:
+        started_from: the checkpoint that ``load`` found, None for initial weights.
+        saved: what has been saved, for the one who reports it (and takes it out).
+    """
 
     def __init__(self, recipe: Recipe, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
@@ -54,6 +72,8 @@ class RunStore:
         if recipe.trains_adapter and recipe.checkpoint.load_base is not None:
             self.base = adapter_base(recipe.checkpoint.load_base, self.root)
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
+        self.started_from: Path | None = None
+        self.saved: deque[SavedCheckpoint] = deque()
         self.background = BackgroundWriter() if recipe.checkpoint.async_save else None
 
     def __enter__(self) -> "RunStore":
@@ -90,9 +110,11 @@ class RunStore:
         # Rank 0's: another node may still see what stood there before.
         latest = gather(latest)[0]
         if latest is not None:
-            return self._resume(self.root / latest)
+            self.started_from = self.root / latest
+            return self._resume(self.started_from)
         if self.recipe.checkpoint.load_base is not None:
-            load_weights(self.recipe.checkpoint.load_base, self.model, self.recipe)
+            self.started_from = Path(self.recipe.checkpoint.load_base)
+            load_weights(self.started_from, self.model, self.recipe)
         return 0, 0.0
 
     def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -172,10 +194,13 @@ class RunStore:
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         """Writes a checkpoint now, or in the background: then training may go on as soon as this returns."""
+        began = time.perf_counter()
         staged = stage_checkpoint(state, copies=self.background is not None)
 
         def write(group: dist.ProcessGroup | None = None) -> None:
-            write_checkpoint(self.root, name, staged, info, self.recipe.data.tokenizer, group)
+            folder = write_checkpoint(self.root, name, staged, info, self.recipe.data.tokenizer, group)
+            size = sum(path.stat().st_size for path in folder.rglob("*")) if dist.get_rank() == 0 else 0
+            self.saved.append(SavedCheckpoint(name, info, size, time.perf_counter() - began))
             if info.kind == "full":
                 publish(self.root, name, self.recipe.checkpoint.keep_last, group)
 
