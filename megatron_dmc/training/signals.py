@@ -9,7 +9,7 @@ from types import FrameType
 # Exit status of a run that saved and can go on: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED = 75
 
-_ANSWER = b"\nmegatron-dmc: stopping after this step; Ctrl-C again stops at once, without saving\n"
+_ANSWER = b"\nstopping after this step (Ctrl-C again: at once, without saving)\n"
 
 
 class StopRequest:

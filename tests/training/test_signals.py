@@ -14,7 +14,9 @@ from toy import recipe_values, scalars, write_recipe, write_text
 
 from megatron_dmc.checkpoint import read_latest
 from megatron_dmc.recipe import load_recipe
+from megatron_dmc.training.schedule import StepPlan
 from megatron_dmc.training.signals import stop_request
+from megatron_dmc.training.step import StepResult
 from megatron_dmc.training.trainer import Trainer
 
 # More steps than are taken before the signal comes.
@@ -33,9 +35,11 @@ def recipe(data: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def training(recipe: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs a recipe; it does not outlive the block."""
-    command = [sys.executable, "-m", "megatron_dmc", "retrofit", str(recipe), "monitor.progress_bar=true", *overrides]
+def training(recipe: Path, *overrides: str, ranks: int = 1, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs a recipe, or a torchrun of so many; it does not outlive the block."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_dmc", "retrofit", str(recipe)]
+    command += ["monitor.progress_bar=true", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -54,7 +58,7 @@ def wait_for_first_step(process: subprocess.Popen[str]) -> None:
     pytest.fail("".join(lines))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_request() as request:
@@ -64,12 +68,52 @@ def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number: signal.Sig
     assert signal.getsignal(number) == before
 
 
+# torchrun hands the second Ctrl-C on as SIGTERM.
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_only_after_ctrl_c_the_next_signal_stops_at_once(second: signal.Signals) -> None:
+    with stop_request() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+        assert request.received == signal.SIGINT
+    with stop_request() as request:
+        for number in (signal.SIGUSR1, signal.SIGTERM, second):
+            signal.raise_signal(number)
+        assert request.received == signal.SIGUSR1
+
+
+def test_rank_0_alone_answers_ctrl_c(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with stop_request():
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("stopping after this step (Ctrl-C again: at once") == 1
+
+
+class Interrupted(Trainer):
+    """Gets both signals within its second step."""
+
+    def _train_step(self, plan: StepPlan) -> StepResult:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return super()._train_step(plan)
+
+
 @pytest.mark.usefixtures("one_process")
-def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_a_run_without_saving(data: Path, tmp_path: Path) -> None:
+    with stop_request() as request, pytest.raises(KeyboardInterrupt):
+        Interrupted(load_recipe(recipe(data, tmp_path)), request).run()
+    assert read_latest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     with training(recipe(data, stopped)) as process:
         wait_for_first_step(process)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         _, said = process.communicate(timeout=300)
     assert process.returncode == 75, said
     steps = len(scalars(stopped, "loss/lm"))
@@ -117,3 +161,16 @@ def test_a_signal_to_one_slurm_task_stops_all_of_them_after_the_same_step(data: 
         assert [first.returncode, second.returncode] == [75, 75], said
     assert "asked to stop" in said[0]
     assert read_latest(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.distributed
+def test_ctrl_c_under_torchrun_saves_too(data: Path, tmp_path: Path) -> None:
+    """Workers are in sessions of their own: Ctrl-C reaches torchrun alone, which hands it on."""
+    with training(recipe(data, tmp_path), ranks=2) as launcher:
+        wait_for_first_step(launcher)
+        launcher.send_signal(signal.SIGINT)
+        _, said = launcher.communicate(timeout=300)
+    name = read_latest(tmp_path / "checkpoints")
+    assert name is not None, said
+    assert said.count("stopping after this step (Ctrl-C again: at once") == 1
+    assert f"asked to stop: saved after step {int(name.removeprefix('step_'))};" in said

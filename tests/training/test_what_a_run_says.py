@@ -182,10 +182,10 @@ def test_a_finished_recipe_says_so(data: Path, tmp_path: Path, capsys: pytest.Ca
 )
 def test_a_run_on_two_ranks_prints_no_warning(data: Path, tmp_path: Path, adapter: bool, layout: str) -> None:
     path = retrofit(data, tmp_path, adapter=adapter)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + ["-m", "megatron_dmc", "retrofit", path, layout],
+        [*launcher, "-m", "megatron_dmc", "retrofit", path, layout],
         env={**environment, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
