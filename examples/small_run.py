@@ -107,7 +107,17 @@ class SmallRun:
 
     def call(self, command: list[str]) -> None:
         """Runs one command in the run's folder; it explains its own errors."""
-        if subprocess.run(command, cwd=self.folder, env=self.environment).returncode:
+        interrupted = False
+        with subprocess.Popen(command, cwd=self.folder, env=self.environment) as process:
+            while process.returncode is None:
+                try:
+                    process.wait()
+                except KeyboardInterrupt:
+                    # Ctrl-C reaches the command as well: a training saves, and ends by itself.
+                    interrupted = True
+        if interrupted:
+            raise KeyboardInterrupt
+        if process.returncode:
             sys.exit(1)
 
     @property

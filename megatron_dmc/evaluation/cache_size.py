@@ -41,10 +41,10 @@ class CacheSize:
 
     @property
     def layers_that_merge_everything(self) -> list[int]:
-        """Whose ratio is near the highest that there can be. None in a text that the window holds."""
+        """Whose ratio is near the highest that there can be. None in a text that is too short to tell."""
         # The first token is always kept.
-        decided = self.tokens - min(self.window, self.tokens) - 1
-        if decided < 1:
+        decided = self.tokens - self.window - 1
+        if decided * MERGES_EVERYTHING_BELOW < 1:
             return []
         kept = (self.slots.double().mean(1) - self.window - 1) / decided
         return (kept < MERGES_EVERYTHING_BELOW).nonzero()[:, 0].tolist()

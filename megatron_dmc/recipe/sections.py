@@ -102,8 +102,8 @@ class CheckpointConfig:
 class MonitorConfig:
     tensorboard: str | None = None
     log_interval: int = 10
-    heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step; 0: none
-    eval_interval: int = 0  # 0: only at the end
+    heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step, the last step has one; 0: none
+    eval_interval: int = 0  # steps; 0: only before the first step and after the last
     eval_samples: int = 32
     progress_bar: bool = True
 

@@ -25,7 +25,7 @@ from megatron_dmc.recipe import Recipe
 _FIRST_WITH_FP8 = (8, 9)
 # 2.2 brought scaling by the current tensor. An adapter's teacher is the student itself, and runs first, without gradients: it
 # leaves FP8 weights in the cache without their transpose. Only from 2.6 on the student's pass looks whether that is there.
-_FIRST_ENGINE = "2.6.0"
+_FIRST_ENGINE = "2.6"
 
 
 def why_no_fp8() -> str | None:
@@ -35,7 +35,7 @@ def why_no_fp8() -> str | None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _FIRST_WITH_FP8:
         return "this device has no FP8"
     if not is_te_min_version(_FIRST_ENGINE):
-        return f"Transformer Engine is older than {_FIRST_ENGINE}; install that or newer"
+        return f"Transformer Engine is older than {_FIRST_ENGINE} (pip install -U 'megatron-dmc[gpu]')"
     return None
 
 
@@ -50,7 +50,7 @@ def check_machine(recipe: Recipe) -> None:
             "set it to auto"
         )
     if training.fp8 is not None and (why := why_no_fp8()) is not None:
-        raise ConfigError(f"training.fp8 is {training.fp8}, but {why}, or set training.fp8 to null")
+        raise ConfigError(f"training.fp8 is {training.fp8}, but {why}; set training.fp8 to null")
 
 
 def megatron_config(recipe: Recipe, **overrides: Any) -> TransformerConfig:
