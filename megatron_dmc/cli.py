@@ -15,9 +15,6 @@ _BASE = "where an adapter's base checkpoint is now, if it has been moved"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; bad input ends in one line on stderr and exit status 1, a run that was asked to stop in 75."""
     parsed = _parse(arguments)
-    # Before torch is imported. Threads that wait actively for each other take several times as long where another process
-    # wants the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # megatron-core warns of every optional package that is not there, when it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     try:

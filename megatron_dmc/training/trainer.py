@@ -53,6 +53,7 @@ class Trainer(StepRunner):
         """
         recipe = self.recipe
         self.step, self.merge_fraction = self.store.load()
+        self._scheduler = None
         if self.step >= recipe.total_steps:
             show_finished(recipe)
             return None
