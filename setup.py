@@ -51,7 +51,7 @@ setup(
     ],
     extras_require={
         "hf": ["jinja2>=3.1.6", "transformers>=5.0,<6"],  # jinja2 runs chat templates
-        "gpu": ["transformer-engine[pytorch]>=2.2"],  # no flash-attn: attention runs on torch's own flash kernels
+        "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },
 )

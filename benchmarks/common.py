@@ -50,7 +50,13 @@ def add_operation_options(parser: argparse.ArgumentParser) -> None:
 
 def add_timing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    # More than OpenMP was started with wait actively for each other, which takes a step several times its processor time.
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="at most OMP_NUM_THREADS, which says how many by default",
+    )
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for one thread on a busy machine"
     )

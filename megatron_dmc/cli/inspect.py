@@ -11,13 +11,14 @@ HELP = "compression ratio of every layer and head on a text"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument("--text", help="a text file; by default Python's own sources")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens to read (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="tokens to read (default: 2048, or the model's positions if fewer)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved."""
-    if options.tokens < 2:
+    """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved. For a
+    run's folder it lists the checkpoints, with the ratios they were saved at."""
+    if options.tokens is not None and options.tokens < 2:
         raise ConfigError(f"--tokens must be >= 2, got {options.tokens}")
     from megatron_dmc.distributed.world import single_process
     from megatron_dmc.evaluation import inspect

@@ -10,6 +10,8 @@ from torch.optim.adamw import adamw
 class GroupAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW, to the last bit, with one step count per parameter group in place of one per parameter.
 
+    On a GPU it is torch's fused form: the foreach form, torch's default there, makes one more copy of all parameters.
+
     Transformer Engine's and Apex's FusedAdam keep ``step`` in the group, and the tensors of a parameter's state all have
     the parameter's shape. megatron-core's reshardable formats are made for that and fail on torch's own AdamW. As in
     FusedAdam, a group without parameters counts no steps.
@@ -49,14 +51,19 @@ class GroupAdamW(torch.optim.Optimizer):
                     self.state[parameter].update(
                         exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
                     )
+            if not parameters:
+                continue
+            device = parameters[0].device
+            # adamw counts up each of them by one.
+            steps = torch.full((len(parameters),), group["step"] - 1.0, device=device).unbind()
             adamw(
                 parameters,
                 [parameter.grad for parameter in parameters],
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 [],
-                # adamw counts up each of them by one.
-                [torch.tensor(group["step"] - 1.0) for _ in parameters],
+                list(steps),
+                fused=device.type == "cuda" or None,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -33,6 +34,10 @@ def world(
         ConfigError: the layout does not fit the number of processes, what the environment says of them is not whole, or
             they did not meet.
     """
+    # megatron-core calls these two by the names that torch had for them before 2.13.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning
+    )
     cpu.install()
     parallel = parallel or ParallelConfig()
     if dist.is_initialized():

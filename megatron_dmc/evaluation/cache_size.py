@@ -9,15 +9,22 @@ from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.generate import forward
 from megatron_dmc.inference.loading import LoadedModel
 
+# A layer that keeps fewer than one in a hundred of the tokens that its decisions were about has given up on them.
+MERGES_EVERYTHING_BELOW = 0.01
+
 
 @dataclass(frozen=True)
 class CacheSize:
-    """tokens read; slots [layers, kv_heads] they became; bytes held for them, and by a plain cache of the same dtype."""
+    """tokens read; slots [layers, kv_heads] they became; bytes held for them, and by a plain cache of the same dtype.
+
+    window: the last tokens, which stay as they are (``dmc.local_window``).
+    """
 
     tokens: int
     slots: Tensor
     cache_bytes: int
     plain_cache_bytes: int
+    window: int = 0
 
     @property
     def layer_head_ratio(self) -> Tensor:
@@ -26,6 +33,21 @@ class CacheSize:
     @property
     def compression_ratio(self) -> float:
         return self.tokens * self.slots.numel() / float(self.slots.sum())
+
+    @property
+    def layer_ratio(self) -> Tensor:
+        """[layers]"""
+        return self.tokens / self.slots.double().mean(1)
+
+    @property
+    def layers_that_merge_everything(self) -> list[int]:
+        """Whose ratio is near the highest that there can be. None in a text that is too short to tell."""
+        # The first token is always kept.
+        decided = self.tokens - self.window - 1
+        if decided * MERGES_EVERYTHING_BELOW < 1:
+            return []
+        kept = (self.slots.double().mean(1) - self.window - 1) / decided
+        return (kept < MERGES_EVERYTHING_BELOW).nonzero()[:, 0].tolist()
 
 
 def plain_cache_bytes(loaded: LoadedModel, tokens: int) -> int:
@@ -46,4 +68,10 @@ def measure_cache(loaded: LoadedModel, tokens: Tensor) -> CacheSize:
         raise ConfigError(f"the text's {len(tokens)} tokens exceed the model's {most} positions; read fewer (--tokens)")
     context = DMCInferenceContext(loaded.recipe.dmc, len(tokens), only_last_logits=True)
     forward(loaded, tokens[None], context)
-    return CacheSize(len(tokens), context.slots[:, 0].cpu(), context.nbytes, plain_cache_bytes(loaded, len(tokens)))
+    return CacheSize(
+        tokens=len(tokens),
+        slots=context.slots[:, 0].cpu(),
+        cache_bytes=context.nbytes,
+        plain_cache_bytes=plain_cache_bytes(loaded, len(tokens)),
+        window=loaded.recipe.dmc.local_window,
+    )

@@ -2,28 +2,95 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_dmc.checkpoint.folder import read_info
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documents
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
 from megatron_dmc.inference.loading import load_model
+from megatron_dmc.recipe import recipe_from_dict
+
+# Tokens that are read where the command names no number, if the model has as many positions.
+TOKENS = 2048
 
 
-def run(checkpoint: str, text: str | None, tokens: int, *, as_json: bool = False, base: str | None = None) -> None:
-    """Prints the table (or JSON) for the first ``tokens`` tokens of a text."""
+def run(
+    checkpoint: str, text: str | None, tokens: int | None, *, as_json: bool = False, base: str | None = None
+) -> None:
+    """Prints the table (or JSON) for the first ``tokens`` tokens of a text; of a folder of checkpoints, a list of them."""
+    if found := checkpoints_below(checkpoint):
+        if as_json:
+            print(json.dumps(found))
+        else:
+            print_checkpoints(found, checkpoint)
+        return
     loaded = load_model(checkpoint, base, must_merge=True)
+    if tokens is None:
+        positions = loaded.recipe.model.max_position_embeddings
+        tokens = min(TOKENS, positions)
+        if tokens < TOKENS:
+            print(f"reads {tokens} tokens, which is all of the model's positions", file=sys.stderr)
     size = measure_cache(loaded, read_tokens(loaded.tokenizer, text, tokens))
     if as_json:
-        print(json.dumps(report(size)))
+        print(json.dumps({**report(size), "saved_at_compression_ratio": loaded.compression_ratio}))
     else:
-        print_table(size, Path(checkpoint).name)
+        print_table(size, Path(checkpoint).name, saved_at=loaded.compression_ratio)
+
+
+def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
+    """What each checkpoint in a run's folder says it is, in the order of their steps; empty for any other folder.
+
+    Returns:
+        name, kind, step, compression_ratio (noise-free, of the last global batch before it was saved; None where nothing
+        merged) and target_compression_ratio of the run.
+    """
+    folder = Path(folder)
+    if (folder / "dmc.json").exists():
+        return []
+    places = [path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith(".")]
+    rows = []
+    for name, info in sorted(
+        ((place.name, read_info(place)) for place in places), key=lambda row: (row[1].step, row[0])
+    ):
+        recipe = recipe_from_dict(info.recipe)
+        rows.append(
+            {
+                "name": name,
+                "kind": info.kind,
+                "step": info.step,
+                "compression_ratio": info.compression_ratio,
+                "target_compression_ratio": recipe.dmc.target_compression_ratio if recipe.merges else None,
+            }
+        )
+    return rows
+
+
+def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: Console | None = None) -> None:
+    """One row per checkpoint, see checkpoints_below."""
+    table = Table(title=str(folder))
+    table.add_column("checkpoint")
+    table.add_column("holds")
+    for column in ("step", "CR of the last batch", "run's target"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratio, target = row["compression_ratio"], row["target_compression_ratio"]
+        table.add_row(
+            row["name"],
+            row["kind"],
+            str(row["step"]),
+            "-" if ratio is None else f"{ratio:.2f}",
+            "-" if target is None else f"{target:g}",
+        )
+    (console or Console()).print(table)
 
 
 def read_tokens(tokenizer: Tokenizer, text: str | None, count: int) -> Tensor:
@@ -42,29 +109,41 @@ def report(size: CacheSize) -> dict[str, object]:
         "tokens": size.tokens,
         "compression_ratio": size.compression_ratio,
         "layer_head_compression_ratio": size.layer_head_ratio.tolist(),
+        "layers_that_merge_everything": size.layers_that_merge_everything,
         "cache_bytes": size.cache_bytes,
         "plain_cache_bytes": size.plain_cache_bytes,
     }
 
 
-def print_table(size: CacheSize, name: str, console: Console | None = None) -> None:
-    """One row per layer, one column per KV head."""
-    ratio = size.layer_head_ratio
+def print_table(size: CacheSize, name: str, console: Console | None = None, *, saved_at: float | None = None) -> None:
+    """One row per layer, one column per KV head; ``saved_at``: the ratio of the last batch before the checkpoint."""
+    ratio, everything = size.layer_head_ratio, size.layers_that_merge_everything
     table = Table(title=f"{name}: tokens per cache slot over {size.tokens} tokens")
     table.add_column("layer", justify="right")
     for head in range(ratio.shape[1]):
         table.add_column(f"head {head}", justify="right")
     table.add_column("layer's", justify="right", style="bold")
-    for layer, heads in enumerate(ratio):
-        whole = size.tokens * len(heads) / float(size.slots[layer].sum())
-        table.add_row(str(layer), *(f"{value:.2f}" for value in heads.tolist()), f"{whole:.2f}")
+    for layer, (heads, whole) in enumerate(zip(ratio.tolist(), size.layer_ratio.tolist(), strict=True)):
+        mark = "!" if layer in everything else ""
+        table.add_row(f"{mark}{layer}", *(f"{value:.2f}" for value in heads), f"{whole:.2f}")
     console = console or Console()
     console.print(table)
     saved = 1 - size.cache_bytes / size.plain_cache_bytes
+    trained = "" if saved_at is None else f" ({saved_at:.2f} in training)"
     console.print(
-        f"compression ratio {size.compression_ratio:.2f}; cache {_kib(size.cache_bytes)}, "
+        f"compression ratio {size.compression_ratio:.2f}{trained}; cache {_kib(size.cache_bytes)}, "
         f"plain {_kib(size.plain_cache_bytes)}: {saved:.0%} saved"
     )
+    if everything:
+        window = f" beyond the last {size.window}" if size.window else ""
+        console.print(
+            f"! {_layers(everything)} {'merges' if len(everything) == 1 else 'merge'} nearly every token{window}: little of "
+            "the text is left there, and the other layers keep more than the ratio says"
+        )
+
+
+def _layers(numbers: list[int]) -> str:
+    return f"layer{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
 
 
 def _kib(size: int) -> str:

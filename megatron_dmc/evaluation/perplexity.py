@@ -46,9 +46,10 @@ def evaluate(
     total, tokens = 0.0, 0
     for begin in range(0, count, batch_size):
         rows = [windows[i] for i in range(begin, min(begin + batch_size, count))]
-        batch = {name: torch.stack([row[name] for row in rows]).to(loaded.device) for name in rows[0]}
-        starts = batch.get("document_starts")
-        packed = None if starts is None else pack_documents(starts)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        starts = batch.pop("document_starts", None)
+        packed = None if starts is None else pack_documents(starts, loaded.device)
+        batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
         losses = loaded.model(
             batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed
         )

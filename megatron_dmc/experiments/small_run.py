@@ -126,7 +126,18 @@ class SmallRun:
         self.seconds[title] = time.perf_counter() - began
 
     def _call(self, title: str, command: list[str]) -> None:
-        if subprocess.run(command, cwd=self.folder, env=self.environment).returncode:
+        """Runs one command in the run's folder; it explains its own errors."""
+        interrupted = False
+        with subprocess.Popen(command, cwd=self.folder, env=self.environment) as process:
+            while process.returncode is None:
+                try:
+                    process.wait()
+                except KeyboardInterrupt:
+                    # Ctrl-C reaches the command as well: a training saves, and ends by itself.
+                    interrupted = True
+        if interrupted:
+            raise KeyboardInterrupt
+        if process.returncode:
             raise CommandFailed(f"{title} did not finish; see above")
 
     @property

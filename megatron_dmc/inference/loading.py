@@ -16,12 +16,18 @@ from megatron_dmc.recipe import Recipe
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode with what belongs to it. merges: whether it has decisions."""
+    """A model in eval mode with what belongs to it.
+
+    Attributes:
+        merges: whether it has decisions.
+        compression_ratio: noise-free, of the last global batch before it was saved; None where nothing merged.
+    """
 
     model: GPTModel
     recipe: Recipe
     tokenizer: Tokenizer
     merges: bool
+    compression_ratio: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -52,4 +58,6 @@ def load_model(folder: str | Path, base: str | Path | None = None, *, must_merge
     if on_gpu:
         model.cuda().bfloat16()
     saved.load_into([model])
-    return LoadedModel(model.eval(), recipe, load_tokenizer(saved.tokenizer), saved.merges)
+    return LoadedModel(
+        model.eval(), recipe, load_tokenizer(saved.tokenizer), saved.merges, saved.info.compression_ratio
+    )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -18,15 +19,19 @@ class PackedDocuments(PackedSeqParams):
     documents: Documents | None = None
 
 
-def pack_documents(document_starts: Tensor) -> PackedDocuments:
+def pack_documents(document_starts: Tensor, device: torch.device | None = None) -> PackedDocuments:
     """The EOD-reset form: rows of documents one after another, as GPTDataset makes them. Positions restart in each document.
 
     Args:
         document_starts: bool [batch, seq], true at the first token of a document; the whole sequences, under context
-            parallelism too.
+            parallelism too. On the host nothing here waits for a GPU.
+        device: of the tokens; None: document_starts'.
     """
     documents = Documents.from_starts(document_starts)
-    ends, seq = documents.cu_seqlens, document_starts.shape[1]
+    # Flash kernels take another path, with another form of their result, for a longest document of one token.
+    longest = max(int(torch.diff(documents.cu_seqlens).max()), 2)
+    ends = documents.cu_seqlens.to(device or document_starts.device, non_blocking=True)
+    documents, seq = Documents(ends, documents.tokens, longest), document_starts.shape[1]
     # In this form megatron-core hands every context-parallel rank the rotary angles of all positions.
     return PackedDocuments("thd", ends, ends, max_seqlen_q=seq, max_seqlen_kv=seq, documents=documents)
 
@@ -73,7 +78,8 @@ def token_places(packed_seq_params: Any, batch: int, seq: int, group: dist.Proce
             raise NotImplementedError("packed sequences under context parallelism must come from pack_documents")
         padded = packed_seq_params.cu_seqlens_q_padded
         ends = packed_seq_params.cu_seqlens_q if padded is None else padded
-        documents = Documents(ends, batch * length, min(packed_seq_params.max_seqlen_q or length, length))
+        longest = max(min(packed_seq_params.max_seqlen_q or length, length), 2)
+        documents = Documents(ends, batch * length, longest)
     in_document, remaining, starts = (
         x.view(batch, length) for x in (documents.positions, documents.remaining, documents.starts)
     )

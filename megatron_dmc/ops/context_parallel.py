@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both, and warns of the names that older versions know.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _Map = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
@@ -32,7 +36,7 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[batch, seq / ranks, ...] of every rank -> [batch, seq, ...] in the sequence's order. Not differentiable."""
     ranks = dist.get_world_size(group)
     parts = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    _all_gather(parts, x.contiguous(), group=group)
     return _in_order(parts.unflatten(0, (ranks, -1)))
 
 
@@ -40,7 +44,7 @@ def sum_to_local(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The adjoint of gather_sequence: [batch, seq, ...] summed over the ranks -> this rank's [batch, seq / ranks, ...]."""
     parts = _by_rank(x, dist.get_world_size(group))
     local = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(local, parts.flatten(0, 1), group=group)
+    _reduce_scatter(local, parts.flatten(0, 1), group=group)
     return local
 
 

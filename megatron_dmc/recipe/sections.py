@@ -120,8 +120,8 @@ class MonitorConfig:
 
     tensorboard: str | None = None  # a folder for TensorBoard's files; null: none are written
     log_interval: int = 10  # steps between logged numbers
-    heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step; 0: none
-    eval_interval: int = 0  # steps between evaluations; 0: only at the end
+    heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step, the last step has one; 0: none
+    eval_interval: int = 0  # steps between evaluations; 0: only before the first step and after the last
     eval_samples: int = 32  # samples of data.valid in an evaluation, in whole global batches; one at least
     progress_bar: bool = True  # a bar on the terminal
 

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.transformer.module import Float16Module
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 from torch import Tensor
@@ -19,6 +23,9 @@ from megatron_dmc.recipe import Recipe
 
 # Ada and Hopper.
 _FIRST_WITH_FP8 = (8, 9)
+# 2.2 brought scaling by the current tensor. An adapter's teacher is the student itself, and runs first, without gradients: it
+# leaves FP8 weights in the cache without their transpose. Only from 2.6 on the student's pass looks whether that is there.
+_FIRST_ENGINE = "2.6"
 
 
 def why_no_fp8() -> str | None:
@@ -27,8 +34,9 @@ def why_no_fp8() -> str | None:
         return "Transformer Engine is not installed"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _FIRST_WITH_FP8:
         return "this device has no FP8"
-    # Before it there was no scaling by the current tensor.
-    return None if is_te_min_version("2.2.0") else "Transformer Engine is older than 2.2"
+    if not is_te_min_version(_FIRST_ENGINE):
+        return f"Transformer Engine is older than {_FIRST_ENGINE} (pip install -U 'megatron-dmc[gpu]')"
+    return None
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -89,11 +97,11 @@ def build_chunks(recipe: Recipe, config: TransformerConfig, dmc: DMCConfig | Non
 
 
 def freeze_base(chunks: Sequence[torch.nn.Module]) -> None:
-    """Leaves an adapter's decisions alone to learn."""
+    """Freezes everything except the adapter's decision projection."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(is_decision(name))
-        # Full recomputation gives gradients to a layer whose input has one only, and the first layer's has none.
+        # Full recomputation computes gradients only for a layer whose input needs one, and the first layer's needs none.
         for module in chunk.modules():
             if isinstance(module, LanguageModelEmbedding):
                 module.register_forward_hook(_require_gradient)
@@ -101,3 +109,37 @@ def freeze_base(chunks: Sequence[torch.nn.Module]) -> None:
 
 def _require_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def wrap_chunks(recipe: Recipe, config: TransformerConfig, chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The chunks with megatron-core's gradient buffers and reduction over data-parallel ranks."""
+    parallel = recipe.parallel
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    if parallel.overlap:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return list(wrapped)
+
+
+def count_parameters(chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
+    """Parameters of one replica of the whole model, and how many of them train; all ranks call this together."""
+    # One copy of what tensor-parallel ranks or the first and last pipeline stage both hold.
+    own = [
+        parameter
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    counts = torch.tensor([sum(x.numel() for x in own), sum(x.numel() for x in own if x.requires_grad)], device=device)
+    dist.all_reduce(counts, group=parallel_state.get_model_parallel_group())
+    every, training = counts.tolist()
+    return every, training

@@ -1,21 +1,24 @@
 """One micro-batch through this rank's part of the model: the language-model loss, and the KL to a teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.distillation_loss import distillation_loss
 from megatron_dmc.model.documents import PackedDocuments, pack_documents
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.ops.context_parallel import local_positions
-from megatron_dmc.recipe import DistillationConfig
+from megatron_dmc.recipe import DistillationConfig, Recipe
+from megatron_dmc.training.build import build_chunks
 
 Batch = dict[str, Tensor]
 Output = tuple[Tensor, Any]
@@ -27,6 +30,21 @@ def on_this_context_rank(batch: Batch) -> Batch:
     # Not megatron-core's get_batch_on_this_cp_rank, whose arguments differ between versions.
     mine = local_positions(batch["tokens"].shape[1] // ranks, parallel_state.get_context_parallel_group())
     return {name: x if name in ("sample_index", "document_starts") else x[:, mine] for name, x in batch.items()}
+
+
+def build_forward_step(
+    recipe: Recipe, config: TransformerConfig, model_chunks: Sequence[torch.nn.Module], teacher: SavedModel | None
+) -> Callable[[Iterator[Batch], torch.nn.Module], Output]:
+    """What get_forward_backward_func calls for every micro-batch of training; loads the teacher if there is one."""
+    if not recipe.distills:
+        return forward_step
+    if teacher is None:
+        return DistillationStep(recipe.distillation, model_chunks, None)
+    teachers = build_chunks(recipe, config, None)
+    for chunk in teachers:
+        chunk.eval().requires_grad_(False)
+    teacher.load_into(teachers, recipe)
+    return DistillationStep(recipe.distillation, model_chunks, teachers)
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Output:
@@ -92,7 +110,7 @@ class DistillationStep:
 
 
 class _Unmerged:
-    """No decisions inside; what the layers do otherwise is put back behind it, before anything is recomputed."""
+    """No decisions inside the block. After it the layers do again what they did before, in time for recomputation."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.layers = dmc_layers(model)
@@ -110,7 +128,7 @@ class _Unmerged:
 def _packed(batch: Batch) -> PackedDocuments | None:
     """Where documents begin, if the batch says so; else its samples are one text each."""
     starts = batch.get("document_starts")
-    return None if starts is None else pack_documents(starts)
+    return None if starts is None else pack_documents(starts, batch["tokens"].device)
 
 
 def _run(model: torch.nn.Module, batch: Batch, packed: PackedDocuments | None, received: Tensor | None) -> Tensor:

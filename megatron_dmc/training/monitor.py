@@ -75,8 +75,8 @@ class Monitor:
         kv_heads: of one layer, over all ranks.
         first_step: the first step this process will write. Points from there on, left by an earlier process that got
             further than its last checkpoint, are dropped; so a resume doubles nothing. 0 drops all earlier points.
-        heatmap_interval: steps between two layer x head images; one that is due waits for the next logged step. 0 for
-            none.
+        heatmap_interval: steps between two layer x head images; one that is due waits for the next logged step, and the
+            run's last step has one. 0 for none.
 
     Raises:
         ConfigError: ``log_dir`` cannot be written.
@@ -100,8 +100,11 @@ class Monitor:
                 "name another folder, or null for none"
             ) from None
 
-    def log_step(self, record: StepRecord) -> None:
-        """Writes one step's scalars and, every ``heatmap_interval`` steps, the heatmap.
+    def log_step(self, record: StepRecord, *, last: bool = False) -> None:
+        """Writes one step's scalars and, every ``heatmap_interval`` steps and at the run's ``last`` one, the heatmap.
+
+        A layer's ratio can be hundreds of times another's; the share of tokens that it keeps, 1 / ratio, can be read beside
+        the others' on one chart.
 
         Raises:
             ValueError: ``layer_head_ratio`` is not ``[layers, kv_heads]``.
@@ -123,14 +126,16 @@ class Monitor:
         ratio = None if record.layer_head_ratio is None else self._check(record.layer_head_ratio)
         if ratio is not None:
             digits = max(2, len(str(self._layers - 1)))
-            for layer, value in enumerate(_layer_ratio(ratio)):
-                scalars[f"compression_ratio_layer/{layer:0{digits}d}"] = float(value)
+            for layer, share in enumerate(_mean_share(ratio, axis=1)):
+                scalars[f"kept_share_layer/{layer:0{digits}d}"] = float(share)
+                scalars[f"compression_ratio_layer/{layer:0{digits}d}"] = 1 / float(share)
         self._write_scalars(scalars, record.step)
         if record.phase != self._phase:
             self._phase = record.phase
             self._guard(lambda: self._writer.add_text("train/phase", record.phase, record.step))
         interval = self._heatmap_interval
-        if ratio is not None and interval and record.step // interval > self._last_step // interval:
+        due = last or (interval and record.step // interval > self._last_step // interval)
+        if ratio is not None and interval and due:
             image = render_heatmap(ratio, record.step, record.target_compression_ratio)
             self._guard(
                 lambda: self._writer.add_image("compression_ratio/layer_head", image, record.step, dataformats="HWC")
@@ -138,7 +143,10 @@ class Monitor:
         self._last_step = record.step
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes held-out results as ``evaluation/<name>``; ``lm_loss`` (nats per token) joins the loss's chart."""
+        """Writes held-out results as ``evaluation/<name>``.
+
+        ``lm_loss`` (nats per token) joins the loss's chart, ``compression_ratio`` the ratio's.
+        """
         self._write_scalars({f"evaluation/{name}": value for name, value in values.items()}, step)
 
     def flush(self) -> None:
@@ -236,10 +244,11 @@ def render_heatmap(ratio: np.ndarray, step: int, target: float | None = None) ->
 def _charts() -> dict[str, dict[str, list[str | list[str]]]]:
     """The custom-scalars page: several tags on one chart."""
     ratios = [f"^compression_ratio/{name}$" for name in ("noise_free", "noisy", "target")]
+    ratios.append("^evaluation/compression_ratio$")
     return {
         "compression": {
             "compression ratio: achieved and target": ["Multiline", ratios],
-            "compression ratio of every layer": ["Multiline", ["^compression_ratio_layer/.*$"]],
+            "share of tokens that every layer keeps (1 / ratio)": ["Multiline", ["^kept_share_layer/.*$"]],
         },
         "loss": {"language-modelling loss": ["Multiline", ["^loss/lm$", "^evaluation/lm_loss$"]]},
     }
@@ -248,11 +257,6 @@ def _charts() -> dict[str, dict[str, list[str | list[str]]]]:
 def _mean_share(ratio: np.ndarray, axis: int | None = None) -> np.ndarray:
     """Slots per token. Heads see equally many tokens, so it is the share, not the ratio, that averages over heads."""
     return np.asarray(np.mean(1.0 / ratio, axis=axis))
-
-
-def _layer_ratio(ratio: np.ndarray) -> np.ndarray:
-    """Tokens per slot of each layer, ``[layers]``, from ``[layers, kv_heads]``."""
-    return 1.0 / _mean_share(ratio, axis=1)
 
 
 def _colour_limit(ratio: np.ndarray, target: float | None) -> float:

@@ -3,12 +3,14 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from megatron_dmc.training.monitor import StepRecord
 
@@ -18,16 +20,17 @@ SHORTEST_REDRAW_SECONDS = 0.1
 
 
 class TrainingProgress:
-    """Shows phase, step, loss, compression ratio against target, speed and time left.
+    """Shows phase, step, losses, compression ratio and its target, speed and time left.
 
-    On a terminal one bar is redrawn in place. Anywhere else (SLURM logs, CI, a pipe) it prints a plain line with the
-    first update and then at most one every ``line_interval_seconds``; the run's last step is always shown. A line that
-    cannot be written (a full disk, a closed pipe) is left out: it never stops a training.
+    On a terminal a bar and a line of values are redrawn in place, in 80 columns. Anywhere else (SLURM logs, CI, a pipe) it
+    prints a plain line with the first update and then at most one every ``line_interval_seconds``; the run's last step is
+    always shown. A line that cannot be written (a full disk, a closed pipe) is left out: it never stops a training.
 
     Args:
         total_steps: of the whole run.
         done_steps: that a resumed run starts from.
         enabled: False on every rank but one: nothing is shown.
+        quiet: only messages that are ``important`` are shown.
         stream: where to write; None is stderr.
     """
 
@@ -37,20 +40,27 @@ class TrainingProgress:
         *,
         done_steps: int = 0,
         enabled: bool = True,
+        quiet: bool = False,
         stream: TextIO | None = None,
         line_interval_seconds: float = 30.0,
     ) -> None:
         self._total_steps = total_steps
-        self._enabled = enabled
+        self._enabled, self._quiet = enabled, quiet
         self._stream = stream or sys.stderr
         self._line_interval_seconds = line_interval_seconds
         self._last_shown = float("-inf")
-        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), done_steps)], maxlen=SPEED_WINDOW)
-        self._bar = self._start_bar(done_steps) if enabled else None
+        self._times: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
+        self._bar = self._start_bar(done_steps) if enabled and not quiet else None
+        self.start_clock(done_steps)
+
+    def start_clock(self, done_steps: int) -> None:
+        """The time left is reckoned from the steps after this call."""
+        self._times.clear()
+        self._times.append((time.monotonic(), done_steps))
 
     def update(self, record: StepRecord) -> None:
         """Shows a step that is done."""
-        if not self._enabled:
+        if not self._enabled or self._quiet:
             return
         now = time.monotonic()
         self._times.append((now, record.step))
@@ -59,22 +69,25 @@ class TrainingProgress:
         if now - self._last_shown < shortest and not last:
             return
         self._last_shown = now
-        phase, values = record.phase, _values(record)
+        values = _values(record)
+        speed = f"{short_number(record.tokens_per_second)} tok/s"
         eta = f"ETA {format_duration(self._seconds_left(record.step))}"
         if self._bar is None:
-            self._print(" | ".join([phase, f"step {record.step}/{self._total_steps}", *values, eta]))
+            step = f"step {record.step}/{self._total_steps}"
+            self._print(" | ".join([record.phase, step, *values, speed, eta]))
         else:
-            task = self._bar.task_ids[0]
-            self._bar.update(task, completed=record.step, phase=phase, values="  ".join([*values, eta]), refresh=True)
+            (task,) = self._bar.task_ids
+            self._bar.values = "  ".join(values)
+            self._bar.update(task, completed=record.step, phase=record.phase, speed=f"{speed}  {eta}", refresh=True)
 
-    def message(self, text: str) -> None:
-        """One line for the reader (a checkpoint was saved, an evaluation's result), above the bar."""
-        if not self._enabled:
+    def message(self, text: str, *, important: bool = False) -> None:
+        """Lines for the reader (a checkpoint was saved, an evaluation's result), above the bar."""
+        if not self._enabled or (self._quiet and not important):
             return
         if self._bar is None:
             self._print(text)
         else:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _print(self, line: str) -> None:
         with suppress(OSError):
@@ -92,16 +105,16 @@ class TrainingProgress:
     ) -> None:
         self.close()
 
-    def _start_bar(self, done_steps: int) -> Progress | None:
+    def _start_bar(self, done_steps: int) -> "_Bar | None":
         if not self._stream.isatty():
             return None
         console = Console(file=self._stream, force_terminal=True)
         if console.is_dumb_terminal:
             return None
-        bar = Progress(
+        bar = _Bar(
             TextColumn("{task.fields[phase]} {task.completed:.0f}/{task.total:.0f}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[values]}", markup=False),
+            TextColumn("{task.fields[speed]}", markup=False),
             console=console,
             expand=True,
             # Drawn from update() alone, without a thread.
@@ -109,7 +122,7 @@ class TrainingProgress:
             # A redirected standard output must reach its file, not this terminal.
             redirect_stdout=sys.stdout.isatty(),
         )
-        bar.add_task("", total=self._total_steps, completed=done_steps, phase="starting", values="")
+        bar.add_task("", total=self._total_steps, completed=done_steps, phase="starting", speed="")
         bar.start()
         return bar
 
@@ -130,16 +143,28 @@ def format_duration(seconds: float | None) -> str:
     return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
 
 
+class _Bar(Progress):
+    """A bar, and a line of values below it."""
+
+    values = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.values:
+            yield Text(self.values)
+
+
 def _values(record: StepRecord) -> list[str]:
     values = [f"loss {record.lm_loss:.4f}"]
+    if record.distillation_loss is not None:
+        values.append(f"KL {record.distillation_loss:.4f}")
     if record.compression_ratio is not None:
         target = record.target_compression_ratio
-        values.append(f"CR {record.compression_ratio:.2f}" + ("" if target is None else f"/{target:.2f}"))
-    values.append(f"{_short(record.tokens_per_second)} tokens/s")
+        values.append(f"CR {record.compression_ratio:.2f}" + ("" if target is None else f" (target {target:.2f})"))
     return values
 
 
-def _short(number: float) -> str:
+def short_number(number: float) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{suffix}"

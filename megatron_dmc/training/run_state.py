@@ -1,6 +1,9 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import os
+import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +31,24 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"checkpoint.directory {folder} cannot be written ({existing} is no folder to write in)")
 
 
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is whole on the disk, what it took in seconds, and its files' size."""
+
+    name: str
+    info: CheckpointInfo
+    size: int
+    seconds: float
+
+
 class RunStore:
     """A run's checkpoints below ``recipe.checkpoint.directory``.
 
     Attributes:
         start: ``recipe.checkpoint.load_base``, opened; None for a run from initial weights.
         base: what an adapter's checkpoints say of their base; None where all weights are trained.
+        started_from: the checkpoint that ``load`` found; None for initial weights.
+        saved: what has been saved and not reported yet; the reporter takes it out.
     """
 
     def __init__(
@@ -43,6 +58,8 @@ class RunStore:
         self.root = Path(recipe.checkpoint.directory)
         self.base = start.as_base_for(self.root) if recipe.trains_adapter and start is not None else None
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
+        self.started_from: Path | None = None
+        self.saved: deque[SavedCheckpoint] = deque()
         self.background = BackgroundWriter() if recipe.checkpoint.async_save else None
 
     def __enter__(self) -> "RunStore":
@@ -79,8 +96,10 @@ class RunStore:
         # Rank 0's: another node may still see what stood there before.
         latest = from_first_rank(latest)
         if latest is not None:
-            return self._resume(self.root / latest)
+            self.started_from = self.root / latest
+            return self._resume(self.started_from)
         if self.start is not None:
+            self.started_from = self.start.folder
             self.start.load_into(self.model, self.recipe)
         return 0, 0.0
 
@@ -161,10 +180,13 @@ class RunStore:
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:
         """Writes a checkpoint now, or in the background: then training may go on as soon as this returns."""
+        began = time.perf_counter()
         staged = stage_checkpoint(state, copies=self.background is not None)
 
         def write(group: dist.ProcessGroup | None = None) -> None:
-            write_checkpoint(self.root, name, staged, info, self.recipe.data.tokenizer, group)
+            folder = write_checkpoint(self.root, name, staged, info, self.recipe.data.tokenizer, group)
+            size = sum(path.stat().st_size for path in folder.rglob("*")) if dist.get_rank() == 0 else 0
+            self.saved.append(SavedCheckpoint(name, info, size, time.perf_counter() - began))
             if info.kind == "full":
                 publish(self.root, name, self.recipe.checkpoint.keep_last, group)
 

@@ -17,8 +17,8 @@ from megatron_dmc.convert.from_hf import import_hf, pad_vocabulary
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.recipe import recipe_from_dict
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = torch.arange(2 * 37).mul(7).remainder(301).reshape(2, 37)
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -7,8 +7,9 @@ import sysconfig
 from pathlib import Path
 
 from megatron_dmc.data.indexed_dataset import read_index
+from tests.support.processes import ROOT
 
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+TOOL = ROOT / "tools" / "preprocess_data.py"
 
 
 def test_from_another_folder_without_the_package(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from megatron_dmc.config import ConfigError
 from megatron_dmc.distributed.world import world
 from megatron_dmc.recipe import ParallelConfig, load_recipe
+from megatron_dmc.training import step
 from megatron_dmc.training.build import megatron_config
 from megatron_dmc.training.trainer import Trainer
 from tests.support.toy import recipe_values, write_recipe, write_text
@@ -89,7 +90,7 @@ def test_batch_that_does_not_fit_is_refused_before_the_model_is_built(
     def build(*_: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(Trainer, "_build_model", build)
+    monkeypatch.setattr(step, "build_chunks", build)
     with pytest.raises(ConfigError, match=message) as caught:
         Trainer(load_recipe(recipe(tmp_path), overrides))
     assert "\n" not in str(caught.value)

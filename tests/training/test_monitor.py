@@ -86,6 +86,16 @@ def test_layer_ratio_counts_slots_not_ratios(tmp_path):
     assert values == pytest.approx([1.6, 2.0, 8.0])
 
 
+def test_a_layer_that_merges_everything_leaves_the_others_readable(tmp_path):
+    ratio = torch.tensor([[1.0, 4.0], [2.0, 2.0], [400.0, 400.0]])
+    with Monitor(tmp_path, LAYERS, KV_HEADS) as monitor:
+        monitor.log_step(record(1, layer_head_ratio=ratio))
+    events = read(tmp_path)
+    # 10 of 16 slots, half, and next to nothing: all on a scale from 0 to 1.
+    shares = [scalars(events, f"kept_share_layer/{layer:02d}")[0][1] for layer in range(LAYERS)]
+    assert shares == pytest.approx([0.625, 0.5, 0.0025])
+
+
 def test_a_phase_without_merging_has_no_ratio(tmp_path):
     nothing = dict.fromkeys(("compression_ratio", "noisy_compression_ratio", "target_compression_ratio"))
     with Monitor(tmp_path, LAYERS, KV_HEADS, heatmap_interval=1) as monitor:
@@ -98,14 +108,16 @@ def test_a_phase_without_merging_has_no_ratio(tmp_path):
 def test_achieved_and_target_share_a_chart(tmp_path):
     with Monitor(tmp_path, LAYERS, KV_HEADS) as monitor:
         monitor.log_step(record(1))
+        monitor.log_evaluation(1, {"lm_loss": 1.5, "compression_ratio": 1.4})
     events = read(tmp_path)
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
     on_first_chart = {tag for tag in events.Tags()["scalars"] if any(re.match(regex, tag) for regex in charts[0])}
-    assert on_first_chart == {f"compression_ratio/{name}" for name in ("noise_free", "noisy", "target")}
+    achieved = {f"compression_ratio/{name}" for name in ("noise_free", "noisy", "target")}
+    assert on_first_chart == achieved | {"evaluation/compression_ratio"}
     assert {tag for tag in events.Tags()["scalars"] if re.match(charts[1][0], tag)} == {
-        f"compression_ratio_layer/{layer:02d}" for layer in range(LAYERS)
+        f"kept_share_layer/{layer:02d}" for layer in range(LAYERS)
     }
 
 
@@ -124,6 +136,16 @@ def test_heatmap_waits_for_a_logged_step(tmp_path):
         for step in range(10, 110, 10):
             monitor.log_step(record(step))
     assert [image.step for image in read(tmp_path).Images("compression_ratio/layer_head")] == [30, 50, 80, 100]
+
+
+def test_the_last_step_has_a_heatmap(tmp_path):
+    with Monitor(tmp_path / "any", LAYERS, KV_HEADS, heatmap_interval=10) as monitor:
+        for step in range(1, 14):
+            monitor.log_step(record(step), last=step == 13)
+    assert [image.step for image in read(tmp_path / "any").Images("compression_ratio/layer_head")] == [10, 13]
+    with Monitor(tmp_path / "none", LAYERS, KV_HEADS, heatmap_interval=0) as monitor:
+        monitor.log_step(record(1), last=True)
+    assert not read(tmp_path / "none").Tags()["images"]
 
 
 @pytest.mark.parametrize(("layers", "kv_heads"), [(1, 1), (4, 2), (32, 8), (80, 8), (40, 40)])
@@ -208,7 +230,7 @@ def test_plain_lines_at_most_every_interval(monkeypatch):
         progress.message("saved step_00000100")
     lines = stream.getvalue().splitlines()
     assert [line.split(" | ")[1] for line in lines[:-1]] == [f"step {step}/100" for step in (1, 31, 61, 91, 100)]
-    assert lines[1] == "compress | step 31/100 | loss 2.6900 | CR 1.50/2.00 | 12.3k tokens/s | ETA 0:01:09"
+    assert lines[1] == "compress | step 31/100 | loss 2.6900 | CR 1.50 (target 2.00) | 12.3k tok/s | ETA 0:01:09"
     assert lines[-1] == "saved step_00000100"
     assert "\x1b" not in stream.getvalue()
 
@@ -220,6 +242,22 @@ def test_plain_line_without_merging():
     assert "CR" not in stream.getvalue() and stream.getvalue().startswith("pretrain | step 1/100 | loss 2.9900 |")
 
 
+def test_plain_line_of_an_adapter_shows_its_loss():
+    stream = io.StringIO()
+    with TrainingProgress(100, stream=stream) as progress:
+        progress.update(record(1, distillation_loss=0.03125))
+    assert " | loss 2.9900 | KL 0.0312 | CR 1.50 (target 2.00) | " in stream.getvalue()
+
+
+def test_quiet_progress_says_only_what_is_important():
+    stream = io.StringIO()
+    with TrainingProgress(2, quiet=True, stream=stream) as progress:
+        progress.update(record(1))
+        progress.message("saved")
+        progress.message("warning: missed", important=True)
+    assert stream.getvalue() == "warning: missed\n"
+
+
 def test_other_ranks_are_silent():
     stream = io.StringIO()
     with TrainingProgress(2, enabled=False, stream=stream) as progress:
@@ -228,13 +266,14 @@ def test_other_ranks_are_silent():
     assert stream.getvalue() == ""
 
 
-def test_bar_on_a_terminal(monkeypatch):
+@pytest.mark.parametrize("columns", [80, 120])
+def test_bar_on_a_terminal(monkeypatch, columns):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", str(columns))
     reader, writer = pty.openpty()
-    with os.fdopen(writer, "w") as terminal, TrainingProgress(4, done_steps=2, stream=terminal) as progress:
-        for step in (3, 4):
-            progress.update(record(step))
+    with os.fdopen(writer, "w") as terminal, TrainingProgress(25000, done_steps=24000, stream=terminal) as progress:
+        for step in (24001, 25000):
+            progress.update(record(step, lm_loss=2.96, distillation_loss=0.03125))
         progress.message("saved [final]")
     text = b""
     try:
@@ -244,9 +283,11 @@ def test_bar_on_a_terminal(monkeypatch):
         pass
     os.close(reader)
     assert b"\x1b[" in text and b"saved [final]" in text
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
-    assert "starting 2/4" in plain
-    assert re.search(r"compress 4/4 \S+ loss 2.9600  CR 1.50/2.00  12.3k tokens/s  ETA 0:00:00", plain), plain
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode()).replace("\r", "\n").splitlines()
+    assert any("starting 24000/25000" in line for line in lines)
+    assert any(re.fullmatch(r"compress 25000/25000 \S+ 12.3k tok/s  ETA 0:00:00", line) for line in lines), lines
+    assert "loss 2.9600  KL 0.0312  CR 1.50 (target 2.00)" in lines
+    assert max(map(len, lines)) <= columns
 
 
 def test_dumb_terminal_gets_lines(monkeypatch):

@@ -1,4 +1,4 @@
-"""A signal stops a run after its step, on all ranks; resumed, the run equals one that was never stopped."""
+"""A signal stops a run after its step, on all ranks, and the run goes on as if it had not been stopped."""
 
 import os
 import signal
@@ -9,7 +9,9 @@ import pytest
 
 from megatron_dmc.checkpoint import read_latest
 from megatron_dmc.recipe import load_recipe
+from megatron_dmc.training.schedule import StepPlan
 from megatron_dmc.training.signals import stop_request
+from megatron_dmc.training.step import StepResult
 from megatron_dmc.training.trainer import Trainer
 from tests.support.processes import PRODUCT, meeting_place, started
 from tests.support.toy import recipe_values, scalars, write_recipe
@@ -22,8 +24,10 @@ def recipe(data: Path, folder: Path) -> Path:
     return write_recipe(folder, recipe_values(data, folder, PHASES))
 
 
-def command(recipe: Path, *overrides: str) -> tuple[object, ...]:
-    return (*PRODUCT, "retrofit", recipe, "monitor.progress_bar=true", *overrides)
+def command(recipe: Path, *overrides: str, ranks: int = 1) -> tuple[object, ...]:
+    """A run in one process, or in a torchrun of so many."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
+    return (*launcher, *PRODUCT, "retrofit", recipe, "monitor.progress_bar=true", *overrides)
 
 
 def wait_for_first_step(process: subprocess.Popen[str]) -> None:
@@ -36,7 +40,7 @@ def wait_for_first_step(process: subprocess.Popen[str]) -> None:
     pytest.fail("".join(lines))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_its_handler_is_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_request() as request:
@@ -46,12 +50,52 @@ def test_a_signal_is_noted_and_its_handler_is_restored(number: signal.Signals) -
     assert signal.getsignal(number) == before
 
 
+# torchrun hands the second Ctrl-C on as SIGTERM.
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_only_after_ctrl_c_the_next_signal_stops_at_once(second: signal.Signals) -> None:
+    with stop_request() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+        assert request.received == signal.SIGINT
+    with stop_request() as request:
+        for number in (signal.SIGUSR1, signal.SIGTERM, second):
+            signal.raise_signal(number)
+        assert request.received == signal.SIGUSR1
+
+
+def test_rank_0_alone_answers_ctrl_c(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with stop_request():
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("stopping after this step (Ctrl-C again: at once") == 1
+
+
+class Interrupted(Trainer):
+    """Gets both signals within its second step."""
+
+    def _train_step(self, plan: StepPlan) -> StepResult:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return super()._train_step(plan)
+
+
 @pytest.mark.usefixtures("one_process")
-def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_a_run_without_saving(data: Path, tmp_path: Path) -> None:
+    with stop_request() as request, pytest.raises(KeyboardInterrupt):
+        Interrupted(load_recipe(recipe(data, tmp_path)), request).run()
+    assert read_latest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     with started(*command(recipe(data, stopped))) as process:
         wait_for_first_step(process)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     steps = len(scalars(stopped, "loss/lm"))
@@ -90,3 +134,16 @@ def test_a_signal_to_one_slurm_task_stops_all_of_them_after_the_same_step(data: 
         assert [first.returncode, second.returncode] == [75, 75], said
     assert "asked to stop" in said[0]
     assert read_latest(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.distributed
+def test_ctrl_c_under_torchrun_saves_too(data: Path, tmp_path: Path) -> None:
+    """Workers are in sessions of their own: Ctrl-C reaches torchrun alone, which hands it on."""
+    with started(*command(recipe(data, tmp_path), ranks=2)) as launcher:
+        wait_for_first_step(launcher)
+        launcher.send_signal(signal.SIGINT)
+        said, _ = launcher.communicate(timeout=300)
+    name = read_latest(tmp_path / "checkpoints")
+    assert name is not None, said
+    assert said.count("stopping after this step (Ctrl-C again: at once") == 1
+    assert f"asked to stop: saved after step {int(name.removeprefix('step_'))};" in said

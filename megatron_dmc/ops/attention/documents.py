@@ -17,7 +17,7 @@ class Documents:
     Attributes:
         cu_seqlens: int32 [documents + 1], where each begins, and the number of tokens.
         tokens: their number, batch * seq.
-        longest: no document is longer.
+        longest: no document is longer; at least 2, because a flash kernel takes another path for 1.
     """
 
     cu_seqlens: Tensor
@@ -32,7 +32,7 @@ class Documents:
         batch, seq = starts.shape
         starts = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
         begins = starts.flatten().nonzero()[:, 0]
-        return cls(F.pad(begins, (0, 1), value=batch * seq).int(), batch * seq, seq)
+        return cls(F.pad(begins, (0, 1), value=batch * seq).int(), batch * seq, max(seq, 2))
 
     @cached_property
     def starts(self) -> Tensor:
@@ -65,7 +65,7 @@ class Documents:
             lengths = (torch.diff(self.cu_seqlens) - window).clamp(min=0)
             left = (self.positions >= window).nonzero()[:, 0]
             ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            self._later[window] = Documents(ends, len(left), max(self.longest - window, 0)), left
+            self._later[window] = Documents(ends, len(left), max(self.longest - window, 2)), left
         return self._later[window]
 
     def part(self, batch: int, tokens: slice) -> "Documents":

@@ -9,7 +9,7 @@ from megatron_dmc.ops.attention.types import Attended, BiasedKeys, Gradients, Ke
 
 aten = torch.ops.aten
 
-KNOWS_GROUPS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
+KNOWS_GROUPS = torch.torch_version.TorchVersion(torch.__version__) >= "2.9"
 
 
 def cpu_forward(query: Tensor, keys: BiasedKeys, settings: KernelSettings) -> Attended:
@@ -42,8 +42,13 @@ def cpu_backward(
             F.pad(value, (0, 1)),
             F.pad(final.out, (0, 1)),
         )
+    wide_grad, wide_query, wide_key, wide_value, wide_out = _heads_first(*wide)
     grads = kernel_backward(
-        *_heads_first(*wide),
+        wide_grad,
+        wide_query,
+        wide_key,
+        wide_value,
+        wide_out,
         final.lse.transpose(1, 2).contiguous(),
         causal=settings.causal,
         mask=_mask(query, bias),

@@ -1,0 +1,136 @@
+"""What a run tells its reader in words: what it is, where it starts, what it saved, and how it ended."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dmc import __version__
+from megatron_dmc.checkpoint.agreement import size_text
+from megatron_dmc.recipe import Recipe
+from megatron_dmc.training.progress import short_number
+from megatron_dmc.training.run_state import SavedCheckpoint
+
+# A ratio below this share of its target misses it.
+REACHED = 0.95
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run runs on: processes, replicas of the model, and the GPU of each process; None: the CPU."""
+
+    processes: int
+    replicas: int
+    gpu: str | None
+
+
+def banner(recipe: Recipe, world: World, parameters: int, training_parameters: int) -> str:
+    """What is about to run, one line per topic.
+
+    Args:
+        parameters: of the whole model, and how many of them train.
+    """
+    model, data, checkpoint, monitor = recipe.model, recipe.data, recipe.checkpoint, recipe.monitor
+    trained = "all" if training_parameters == parameters else f"{training_parameters:,}"
+    every = f"every {checkpoint.save_interval} steps" if checkpoint.save_interval else "at the end"
+    topics = [
+        ("model", f"{model.num_layers} layers, {model.num_query_groups} KV heads, {parameters:,} parameters"),
+        ("trains", f"{trained} of them, {_precision(recipe)}"),
+        ("layout", _layout(recipe, world)),
+        *(("phase", line) for line in _phases(recipe)),
+        ("data", ", ".join(data.train)),
+        ("held out", ", ".join(data.valid) or "nothing"),
+        ("checkpoints", f"{checkpoint.directory}, {every}"),
+        ("TensorBoard", monitor.tensorboard or "none"),
+    ]
+    return "\n".join([_title(recipe), *(f"  {name:11}  {value}" for name, value in topics)])
+
+
+def _title(recipe: Recipe) -> str:
+    dmc = recipe.dmc
+    if not recipe.merges:
+        return f"megatron-dmc {__version__}: pretraining"
+    kind = "adapter" if recipe.trains_adapter else "retrofit"
+    window = f", local window {dmc.local_window}" if dmc.local_window else ""
+    return f"megatron-dmc {__version__}: {kind} to CR {dmc.target_compression_ratio:g}, {dmc.operation}{window}"
+
+
+def _precision(recipe: Recipe) -> str:
+    training = recipe.training
+    return ("bfloat16" if training.bf16 else "float32") + (f" with FP8 {training.fp8}" if training.fp8 else "")
+
+
+def _layout(recipe: Recipe, world: World) -> str:
+    parallel = recipe.parallel
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "DP": world.replicas,
+    }
+    many = "process" if world.processes == 1 else "processes"
+    devices = f"{world.processes} CPU {many}" if world.gpu is None else f"{world.processes} x {world.gpu}"
+    return " x ".join(f"{name} {size}" for name, size in sizes.items()) + f" on {devices}"
+
+
+def _phases(recipe: Recipe) -> list[str]:
+    per_step = recipe.training.global_batch_size * recipe.data.sequence_length
+    goal = recipe.dmc.target_compression_ratio
+    lines = []
+    for phase in recipe.phases:
+        aim = f", CR {phase.start_compression_ratio:g} to {goal:g}" if phase.kind == "compress" else ""
+        lines.append(f"{phase.kind}, {phase.steps} steps, {short_number(phase.steps * per_step)} tokens{aim}")
+    return lines
+
+
+def started(folder: Path | None, step: int) -> str:
+    """Where a run begins: with a checkpoint of its own, with a base, or with initial weights."""
+    if folder is None:
+        return "starting from initial weights"
+    return f"resuming from step {step} of {folder}" if step else f"starting from {folder}"
+
+
+def saved(checkpoint: SavedCheckpoint, target: float | None) -> str:
+    """Args: target: of a checkpoint that is kept for its ratio."""
+    ratio = checkpoint.info.compression_ratio
+    reached = "" if ratio is None else f": CR {ratio:.2f}"
+    if ratio is not None and target is not None and ratio < REACHED * target:
+        reached += f", below its target {target:g}"
+    return f"saved {checkpoint.name}{reached} ({size_text(checkpoint.size)}, {checkpoint.seconds:.1f} s)"
+
+
+def held_out(loss: float, ratio: float | None, step: int) -> str:
+    merged = "" if ratio is None else f", compression ratio {ratio:.2f}"
+    return f"held-out loss after {step} steps: {loss:.4f} nats per token{merged}"
+
+
+def stopped(step: int) -> str:
+    return f"asked to stop: saved after step {step}; the same command goes on from there"
+
+
+def finished(folder: Path, steps: int, ratio: float | None, target: float | None) -> str:
+    """For a run that has nothing left to do."""
+    result = "" if ratio is None else f", CR {ratio:.2f} (target {target:g})"
+    return (
+        f"this run is finished: all {steps} steps are done{result}; its result is {folder}\n"
+        f"  to look at it: megatron-dmc inspect {folder}\n"
+        f"  to train on: a new checkpoint.directory with checkpoint.load_base={folder}"
+    )
+
+
+def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: float | None) -> str | None:
+    """A warning where a run's last phase was to reach the target and did not; None where all is well.
+
+    Args:
+        held_out_ratio: noise-free, on held-out samples; None without any.
+        training_ratio: noise-free, of the last global batch.
+    """
+    target = recipe.dmc.target_compression_ratio
+    ratio, where = held_out_ratio, "held-out samples"
+    if ratio is None:
+        ratio, where = training_ratio, "the last training batch"
+    if not recipe.phases[-1].merges or ratio is None or ratio >= REACHED * target:
+        return None
+    if training_ratio is not None and training_ratio >= REACHED * target:
+        advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or a higher target"
+    else:
+        advice = "try a larger dmc.loss_coefficient, a higher learning rate, or more steps"
+    return f"warning: target missed: CR {ratio:.2f} on {where}, target {target:g}; {advice}"

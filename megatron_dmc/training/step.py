@@ -1,0 +1,223 @@
+"""One global batch through this process's share of the model: a training step, or a part of an evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.data import SampleDataset, global_batch
+from megatron_dmc.model.attention import StepContext
+from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
+from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.recipe import Recipe
+from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config, wrap_chunks
+from megatron_dmc.training.forward_step import build_forward_step, forward_step, on_this_context_rank
+from megatron_dmc.training.optimizer import build_optimizer, gather_parameters
+from megatron_dmc.training.schedule import StepPlan
+
+
+@dataclass
+class StepResult:
+    """Means and sums over a step's global batch, the same on every rank.
+
+    Attributes:
+        loss: LM loss, nats per token; NaN where no token counts (chat data whose batch holds no assistant's words).
+        distillation_loss: nats per token; 0 without a teacher.
+        tokens: that count in the losses.
+        counts: [3, layers, kv_heads], see DecisionStatistics.
+        stop: whether any rank was asked to stop.
+        grad_norm: before clipping.
+        updated: whether the optimizer took the step.
+    """
+
+    loss: float
+    distillation_loss: float
+    tokens: float
+    counts: Tensor
+    stop: bool = False
+    grad_norm: float = 0.0
+    updated: bool = True
+
+    @property
+    def merges(self) -> bool:
+        return bool(self.counts[2].sum() > 0)
+
+    def merge_fraction(self, *, noisy: bool) -> float:
+        return float(self.counts[0 if noisy else 1].sum() / self.counts[2].sum())
+
+    def ratio(self, *, noisy: bool) -> float | None:
+        return 1 / (1 - self.merge_fraction(noisy=noisy)) if self.merges else None
+
+    @property
+    def layer_head_ratio(self) -> Tensor | None:
+        return compression_ratio(self.counts[1], self.counts[2]) if self.merges else None
+
+
+class StepRunner:
+    """The model, its optimizer, and what a step does with them.
+
+    Args:
+        recipe: checked already.
+        train_data, valid_data: the run's samples; ``valid_data`` None: nothing is held out.
+        teacher: a base that teaches, besides an adapter's own; None: there is none.
+        asked_to_stop: what this rank answers at the end of a step.
+
+    Attributes:
+        step: steps done.
+        merge_fraction: noise-free share of merged tokens in the last global batch: what the compression loss' gate looks at.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train_data: SampleDataset,
+        valid_data: SampleDataset | None,
+        teacher: SavedModel | None,
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        self.recipe, self.train_data, self.valid_data = recipe, train_data, valid_data
+        self._asked_to_stop = asked_to_stop
+        self.config = megatron_config(recipe)
+        chunks = build_chunks(recipe, self.config, recipe.dmc if recipe.merges else None)
+        if recipe.trains_adapter:
+            freeze_base(chunks)
+        self.model = wrap_chunks(recipe, self.config, chunks)
+        self.forward_step = build_forward_step(recipe, self.config, self.model, teacher)
+        self.optimizer = build_optimizer(recipe, self.model)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.step = 0
+        self.merge_fraction = 0.0
+
+    def _layers(self) -> list[Any]:
+        return [layer for chunk in self.model for layer in dmc_layers(chunk)]
+
+    def _train_step(self, plan: StepPlan) -> StepResult:
+        micro_batches = self._micro_batches(self.train_data, self.step * self.recipe.training.global_batch_size)
+        self._prepare(StepContext(plan.merging, plan.channel_scale, self._alpha_gradient(plan, micro_batches)))
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        outputs = self._forward_backward(micro_batches)
+        updated, grad_norm, _ = self.optimizer.step()
+        result = self._reduce(outputs)
+        result.grad_norm, result.updated = float(grad_norm), bool(updated)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, plan: StepPlan) -> StepResult | None:
+        """Loss and noise-free decisions on the held-out samples; None without any, or if none of their tokens counts.
+
+        Training goes on as if it had not been called. The plan says whether anything merges.
+        """
+        if self.valid_data is None:
+            return None
+        per_batch = self.recipe.training.global_batch_size
+        batches = max(1, self.recipe.monitor.eval_samples // per_batch)
+        if len(self.valid_data) < batches * per_batch:
+            return None
+        self._prepare(StepContext(plan.merging, plan.channel_scale))
+        gather_parameters(self.model)
+        for chunk in self.model:
+            chunk.eval()
+        outputs = []
+        for i in range(batches):
+            micro_batches = self._micro_batches(self.valid_data, i * per_batch)
+            outputs += self._forward_backward(micro_batches, evaluates=True)
+        result = self._reduce(outputs)
+        for chunk in self.model:
+            chunk.train()
+        return result if result.tokens else None
+
+    def _prepare(self, context: StepContext) -> None:
+        """Tells every layer what the next passes are, and forgets the counts of those before."""
+        for layer in self._layers():
+            layer.step = context
+            layer.statistics.reset()
+
+    def _micro_batches(self, data: SampleDataset, first_sample: int) -> list[dict[str, Tensor]]:
+        """This rank's share of the global batch; which samples it holds is a function of their global numbers alone."""
+        size = self.recipe.training.micro_batch_size
+        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        rounds = self.recipe.training.global_batch_size // (size * replicas)
+        begins = [first_sample + (i * replicas + replica) * size for i in range(rounds)]
+        return [_to_device(on_this_context_rank(global_batch(data, range(begin, begin + size)))) for begin in begins]
+
+    def _alpha_gradient(self, plan: StepPlan, micro_batches: list[dict[str, Tensor]]) -> float:
+        """What every alpha of this step gets: the hinge's slope -lambda / (alphas of the global batch) while the gate is open.
+
+        megatron-core divides all gradients by the global batch's valid tokens; that is undone here.
+        """
+        if not plan.merging or self.merge_fraction >= merge_fraction_target(plan.target_compression_ratio or 1.0):
+            return 0.0
+        recipe = self.recipe
+        valid = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
+        dist.all_reduce(valid, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        alphas = (
+            recipe.model.num_layers
+            * recipe.model.num_query_groups
+            * recipe.data.sequence_length
+            * recipe.training.global_batch_size
+        )
+        return -recipe.dmc.loss_coefficient * float(valid) / alphas
+
+    def _forward_backward(self, micro_batches: list[dict[str, Tensor]], *, evaluates: bool = False) -> list[Tensor]:
+        """Sums of LM loss, distillation loss and tokens of every micro-batch on the last pipeline stage, else nothing."""
+        iterators = [iter(micro_batches) for _ in self.model]
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step if evaluates else self.forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.recipe.data.sequence_length,
+            # Teacher and student travel side by side.
+            micro_batch_size=len(micro_batches[0]["tokens"]) * (1 if evaluates or not self.recipe.distills else 2),
+            forward_only=evaluates,
+        )
+        return [output["sums"] for output in outputs]
+
+    def _reduce(self, outputs: list[Tensor]) -> StepResult:
+        """The step's one message: losses of the last stage, decision counts of every layer, and requests to stop, summed."""
+        model = self.recipe.model
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        counts = torch.zeros(3, model.num_layers, model.num_query_groups, dtype=torch.float64, device=device)
+        for layer in self._layers():
+            if layer.statistics.counts is not None:
+                heads = layer.kv_heads
+                counts[:, layer.layer_number - 1, heads.start : heads.stop] += layer.statistics.counts
+        losses = torch.zeros(3, dtype=torch.float64, device=device)
+        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
+            losses += torch.stack(outputs).sum(0)
+        stop = losses.new_tensor([self._asked_to_stop()])
+        message = torch.cat([counts.flatten(), losses, stop])
+        dist.all_reduce(message)
+        total, apart, tokens, stops = message[-4:].cpu()
+        return StepResult(
+            float(total / tokens),
+            float(apart / tokens),
+            float(tokens),
+            message[:-4].view_as(counts).cpu(),
+            stop=bool(stops > 0),
+        )
+
+    def _clear_decision_channel(self) -> None:
+        for layer in self._layers():
+            layer.clear_decision_channel()
+        self.optimizer.reload_model_params()
+
+
+def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Document starts stay on the host, where the places of documents are computed without waiting for the device."""
+    if not torch.cuda.is_available():
+        return batch
+    return {
+        name: tensor if name == "document_starts" else tensor.cuda(non_blocking=True) for name, tensor in batch.items()
+    }

@@ -1,0 +1,111 @@
+"""What ``megatron-dmc inspect`` says of a checkpoint, and of a run's folder of them."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_dmc.cli import main
+from megatron_dmc.evaluation.cache_size import CacheSize
+from megatron_dmc.evaluation.inspect import print_table, report
+from tests.support.toy import recipe_values, write_recipe, write_text
+
+LR = 5e-3
+PHASES = [{"kind": "compress", "steps": 4, "lr": LR}, {"kind": "solidify", "steps": 2, "lr": LR}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Path:
+    """A retrofit to CR 3; the model has 256 positions."""
+    folder = tmp_path_factory.mktemp("run")
+    write_text(folder)
+    values = recipe_values(folder, folder, PHASES, target_compression_ratio=3.0)
+    assert main(["retrofit", str(write_recipe(folder, values))]) == 0
+    return folder / "checkpoints"
+
+
+def test_reads_as_many_tokens_as_the_model_has_positions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run / "final"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens"] == 256
+    assert captured.err == "reads 256 tokens, which is all of the model's positions\n"
+    assert main(["inspect", str(run / "final"), "--tokens", "200", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens"] == 200 and not captured.err
+    # A number that was asked for is not changed.
+    assert main(["inspect", str(run / "final"), "--tokens", "2048"]) == 1
+    assert "2048 tokens exceed the model's 256 positions; read fewer (--tokens)" in capsys.readouterr().err
+
+
+def test_shows_the_ratio_that_training_reached(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = json.loads((run / "cr_2" / "dmc.json").read_text())["compression_ratio"]
+    assert main(["inspect", str(run / "cr_2"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["saved_at_compression_ratio"] == saved
+    assert main(["inspect", str(run / "cr_2")]) == 0
+    assert f"({saved:.2f} in training)" in capsys.readouterr().out
+
+
+def test_lists_a_runs_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["kind"], row["step"]) for row in rows] == [
+        ("cr_2", "weights", 2),
+        ("cr_3", "weights", 4),
+        ("final", "weights", 6),
+        ("step_00000006", "full", 6),
+    ]
+    for row in rows:
+        assert row["target_compression_ratio"] == 3.0
+        saved = json.loads((run / row["name"] / "dmc.json").read_text())["compression_ratio"]
+        assert row["compression_ratio"] == saved > 1
+    assert main(["inspect", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert f" {rows[0]['compression_ratio']:.2f} " in next(line for line in table.splitlines() if "cr_2" in line)
+
+
+def test_a_damaged_checkpoint_in_the_list_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cr_2").mkdir()
+    (tmp_path / "cr_2" / "dmc.json").write_text("{")
+    assert main(["inspect", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'cr_2' / 'dmc.json'} is damaged" in line
+
+
+def size(slots: list[list[int]], tokens: int, window: int) -> CacheSize:
+    return CacheSize(tokens, torch.tensor(slots), 512, 1024, window)
+
+
+@pytest.mark.parametrize(
+    ("slots", "tokens", "window", "flagged"),
+    [
+        # Beyond the first token and the window each head decides on 1000 tokens.
+        ([[17 + 500, 17 + 250], [17, 17]], 1017, 16, [1]),
+        ([[17 + 9, 17 + 9], [17 + 10, 17 + 10]], 1017, 16, [0]),
+        # One head that gives up is made good by the other.
+        ([[17, 17 + 500]], 1017, 16, []),
+        ([[1, 1], [5, 5], [500, 500]], 501, 0, [0, 1]),
+        # Too few decisions to tell.
+        ([[17, 17]], 116, 16, []),
+        ([[17, 17]], 117, 16, [0]),
+        ([[16, 16]], 16, 16, []),
+        ([[16, 16]], 16, 64, []),
+    ],
+)
+def test_layers_that_merge_everything(slots: list[list[int]], tokens: int, window: int, flagged: list[int]) -> None:
+    measured = size(slots, tokens, window)
+    assert measured.layers_that_merge_everything == flagged
+    assert report(measured)["layers_that_merge_everything"] == flagged
+    text = io.StringIO()
+    print_table(measured, "final", Console(file=text, width=100))
+    marked = [line for line in text.getvalue().splitlines() if line.startswith("│") and "!" in line]
+    assert len(marked) == len(flagged)
+    assert ("nearly every token" in text.getvalue()) == bool(flagged)
+
+
+def test_a_layers_ratio_counts_its_heads_slots() -> None:
+    assert size([[100, 300], [50, 50]], 400, 0).layer_ratio.tolist() == [2.0, 8.0]

@@ -1,0 +1,208 @@
+"""What a run tells its reader: what it is, where it starts, what it saved, and whether it reached its target."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.checkpoint import CheckpointInfo
+from megatron_dmc.cli import main
+from megatron_dmc.recipe import Recipe, recipe_from_dict
+from megatron_dmc.training import messages
+from megatron_dmc.training.run_state import SavedCheckpoint
+from tests.support.toy import recipe_values, write_recipe, write_text
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+LR = 5e-3
+PHASES = [{"kind": "compress", "steps": 6, "lr": LR}, {"kind": "solidify", "steps": 2, "lr": LR}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, and a pretrained base in ``base/checkpoints/final``."""
+    folder = tmp_path_factory.mktemp("data")
+    write_text(folder)
+    values = recipe_values(folder, folder / "base", [{"kind": "pretrain", "steps": 2, "lr": LR}])
+    assert main(["retrofit", str(write_recipe(folder / "base", values))]) == 0
+    return folder
+
+
+def retrofit(data: Path, folder: Path, *, shows: bool = True, adapter: bool = False, **dmc: float) -> str:
+    """A recipe's file: to CR 3 from the base."""
+    values = recipe_values(data, folder, PHASES, target_compression_ratio=3.0, **dmc)
+    values["checkpoint"] |= {"load_base": str(data / "base" / "checkpoints" / "final"), "save_interval": 5}
+    values["monitor"]["progress_bar"] = shows
+    if adapter:
+        values["training"]["train"] = "adapter"
+        values["distillation"] = {"weight": 1.0}
+    return str(write_recipe(folder, values))
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_run_introduces_itself(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["retrofit", retrofit(data, tmp_path, adapter=True)]) == 0
+    lines = said(capsys)
+    assert re.fullmatch(r"megatron-dmc \S+: adapter to CR 3, merge", lines[0])
+    topics = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines[1:11]]
+    # 2 layers of a projection from 32 to alpha and omega of 2 KV heads, with a bias.
+    assert topics == [
+        ["model", "2 layers, 2 KV heads, 34,984 parameters"],
+        ["trains", "264 of them, float32"],
+        ["layout", "TP 1 x PP 1 x CP 1 x DP 1 on 1 CPU process"],
+        ["phase", "compress, 6 steps, 792 tokens, CR 1 to 3"],
+        ["phase", "solidify, 2 steps, 264 tokens"],
+        ["data", str(data / "train")],
+        ["held out", str(data / "valid")],
+        ["checkpoints", f"{tmp_path / 'checkpoints'}, every 5 steps"],
+        ["TensorBoard", str(tmp_path / "tensorboard")],
+        [f"starting from {data / 'base' / 'checkpoints' / 'final'}"],
+    ]
+
+
+def test_every_kept_checkpoint_is_named_with_its_ratio(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["retrofit", retrofit(data, tmp_path)]) == 0
+    text = "\n".join(said(capsys))
+    for name in ("cr_2", "cr_3", "step_00000005", "final", "step_00000008"):
+        ratio = json.loads((tmp_path / "checkpoints" / name / "dmc.json").read_text())["compression_ratio"]
+        size = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / name).rglob("*"))
+        assert re.search(
+            rf"^saved {name}: CR {ratio:.2f}(, below its target \d)? \((\d+\.\d) kB, \d+\.\d s\)$", text, re.M
+        )
+        assert re.search(rf"^saved {name}.*\({size / 1000:.1f} kB", text, re.M)
+
+
+def test_saved_in_the_background_is_said_when_it_is_whole(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["retrofit", retrofit(data, tmp_path), "checkpoint.async_save=true"]) == 0
+    saved = [line.split()[1].rstrip(":") for line in said(capsys) if line.startswith("saved")]
+    assert sorted(saved) == ["cr_2", "cr_3", "final", "step_00000005", "step_00000008"]
+
+
+@pytest.mark.parametrize("shows", [True, False], ids=["shown", "no progress bar"])
+def test_a_missed_target_is_reported(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shows: bool
+) -> None:
+    # Nothing pulls the ratio up.
+    assert main(["retrofit", retrofit(data, tmp_path, shows=shows, loss_coefficient=0.0, decision_bias=5.0)]) == 0
+    (warning,) = [line for line in said(capsys) if line.startswith("warning")]
+    assert warning == (
+        "warning: target missed: CR 1.00 on held-out samples, target 3; try a larger dmc.loss_coefficient, a higher learning "
+        "rate, or more steps"
+    )
+
+
+def test_a_reached_target_is_not_reported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Decisions begin at a = 1: all but the first token merge.
+    assert main(["retrofit", retrofit(data, tmp_path, loss_coefficient=100.0, decision_bias=0.0)]) == 0
+    assert not [line for line in said(capsys) if "target missed" in line]
+
+
+def recipe(**last_phase: object) -> Recipe:
+    values = recipe_values(Path("data"), Path("run"), [*PHASES[:1], {**PHASES[1], **last_phase}])
+    return recipe_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "trained", "words"),
+    [
+        (4.0, 3.0, None),
+        (3.8, 3.8, None),
+        (2.93, 3.95, "CR 2.93 on held-out samples, target 4; training reached 3.95: try more varied text"),
+        (2.93, 3.0, "CR 2.93 on held-out samples, target 4; try a larger dmc.loss_coefficient"),
+        (None, 3.0, "CR 3.00 on the last training batch, target 4; try a larger"),
+        (None, 4.0, None),
+        (None, None, None),
+    ],
+)
+def test_which_targets_are_missed(held_out: float | None, trained: float | None, words: str | None) -> None:
+    warning = messages.missed_target(recipe(), held_out, trained)
+    assert (warning is None) if words is None else (warning is not None and words in warning and "\n" not in warning)
+
+
+def test_a_checkpoint_below_its_ratio_says_so() -> None:
+    info = CheckpointInfo("weights", {}, 10, 80, 0, compression_ratio=2.41)
+    checkpoint = SavedCheckpoint("cr_3", info, 1_250_000, 0.25)
+    assert messages.saved(checkpoint, 3.0) == "saved cr_3: CR 2.41, below its target 3 (1.2 MB, 0.2 s)"
+    reached = replace(checkpoint, info=replace(info, compression_ratio=3.02))
+    assert messages.saved(reached, 3.0) == "saved cr_3: CR 3.02 (1.2 MB, 0.2 s)"
+    assert messages.saved(replace(checkpoint, info=replace(info, compression_ratio=None)), None) == (
+        "saved cr_3 (1.2 MB, 0.2 s)"
+    )
+
+
+def test_a_resumed_run_says_where_it_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = retrofit(data, tmp_path)
+    assert main(["retrofit", path, "training.exit_after_steps=2"]) == 0
+    assert "held-out loss after 0 steps" in capsys.readouterr().err
+    assert main(["retrofit", path, "training.exit_after_steps=2"]) == 0
+    lines = said(capsys)
+    assert f"resuming from step 2 of {tmp_path / 'checkpoints' / 'step_00000002'}" in lines
+    assert not [line for line in lines if line.startswith("held-out")]
+
+
+@pytest.mark.parametrize("shows", [True, False], ids=["shown", "no progress bar"])
+def test_a_finished_recipe_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shows: bool) -> None:
+    path = retrofit(data, tmp_path, shows=shows)
+    assert main(["retrofit", path]) == 0
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main(["retrofit", path]) == 0
+    final = tmp_path / "checkpoints" / "final"
+    ratio = json.loads((final / "dmc.json").read_text())["compression_ratio"]
+    assert said(capsys) == [
+        f"this run is finished: all 8 steps are done, CR {ratio:.2f} (target 3); its result is {final}",
+        f"  to look at it: megatron-dmc inspect {final}",
+        f"  to train on: a new checkpoint.directory with checkpoint.load_base={final}",
+    ]
+    # No empty event file either.
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("adapter", "layout"),
+    [
+        (False, "parallel.pipeline_model_parallel_size=2"),
+        (True, "parallel.tensor_model_parallel_size=2"),
+        (False, "parallel.overlap=true"),
+    ],
+    ids=["PP2", "TP2 adapter", "DP2"],
+)
+def test_a_run_on_two_ranks_prints_no_warning(data: Path, tmp_path: Path, adapter: bool, layout: str) -> None:
+    path = retrofit(data, tmp_path, adapter=adapter)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        [*launcher, "-m", "megatron_dmc", "retrofit", path, layout],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    words = (
+        "megatron-dmc",
+        "  ",
+        "starting",
+        "held-out",
+        "saved",
+        "compress |",
+        "solidify |",
+        "warning: target missed",
+    )
+    assert not [line for line in done.stderr.splitlines() if not line.startswith(words)]
+    # The layout does not change how many there are.
+    assert "  model        2 layers, 2 KV heads, 34,984 parameters\n" in done.stderr
+    assert "  trains       264 of them" in done.stderr or not adapter
