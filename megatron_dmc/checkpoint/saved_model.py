@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo
 from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors
+from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.recipe import Recipe, recipe_from_dict
+from megatron_dmc.recipe.base import added_tokens
 
 # What a merging model's weights mean depends on these.
 MEANING = (
@@ -209,14 +211,15 @@ class SavedModel:
         if self.merges:
             raise ConfigError(f"{self.folder} is a retrofitted model; name its base in distillation.teacher")
         saved, mine = self.recipe.model.vocab_size, recipe.model.vocab_size
-        if saved != mine:
+        if saved != mine and not added_tokens(saved, mine):
             raise ConfigError(
                 f"the teacher {self.folder} has a vocabulary of {saved}, model.vocab_size is {mine}: their logits cannot be "
                 "compared; name a base with the same tokenizer"
             )
 
     def load_into(self, model_chunks: Sequence[torch.nn.Module], recipe: Recipe | None = None) -> None:
-        """Loads the weights, of any layout. Decision weights that a base lacks keep their zeros.
+        """Loads the weights, of any layout. Decision weights that a base lacks keep their zeros; tokens that pad its
+        vocabulary get the mean of the others (:func:`fill_added_rows`).
 
         Args:
             model_chunks: this rank's part of ``recipe``'s model.
@@ -233,8 +236,13 @@ class SavedModel:
             state, lacks = only_decisions(state), is_base_weight
         elif not self.merges:
             lacks = is_decision
-        state = self.load(state, expected_model=recipe.to_dict()["model"], may_be_missing=lacks)
+        vocabulary, expected = self.recipe.model.vocab_size, recipe.to_dict()["model"]
+        added = added_tokens(vocabulary, recipe.model.vocab_size)
+        expected["vocab_size"] -= added
+        state = self.load(state, expected_model=expected, may_be_missing=lacks)
         set_model_state(model_chunks, state, lacks)
+        if added:
+            fill_added_rows(model_chunks, vocabulary)
 
     def load(
         self,

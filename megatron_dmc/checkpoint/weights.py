@@ -9,7 +9,7 @@ import torch
 def model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """The model's sharded state dict; tensors are named globally, whatever the layout."""
     parts = [
-        {name: value for name, value in _without_wrapper(chunk).sharded_state_dict().items() if not is_extra(name)}
+        {name: value for name, value in without_wrapper(chunk).sharded_state_dict().items() if not is_extra(name)}
         for chunk in model_chunks
     ]
     return {"model": parts[0]} if len(parts) == 1 else {f"model{i}": part for i, part in enumerate(parts)}
@@ -21,7 +21,7 @@ def set_model_state(
     """Puts a loaded state dict into the model; raises RuntimeError if a weight is missing that may not be."""
     for i, chunk in enumerate(model_chunks):
         part = state["model" if len(model_chunks) == 1 else f"model{i}"]
-        found = _without_wrapper(chunk).load_state_dict(part, strict=False)
+        found = without_wrapper(chunk).load_state_dict(part, strict=False)
         lost = [
             name for name in found.missing_keys if not (is_extra(name) or (may_be_missing and may_be_missing(name)))
         ]
@@ -51,7 +51,7 @@ def is_base_weight(name: str) -> bool:
     return not is_decision(name)
 
 
-def _without_wrapper(chunk: Any) -> Any:
+def without_wrapper(chunk: Any) -> Any:
     """The module inside megatron-core's DistributedDataParallel and Float16Module, if any."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

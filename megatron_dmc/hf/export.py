@@ -53,19 +53,21 @@ def write_modeling_code(folder: Path) -> None:
 def modeling_code() -> dict[str, str]:
     """File names in the flat folder and their contents."""
     texts = {flat_name(module): flat_imports(source, module) for module, source in needed_modules().items()}
-    others = sorted(set(texts) - {flat_name(MODELING)})
-    texts[flat_name(MODELING)] += _reachable(others)
+    # transformers starts from either of the two.
+    for entry in (CONFIGURATION, MODELING):
+        others = {flat_name(module) for module in needed_modules(entry)} - {flat_name(entry)}
+        texts[flat_name(entry)] += _reachable(sorted(others))
     return {f"{flat}.py": text for flat, text in texts.items()}
 
 
-def needed_modules() -> dict[str, str]:
-    """Sources of the configuration, of the model, and of every module of this package that they import, by name.
+def needed_modules(*entries: str) -> dict[str, str]:
+    """Sources of the entries (none: the configuration and the model) and of every module here that they import, by name.
 
     Raises:
         ConfigError: one of them imports what a user of the export need not have, or in a form that cannot be rewritten.
     """
     sources: dict[str, str] = {}
-    new = [CONFIGURATION, MODELING]
+    new = list(entries or (CONFIGURATION, MODELING))
     while new:
         module = new.pop()
         if module not in sources:

@@ -14,6 +14,8 @@ from megatron_dmc.recipe.values import SectionReader
 
 # Settings that may differ between a checkpoint and a run: they do not change what the weights mean.
 FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
+# Megatron pads a vocabulary to a multiple of 128 per tensor-parallel rank. A difference beyond that is another model's.
+MOST_ADDED_TOKENS = 1024
 
 
 def has_base(folder: str) -> bool:
@@ -48,13 +50,19 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
     if reader.missing:
         raise ConfigError(f"checkpoint.load_base: {path} is damaged, it lacks {', '.join(reader.missing)}")
     model = replace(saved, **typed)
-    differences = model_differences(asdict(saved), asdict(model), there=f"in checkpoint.load_base {folder}")
+    padded = replace(saved, vocab_size=saved.vocab_size + added_tokens(saved.vocab_size, model.vocab_size))
+    differences = model_differences(asdict(padded), asdict(model), there=f"in checkpoint.load_base {folder}")
     if differences:
         raise ConfigError(
             f"{'; '.join(differences)}; remove what differs from the model section (it is taken from the base), or name "
             "another base"
         )
     return model
+
+
+def added_tokens(of_base: int, size: int) -> int:
+    """By how many tokens a vocabulary pads its base's, as tensor parallelism may need; 0: it does not."""
+    return size - of_base if of_base < size < of_base + MOST_ADDED_TOKENS else 0
 
 
 def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any], there: str = "there") -> list[str]:

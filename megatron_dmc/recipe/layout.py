@@ -29,9 +29,9 @@ def check_layout(recipe: Recipe) -> None:
         )
     if model.vocab_size % tp:
         raise ConfigError(
-            f"model.vocab_size ({model.vocab_size}) must be divisible by parallel.tensor_model_parallel_size ({tp}); convert "
-            f"the base with tools/hf_to_megatron.py --pad-vocab-to-multiple-of {tp} and set model.vocab_size to "
-            f"{model.vocab_size + -model.vocab_size % tp}, or use another size; {_tensor_sizes(recipe)}"
+            f"model.vocab_size ({model.vocab_size}) must be divisible by parallel.tensor_model_parallel_size ({tp}); "
+            f"set it to {model.vocab_size + -model.vocab_size % tp} (a base is padded when it is loaded, or once for all by "
+            f"tools/hf_to_megatron.py --pad-vocab-to-multiple-of {tp}), or use another size; {_tensor_sizes(recipe)}"
         )
     if vpp is not None and pp == 1:
         raise ConfigError(

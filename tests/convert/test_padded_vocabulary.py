@@ -84,7 +84,7 @@ def test_the_tool_and_the_message_that_names_it(save_llama: Callable[..., Path],
     recipe["parallel"]["tensor_model_parallel_size"] = 2
     with pytest.raises(ConfigError) as error:
         recipe_from_dict(recipe)
-    for part in ("tools/hf_to_megatron.py --pad-vocab-to-multiple-of 2", "set model.vocab_size to 302"):
+    for part in ("tools/hf_to_megatron.py --pad-vocab-to-multiple-of 2", "set it to 302"):
         assert part in str(error.value)
     main = runpy.run_path(str(ROOT / "tools" / "hf_to_megatron.py"))["main"]
     folder = str(save_llama(vocab_size=301))

@@ -34,7 +34,7 @@ def recipe(folder: Path) -> Path:
         ([f"{TP}=4", "model.ffn_hidden_size=42"], r"must divide model.ffn_hidden_size \(42\); .* work: 1, 2$"),
         (
             [f"{TP}=4", "model.vocab_size=302"],
-            r"vocab_size \(302\) .*\(4\); .* set model.vocab_size to 304, or .* work: 1, 2$",
+            r"vocab_size \(302\) .*\(4\); set it to 304 .*--pad-vocab-to-multiple-of 4.* work: 1, 2$",
         ),
         ([SEQUENCE], "sequence_parallel needs tensor_model_parallel_size > 1; set it to false"),
         (
