@@ -17,6 +17,11 @@ FLOOR_STAMP := $(FLOOR)/.done-$(TRANSFORMERS_FLOOR)
 # What that version needs and today's transformers rules out.
 FLOOR_NEEDS := huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 certifi
 
+# Declares Python 3.12 and runs on 3.11, where pip builds it from source; it imports triton without asking for it.
+MEGATRON_NEWEST ?= 0.19.2
+NEWEST := .venv-megatron-newest
+NEWEST_STAMP := $(NEWEST)/.done-$(MEGATRON_NEWEST)
+
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch srun
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
@@ -24,19 +29,20 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help setup quickstart recipes settings test bench gpu-check cluster-check slurm transformers-floor clean
+.PHONY: help setup quickstart recipes settings test bench gpu-check cluster-check slurm transformers-floor megatron-newest clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
 	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md; SMOKE=1"
 	@echo "make settings            write docs/settings.md, every setting of a recipe, from the sources"
-	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), the Hugging Face tests on the oldest transformers too"
+	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), parts of it on the oldest transformers and the newest megatron-core too"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one"
 	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU (CHECK_ARGS=...)"
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
+	@echo "make megatron-newest     the newest megatron-core that is tried, beside $(VENV), for the tests"
 	@echo "make clean               remove caches and build output (keeps $(VENV) and runs)"
 
 setup: $(STAMP)
@@ -63,11 +69,13 @@ settings: setup
 	$(BIN)/python -m megatron_dmc.recipe.settings > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
 
-test: setup transformers-floor slurm
+test: setup transformers-floor megatron-newest slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not distributed or quick" \
+	    tests/model tests/training tests/checkpoint tests/inference tests/distributed $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The CPU's, also where there is a GPU.
@@ -98,6 +106,15 @@ $(FLOOR_STAMP): | $(STAMP)
 	@echo "installing transformers==$(TRANSFORMERS_FLOOR) into $(FLOOR)"
 	@rm -rf $(FLOOR)
 	@$(PIP_INSTALL) --no-deps --target $(FLOOR) "transformers==$(TRANSFORMERS_FLOOR)" $(FLOOR_NEEDS)
+	@touch $@
+
+megatron-newest: $(NEWEST_STAMP)
+
+$(NEWEST_STAMP): | $(STAMP)
+	@echo "installing megatron-core==$(MEGATRON_NEWEST) into $(NEWEST)"
+	@rm -rf $(NEWEST)
+	@$(PIP_INSTALL) --no-deps --ignore-requires-python --target $(NEWEST) "megatron-core==$(MEGATRON_NEWEST)" triton==3.9.0 || \
+	    { echo "make megatron-newest: pip failed; on Python 3.11 it needs a C++ compiler (g++)" >&2; exit 1; }
 	@touch $@
 
 clean:

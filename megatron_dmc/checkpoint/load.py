@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
@@ -87,11 +87,18 @@ def load_tensors(
     with on_all_ranks(what), _weights_only(), warnings.catch_warnings():
         # megatron-core calls a deprecated name of torch's.
         warnings.simplefilter("ignore", FutureWarning)
-        # What is absent has been looked at above; without may_be_missing there is nothing left to ignore.
-        state_dict = dist_checkpointing.load(
-            sharded_state_dict, str(folder), strict="ignore_all" if may_be_missing else "assume_ok_unexpected"
+        # What is absent has been looked at above. megatron-core's own way to leave it out fails on torch 2.15.
+        _, present = extract_matching_values(
+            sharded_state_dict,
+            lambda entry: isinstance(entry, ShardedTensor | ShardedObject) and _key(entry) not in stored.entries,
         )
+        state_dict = dist_checkpointing.load(present, str(folder), strict="assume_ok_unexpected")
     return state_dict
+
+
+def _key(entry: ShardedTensor | ShardedObject) -> str:
+    """The name of an entry in a checkpoint."""
+    return entry.unique_key if isinstance(entry, ShardedObject) else entry.key
 
 
 def _must_fit(
@@ -105,7 +112,7 @@ def _must_fit(
     if not differences:
         wanted, _ = extract_sharded_base(load_preprocess(sharded_state_dict)[0])
         for entry in nested_values(wanted):
-            key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+            key = _key(entry)
             if key not in stored.entries:
                 if may_be_missing is None or not may_be_missing(key):
                     differences.append(f"{key} is missing in the checkpoint")
