@@ -1,7 +1,7 @@
 """What the pages about the code name is there: files, the classes and functions in them, folders, links.
 
-Notation: ``room/file.py: Name`` or ``room/file.py: Class.member``, from the repository's root or from ``megatron_dmc/``. What is
-yet to be written carries angle brackets: ``ops/<op>/naive.py``.
+Notation: ``room/file.py: Name`` or ``room/file.py: Class.member``, from the repository's root or from ``megatron_dmc/``. What
+is yet to be written carries angle brackets: ``ops/<op>/naive.py``.
 """
 
 import ast
@@ -92,7 +92,7 @@ def test_what_is_not_there_is_found(text: str, problem: str) -> None:
 
 def test_what_is_there_is_let_be() -> None:
     text = (
-        "`ops/pooling/api.py: pool`, `config.py: DMCConfig.evicts`, `recipe/sections.py: DataConfig.seed`, `ops/<op>/naive.py`, "
-        "`tests/support/oracle.py: Shape`, `recipe/`, [algorithm](algorithm.md), `docs/settings.md`, https://x.org/a/b.md"
+        "`ops/pooling/api.py: pool`, `config.py: DMCConfig.evicts`, `recipe/sections.py: DataConfig.seed`, "
+        "`ops/<op>/naive.py`, `tests/support/oracle.py: Shape`, `recipe/`, [algorithm](algorithm.md), `docs/settings.md`, https://x.org/a/b.md"
     )
     assert list(problems(DOCS / "page.md", text)) == []
