@@ -21,7 +21,7 @@ CACHE_TOKENS = 2048
 
 TOY_SIZES = [
     "data.sequence_length=128",
-    "model.hidden_size=48",
+    "model.hidden_size=64",
     "model.ffn_hidden_size=96",
     "model.num_layers=2",
     "training.micro_batch_size=4",

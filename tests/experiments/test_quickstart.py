@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.experiments.small_run import SmallRun
+from megatron_dmc.experiments.small_run import TOY_SIZES, TOY_STEPS, SmallRun
+from megatron_dmc.recipe import load_recipe
+from tests.support.processes import ROOT
 from tests.support.toy import TEXT
 
 
@@ -25,3 +27,10 @@ def test_another_text_under_the_same_name_is_noticed(tmp_path: Path, capsys: pyt
     (moved / "7.txt").write_text(text[::-1])
     with pytest.raises(ConfigError, match="holds a run on other text"):
         SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()
+
+
+def test_the_toy_sizes_make_a_valid_run() -> None:
+    base = load_recipe(
+        ROOT / "examples" / "quickstart" / "base.yaml", [*TOY_SIZES, f"phases.0.steps={TOY_STEPS['base'][0]}"]
+    )
+    assert base.model.hidden_size == 64
