@@ -59,7 +59,7 @@ def generate(
 
 def new_text(tokenizer: Tokenizer, prompt: Sequence[int], steps: Iterable[int]) -> Iterator[str]:
     """The text that the tokens of ``steps`` add to the prompt's, in pieces; ends with the end-of-text token."""
-    # Decoded together with the prompt: some tokenizers drop the space in front of a text's first word.
+    # Decoded together with the prompt: some tokenizers drop the space before a text's first word.
     ids = list(prompt)
     shown = text = tokenizer.detokenize(ids)
     for token in steps:

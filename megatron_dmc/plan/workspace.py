@@ -44,8 +44,8 @@ def attention_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     head_dim = _up(channels, 8)
     copies = 0
     if mask is not None:
-        # A GPU carries the bias in channels of copies (ops/attention/flash.py, _carry_bias). With a free channel these are the
-        # CPU's query, and key, value, out and its gradient besides; else all of these and the results are wider.
+        # A GPU carries the bias in channels of copies (ops/attention/flash_cuda.py, _carry_bias). With a free channel
+        # these are the CPU's query, and key, value, out and its gradient besides; else all of these and the results are wider.
         free = head_dim == channels
         rows = batch * (queries * heads + keys * kv_heads)
         copies = itemsize * rows * (2 * head_dim if free else 4 * (head_dim - channels))
