@@ -32,7 +32,7 @@ ALLOWED = {
     ("megatron_dmc", "errors"): "the package offers its errors under its own name",
     ("config", "errors"): "a wrong setting is an error",
     ("__main__", "cli"): "python -m megatron_dmc and python -m megatron_dmc.cluster_check are commands",
-    ("cli", "experiments"): "megatron-dmc quickstart, recipes and compare run them",
+    ("cli", "experiments"): "megatron-dmc quickstart and recipes run them",
 }
 EXPORTED = "megatron_dmc.hf.modeling_dmc"
 # safetensors is no further need: transformers requires it.
