@@ -4,6 +4,7 @@ Every stage is a command that a user could type in the run's folder; a stage tha
 """
 
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -35,3 +36,5 @@ def run_quickstart(folder: Path, data: str | None, smoke: bool) -> None:
     spent = quickstart.seconds
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
     print(f"{sum(spent.values()):.0f} s: {total}" if total else "every stage was done before")
+    meaning = "; at toy size the numbers, the warnings and the text mean nothing" if smoke else ""
+    print(f"results: {os.path.relpath(quickstart.folder)} (hf, summary.json, figure.png, tensorboard){meaning}")
