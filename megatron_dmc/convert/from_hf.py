@@ -29,8 +29,8 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     Args:
         folder: config.json, safetensors and, if it has one, a tokenizer.
         output: must not exist, or be empty. It appears when it is whole.
-        pad_vocab_to_multiple_of: tokens are added until the vocabulary is divisible by it, as tensor parallelism needs;
-            see :func:`pad_vocabulary`. They stay: the recipe's ``model.vocab_size`` and an export's count them.
+        pad_vocab_to_multiple_of: rows are added until their number is divisible by it, as tensor parallelism needs; see
+            :func:`pad_vocabulary`. A recipe's ``model.vocab_size`` counts them, an export leaves them out.
 
     Raises:
         ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
@@ -50,7 +50,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     # What an export would refuse is refused now, not after the training.
     tokens = special_tokens(folder, model.vocab_size)
     padding = -model.vocab_size % pad_vocab_to_multiple_of
-    model = replace(model, vocab_size=model.vocab_size + padding)
+    vocabulary, model = model.vocab_size, replace(model, vocab_size=model.vocab_size + padding)
 
     def tensor(name: str) -> torch.Tensor:
         return pad_vocabulary(weights[name], padding) if name in (OUTPUT_LAYER, EMBEDDING) else weights[name]
@@ -71,13 +71,14 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
             consumed_samples=0,
             phase=0,
             compression_ratio=None,
+            vocabulary=vocabulary if padding else None,
         )
         save_checkpoint(temporary, "checkpoint", model_state([network]), info)
         for path in (temporary / "checkpoint").iterdir():
             path.rename(temporary / path.name)
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
-        keep_special_tokens(temporary / "tokenizer", tokens, model.vocab_size)
+        keep_special_tokens(temporary / "tokenizer", tokens, vocabulary)
 
 
 def pad_vocabulary(weight: torch.Tensor, padding: int) -> torch.Tensor:
