@@ -1,4 +1,4 @@
-"""Rows of tokens that a model has beyond its base's vocabulary, so that tensor parallelism can divide it."""
+"""Rows that a model has beyond its base's tokens, so that tensor parallelism can divide them."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,11 @@ _ROWS_PER_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 @torch.no_grad()
 def fill_added_rows(model_chunks: Sequence[torch.nn.Module], vocabulary: int) -> None:
-    """Sets the rows of tokens from ``vocabulary`` on to the mean of all others; every tensor-parallel rank calls this.
+    """Sets the rows from ``vocabulary`` on to the mean of those before; every tensor-parallel rank calls this.
 
-    An added token's logit is then the mean of all logits: it is never the largest, see ``convert.from_hf.pad_vocabulary``.
+    The logit of an added row is then the mean of all logits, whatever the input: it is never the largest one, and its
+    probability is at most the mean of the others' (Jensen's inequality). So greedy choices stay, and p rows added to V
+    raise a loss by at most log(1 + p / V). (Zeros would win wherever all logits are negative.)
     """
     group = parallel_state.get_tensor_model_parallel_group()
     for chunk in model_chunks:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
+from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
@@ -30,7 +31,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         folder: config.json, safetensors and, if it has one, a tokenizer.
         output: must not exist, or be empty. It appears when it is whole.
         pad_vocab_to_multiple_of: rows are added until their number is divisible by it, as tensor parallelism needs; see
-            :func:`pad_vocabulary`. A recipe's ``model.vocab_size`` counts them, an export leaves them out.
+            :func:`fill_added_rows`. A recipe's ``model.vocab_size`` counts them, an export leaves them out.
 
     Raises:
         ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
@@ -52,17 +53,17 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     padding = -model.vocab_size % pad_vocab_to_multiple_of
     vocabulary, model = model.vocab_size, replace(model, vocab_size=model.vocab_size + padding)
 
-    def tensor(name: str) -> torch.Tensor:
-        return pad_vocabulary(weights[name], padding) if name in (OUTPUT_LAYER, EMBEDDING) else weights[name]
-
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())
         with torch.no_grad():
-            for name, value in to_megatron(tensor, model, dmc):
-                parameters.pop(name).copy_(value)
+            for name, value in to_megatron(weights.__getitem__, model, dmc):
+                # The folder has no rows that pad the vocabulary.
+                parameters.pop(name)[: len(value)].copy_(value)
         if parameters:
             raise RuntimeError(f"the mapping has no row for {', '.join(parameters)}")
+        if padding:
+            fill_added_rows([network], vocabulary)
         recipe = placeholder_recipe(model, dmc)
         info = CheckpointInfo(
             kind="weights",
@@ -79,19 +80,6 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
         keep_special_tokens(temporary / "tokenizer", tokens, vocabulary)
-
-
-def pad_vocabulary(weight: torch.Tensor, padding: int) -> torch.Tensor:
-    """Adds ``padding`` rows to an embedding or an output layer [vocabulary, hidden]: the mean of the others.
-
-    The logit of an added token is then the mean of all logits, whatever the input: it is never the largest one, and its
-    probability is at most the mean of the others' (Jensen's inequality). So greedy choices stay, and p added tokens to V
-    raise a loss by at most log(1 + p / V). (Zeros would win wherever all logits are negative.)
-    """
-    if padding == 0:
-        return weight
-    mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
-    return torch.cat([weight, mean.expand(padding, -1)])
 
 
 def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:

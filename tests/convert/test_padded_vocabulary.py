@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.from_hf import import_hf, pad_vocabulary
+from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.inference.generate import generate
@@ -147,10 +148,14 @@ def test_generation_never_takes_a_row_that_pads(
 
 def test_zeros_would_win() -> None:
     """Where all logits are negative, which the mean outlives."""
-    weight = torch.full((5, 4), -1.0) + torch.eye(5, 4)
+    model = torch.nn.Module()
+    model.output_layer = torch.nn.Linear(4, 8, bias=False)
     hidden = torch.ones(4)
-    assert (weight @ hidden).max() < 0
-    assert int((pad_vocabulary(weight, 3) @ hidden).argmax()) < 5
+    with torch.no_grad():
+        model.output_layer.weight[:5] = torch.full((5, 4), -1.0) + torch.eye(5, 4)
+        assert float(model.output_layer(hidden)[:5].max()) < 0
+        fill_added_rows([model], 5)
+        assert int(model.output_layer(hidden).argmax()) < 5
 
 
 def test_a_vocabulary_that_fits_stays(save_llama: Callable[..., Path], tmp_path: Path) -> None:
