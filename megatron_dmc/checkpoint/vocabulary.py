@@ -10,6 +10,8 @@ from megatron_dmc.checkpoint.weights import without_wrapper
 
 # The weights with a row per token, on the pipeline stages that have them.
 _ROWS_PER_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
+# torch copies what it sums in another dtype: in float64 that would be four times a bfloat16 embedding.
+_ROWS_AT_ONCE = 1024
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def fill_added_rows(model_chunks: Sequence[torch.nn.Module], vocabulary: int) ->
             if name in _ROWS_PER_TOKEN:
                 first = dist.get_rank(group) * len(weight)
                 own = min(max(vocabulary - first, 0), len(weight))
-                total = weight[:own].sum(0, dtype=torch.float64)
+                parts = [rows.sum(0, dtype=torch.float64) for rows in weight[:own].split(_ROWS_AT_ONCE)]
+                total = torch.stack(parts).sum(0)
                 dist.all_reduce(total, group=group)
                 weight[own:] = (total / vocabulary).to(weight.dtype)
