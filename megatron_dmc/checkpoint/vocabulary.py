@@ -1,17 +1,28 @@
 """Rows that a model has beyond its base's tokens, so that tensor parallelism can divide them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dmc.checkpoint.weights import without_wrapper
+from megatron_dmc.data.tokenizer import load_tokenizer
 
 # The weights with a row per token, on the pipeline stages that have them.
 _ROWS_PER_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
 # torch copies what it sums in another dtype: in float64 that would be four times a bfloat16 embedding.
 _ROWS_AT_ONCE = 1024
+
+
+def known_tokens(rows: int, of_base: int, tokenizer: str | Path) -> int:
+    """Rows that are tokens: the base's, and what a run's tokenizer adds to them. An export leaves out those after them.
+
+    Raises:
+        ConfigError: ``tokenizer`` is no folder of a tokenizer.
+    """
+    return rows if of_base == rows else min(rows, max(of_base, load_tokenizer(tokenizer).vocab_size))
 
 
 @torch.no_grad()

@@ -34,14 +34,7 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
         ConfigError: ``dmc.json`` is damaged, or the recipe's model is another than the base's.
     """
     path = Path(folder) / "dmc.json"
-    # The checkpoint as a whole is checked when its weights are loaded. This is all that a recipe needs of it.
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["recipe"]["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"checkpoint.load_base: {path} is damaged, it holds no model section "
-            f"({type(error).__name__}: {error}); name another base"
-        ) from None
+    values, _ = _description(path)
     reader = SectionReader(from_person=False)
     try:
         saved = reader.section(values, ModelConfig, "model")
@@ -58,6 +51,43 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
             "another base"
         )
     return model
+
+
+def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a base's ``dmc.json`` says: its model section, and all.
+
+    The checkpoint as a whole is checked when its weights are loaded. This is all that a recipe needs of it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values["recipe"]["model"], values
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"checkpoint.load_base: {path} is damaged, it holds no model section "
+            f"({type(error).__name__}: {error}); name another base"
+        ) from None
+
+
+def vocabulary_of_base(folder: str) -> int:
+    """Tokens that a base knows, without the rows that pad its embedding; of a recipe that was read with it."""
+    model, values = _description(Path(folder) / "dmc.json")
+    return int(values.get("vocabulary") or model["vocab_size"])
+
+
+def vocabulary_line(rows: int, of_base: int, exported: int) -> str | None:
+    """Says that a run's vocabulary has rows beyond its base's tokens; None: it has none.
+
+    Args:
+        rows: ``model.vocab_size``.
+        of_base: tokens that the base knows.
+        exported: rows that an export will have.
+    """
+    if rows == of_base:
+        return None
+    return (
+        f"{rows} rows, {rows - of_base} more than the base's {of_base} (each starts as the mean of those); an export has "
+        f"{exported}"
+    )
 
 
 def added_tokens(of_base: int, size: int) -> int:

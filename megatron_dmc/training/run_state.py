@@ -16,10 +16,10 @@ from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
 from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
 from megatron_dmc.checkpoint.saved_model import must_be_seen
+from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
-from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.optimizer import gather_parameters
 from megatron_dmc.training.optimizer_state import OptimizerState
@@ -59,7 +59,9 @@ class RunStore:
         self.recipe, self.model, self.optimizer, self.start = recipe, model, optimizer, start
         self.root = Path(recipe.checkpoint.directory)
         self.base = start.as_base_for(self.root) if recipe.trains_adapter and start is not None else None
-        self.vocabulary = _vocabulary(recipe, start)
+        rows = recipe.model.vocab_size
+        known = rows if start is None else known_tokens(rows, start.vocabulary, recipe.data.tokenizer)
+        self.vocabulary = known if known < rows else None
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
         self.started_from: Path | None = None
         self.saved: deque[SavedCheckpoint] = deque()
@@ -210,12 +212,3 @@ class RunStore:
             base=self.base,
             vocabulary=self.vocabulary,
         )
-
-
-def _vocabulary(recipe: Recipe, start: SavedModel | None) -> int | None:
-    """The base's tokens, or the tokenizer's where a run adds some, if rows of the embedding are left that only pad it."""
-    rows = recipe.model.vocab_size
-    if start is None or start.vocabulary >= rows:
-        return None
-    tokens = max(start.vocabulary, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    return tokens if tokens < rows else None
