@@ -17,6 +17,7 @@ from megatron_dmc.convert.weights import Weights
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig, check_head_dim
+from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -30,17 +31,21 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     Args:
         folder: config.json, safetensors and, if it has one, a tokenizer.
         output: must not exist, or be empty. It appears when it is whole.
-        pad_vocab_to_multiple_of: rows are added until their number is divisible by it, as tensor parallelism needs; see
-            :func:`fill_added_rows`. A recipe's ``model.vocab_size`` counts them, an export leaves them out.
+        pad_vocab_to_multiple_of: 1 to MOST_ADDED_TOKENS; rows are added until their number is divisible by it, as tensor
+            parallelism needs, see :func:`fill_added_rows`. A recipe's ``model.vocab_size`` counts them, an export leaves
+            them out.
 
     Raises:
-        ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
+        ConfigError: the folder is incomplete or damaged, its model is not one that this package can represent, or
+            ``pad_vocab_to_multiple_of`` is out of its range.
         CheckpointError: the checkpoint cannot be written.
     """
     folder, output = Path(folder), Path(output)
     check_output(output)
-    if pad_vocab_to_multiple_of < 1:
-        raise ConfigError(f"pad_vocab_to_multiple_of must be an integer >= 1, got {pad_vocab_to_multiple_of}")
+    if not 1 <= pad_vocab_to_multiple_of <= MOST_ADDED_TOKENS:
+        raise ConfigError(
+            f"pad_vocab_to_multiple_of must be from 1 to {MOST_ADDED_TOKENS}, got {pad_vocab_to_multiple_of}"
+        )
     model, dmc = read_config(folder)
     check_head_dim(model, dmc)
     weights = Weights(folder)

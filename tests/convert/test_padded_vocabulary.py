@@ -22,7 +22,7 @@ from megatron_dmc.inference.generate import generate
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.recipe import recipe_from_dict
 from tests.support.llamas import TOKENS, load_megatron, megatron_logits
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, run
 from tests.support.toy import recipe_values, train, write_recipe, write_text
 
 
@@ -191,11 +191,22 @@ def test_the_tool_and_the_message_that_names_it(save_llama: Callable[..., Path],
     recipe_from_dict(recipe)
 
 
-@pytest.mark.parametrize("multiple", [0, -8])
-def test_a_multiple_that_is_none(
-    save_llama: Callable[..., Path], tmp_path: Path, multiple: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main = runpy.run_path(str(ROOT / "tools" / "hf_to_megatron.py"))["main"]
-    assert main([str(save_llama()), str(tmp_path / "megatron"), f"--pad-vocab-to-multiple-of={multiple}"]) == 1
-    assert f"pad_vocab_to_multiple_of must be an integer >= 1, got {multiple}\n" in capsys.readouterr().err
+@pytest.mark.parametrize("multiple", ["0", "-8", "1025", "1000000000000", "1e12", "1e23", "8.0", "9" * 5000])
+def test_a_multiple_that_is_none(tmp_path: Path, multiple: str) -> None:
+    """Refused by the flag itself: the folder is not looked at, and torch is not loaded."""
+    program = (
+        "import sys; from megatron_dmc.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    flag = f"--pad-vocab-to-multiple-of={multiple}"
+    done = run("-c", program, "convert-from-hf", tmp_path / "nowhere", tmp_path / "megatron", flag)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("megatron-dmc convert-from-hf: error: argument --pad-vocab-to-multiple-of: must be a whole ")
+    assert f"from 1 to 1024, such as the tensor-parallel size, got '{multiple:.40}" in line and len(line) < 300
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 1025, 10**23])
+def test_a_multiple_that_is_none_in_a_program(tmp_path: Path, multiple: int) -> None:
+    with pytest.raises(ConfigError, match=rf"pad_vocab_to_multiple_of must be from 1 to 1024, got {multiple}$"):
+        import_hf(tmp_path / "nowhere", tmp_path / "megatron", pad_vocab_to_multiple_of=multiple)
