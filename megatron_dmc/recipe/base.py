@@ -6,9 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, is_same_setting
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.values import SectionReader
 
@@ -101,17 +99,8 @@ def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any], there: 
     return [
         f"model.{name} is {saved.get(name)!r} {there}, {mine.get(name)!r} here"
         for name in sorted({*saved, *mine} - FREE_SETTINGS)
-        if not _same(saved.get(name), mine.get(name))
+        if not is_same_setting(saved.get(name), mine.get(name))
     ]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal; floats as float32, which is what models compute with and what other tools round settings to."""
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
-    if numbers and (isinstance(a, float) or isinstance(b, float)):
-        with np.errstate(over="ignore"):
-            return bool(np.float32(a) == np.float32(b))
-    return bool(a == b)
 
 
 def _with_head_dim(model: Mapping[str, Any]) -> dict[str, Any]:
