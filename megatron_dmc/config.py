@@ -14,6 +14,14 @@ class ConfigError(DMCError, ValueError):
     """A setting that cannot work. The message names the field, its value and the remedy."""
 
 
+def is_same_setting(a: Any, b: Any) -> bool:
+    """Equal; numbers of which one is a float, as float32: other tools round settings to it, 1e-5 to 9.999999747378752e-06."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
+    if numbers and (isinstance(a, float) or isinstance(b, float)):
+        return math.isclose(a, b, rel_tol=2**-24)
+    return bool(a == b)
+
+
 @dataclass(frozen=True)
 class DMCConfig:
     """Dynamic Memory Compression of one model (Nawrot et al., ICML 2024, arXiv 2403.09636).

@@ -36,6 +36,8 @@ class CheckpointInfo:
         datasets: content digest of each of ``data.train``; None where no run wrote it down.
         base: of an adapter: ``folder`` (seen from the checkpoint's) and ``digest`` of the base it needs; None: the
             checkpoint holds all weights.
+        vocabulary: tokens that the model knows, where its embedding has rows after theirs which pad it for tensor
+            parallelism; None: every row counts.
     """
 
     kind: Literal["full", "weights"]
@@ -46,6 +48,7 @@ class CheckpointInfo:
     compression_ratio: float | None = None
     datasets: dict[str, str] | None = None
     base: dict[str, str] | None = None
+    vocabulary: int | None = None
 
 
 def read_info(folder: Path) -> CheckpointInfo:
@@ -82,6 +85,11 @@ def read_info(folder: Path) -> CheckpointInfo:
         or not all(isinstance(value, str) for value in info.base.values())
     ):
         raise CheckpointError(f"{path} has base {info.base!r}, it must name a folder and its digest, or be null")
+    tokens, rows = info.vocabulary, info.recipe["model"].get("vocab_size")
+    if tokens is not None and not (type(tokens) is int and type(rows) is int and 0 < tokens <= rows):
+        raise CheckpointError(
+            f"{path} has vocabulary {tokens!r}, it must be an integer from 1 to the model's vocab_size ({rows!r}), or null"
+        )
     return info
 
 

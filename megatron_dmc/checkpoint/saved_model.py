@@ -103,6 +103,11 @@ class SavedModel:
         return self.recipe.dmc if self.merges else None
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows. The embedding's rows after theirs pad it, for tensor parallelism."""
+        return self.info.vocabulary or self.recipe.model.vocab_size
+
+    @property
     def is_adapter(self) -> bool:
         """Whether the checkpoint holds decisions only, and needs its base for all other weights."""
         return self.info.base is not None

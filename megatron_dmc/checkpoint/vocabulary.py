@@ -1,22 +1,37 @@
-"""Rows of tokens that a model has beyond its base's vocabulary, so that tensor parallelism can divide it."""
+"""Rows that a model has beyond its base's tokens, so that tensor parallelism can divide them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dmc.checkpoint.weights import without_wrapper
+from megatron_dmc.data.tokenizer import load_tokenizer
 
 # The weights with a row per token, on the pipeline stages that have them.
 _ROWS_PER_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
+# torch copies what it sums in another dtype: in float64 that would be four times a bfloat16 embedding.
+_ROWS_AT_ONCE = 1024
+
+
+def known_tokens(rows: int, of_base: int, tokenizer: str | Path) -> int:
+    """Rows that are tokens: the base's, and what a run's tokenizer adds to them. An export leaves out those after them.
+
+    Raises:
+        ConfigError: ``tokenizer`` is no folder of a tokenizer.
+    """
+    return rows if of_base == rows else min(rows, max(of_base, load_tokenizer(tokenizer).vocab_size))
 
 
 @torch.no_grad()
 def fill_added_rows(model_chunks: Sequence[torch.nn.Module], vocabulary: int) -> None:
-    """Sets the rows of tokens from ``vocabulary`` on to the mean of all others; every tensor-parallel rank calls this.
+    """Sets the rows from ``vocabulary`` on to the mean of those before; every tensor-parallel rank calls this.
 
-    An added token's logit is then the mean of all logits: it is never the largest, see ``convert.from_hf.pad_vocabulary``.
+    The logit of an added row is then the mean of all logits, whatever the input: it is never the largest one, and its
+    probability is at most the mean of the others' (Jensen's inequality). So greedy choices stay, and p rows added to V
+    raise a loss by at most log(1 + p / V). (Zeros would win wherever all logits are negative.)
     """
     group = parallel_state.get_tensor_model_parallel_group()
     for chunk in model_chunks:
@@ -24,6 +39,7 @@ def fill_added_rows(model_chunks: Sequence[torch.nn.Module], vocabulary: int) ->
             if name in _ROWS_PER_TOKEN:
                 first = dist.get_rank(group) * len(weight)
                 own = min(max(vocabulary - first, 0), len(weight))
-                total = weight[:own].sum(0, dtype=torch.float64)
+                parts = [rows.sum(0, dtype=torch.float64) for rows in weight[:own].split(_ROWS_AT_ONCE)]
+                total = torch.stack(parts).sum(0)
                 dist.all_reduce(total, group=group)
                 weight[own:] = (total / vocabulary).to(weight.dtype)

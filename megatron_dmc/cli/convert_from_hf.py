@@ -1,9 +1,22 @@
 """``megatron-dmc convert-from-hf``."""
 
 import argparse
+import re
 import warnings
 
 HELP = "a Hugging Face Llama to a checkpoint"
+
+
+def multiple(text: str) -> int:
+    """A number that a vocabulary may be padded to a multiple of."""
+    from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
+
+    number = int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0
+    if not 1 <= number <= MOST_ADDED_TOKENS:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 1 to {MOST_ADDED_TOKENS}, such as the tensor-parallel size, got {text[:40]!r}"
+        )
+    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
-        type=int,
+        type=multiple,
         default=1,
         metavar="N",
-        help="add tokens (rows with the mean of the others, which are never the likeliest) until the vocabulary is "
-        "divisible by N, such as the tensor-parallel size; they stay: set the recipe's model.vocab_size to the new size, "
-        "which an export's config.json has as well",
+        help="add rows to the vocabulary (the mean of the others, which is never the likeliest) until N, such as the "
+        "tensor-parallel size, divides it; a recipe's model.vocab_size, if it is given, counts them; an export leaves them "
+        "out",
     )
 
 

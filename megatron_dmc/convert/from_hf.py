@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
+from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
@@ -16,6 +17,7 @@ from megatron_dmc.convert.weights import Weights
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig, check_head_dim
+from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -29,17 +31,21 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     Args:
         folder: config.json, safetensors and, if it has one, a tokenizer.
         output: must not exist, or be empty. It appears when it is whole.
-        pad_vocab_to_multiple_of: tokens are added until the vocabulary is divisible by it, as tensor parallelism needs;
-            see :func:`pad_vocabulary`. They stay: the recipe's ``model.vocab_size`` and an export's count them.
+        pad_vocab_to_multiple_of: 1 to MOST_ADDED_TOKENS; rows are added until their number is divisible by it, as tensor
+            parallelism needs, see :func:`fill_added_rows`. A recipe's ``model.vocab_size`` counts them, an export leaves
+            them out.
 
     Raises:
-        ConfigError: the folder is incomplete or damaged, or its model is not one that this package can represent.
+        ConfigError: the folder is incomplete or damaged, its model is not one that this package can represent, or
+            ``pad_vocab_to_multiple_of`` is out of its range.
         CheckpointError: the checkpoint cannot be written.
     """
     folder, output = Path(folder), Path(output)
     check_output(output)
-    if pad_vocab_to_multiple_of < 1:
-        raise ConfigError(f"pad_vocab_to_multiple_of must be an integer >= 1, got {pad_vocab_to_multiple_of}")
+    if not 1 <= pad_vocab_to_multiple_of <= MOST_ADDED_TOKENS:
+        raise ConfigError(
+            f"pad_vocab_to_multiple_of must be from 1 to {MOST_ADDED_TOKENS}, got {pad_vocab_to_multiple_of}"
+        )
     model, dmc = read_config(folder)
     check_head_dim(model, dmc)
     weights = Weights(folder)
@@ -50,19 +56,19 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     # What an export would refuse is refused now, not after the training.
     tokens = special_tokens(folder, model.vocab_size)
     padding = -model.vocab_size % pad_vocab_to_multiple_of
-    model = replace(model, vocab_size=model.vocab_size + padding)
-
-    def tensor(name: str) -> torch.Tensor:
-        return pad_vocabulary(weights[name], padding) if name in (OUTPUT_LAYER, EMBEDDING) else weights[name]
+    vocabulary, model = model.vocab_size, replace(model, vocab_size=model.vocab_size + padding)
 
     with single_process(), new_folder(output) as temporary:
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())
         with torch.no_grad():
-            for name, value in to_megatron(tensor, model, dmc):
-                parameters.pop(name).copy_(value)
+            for name, value in to_megatron(weights.__getitem__, model, dmc):
+                # The folder has no rows that pad the vocabulary.
+                parameters.pop(name)[: len(value)].copy_(value)
         if parameters:
             raise RuntimeError(f"the mapping has no row for {', '.join(parameters)}")
+        if padding:
+            fill_added_rows([network], vocabulary)
         recipe = placeholder_recipe(model, dmc)
         info = CheckpointInfo(
             kind="weights",
@@ -71,26 +77,14 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
             consumed_samples=0,
             phase=0,
             compression_ratio=None,
+            vocabulary=vocabulary if padding else None,
         )
         save_checkpoint(temporary, "checkpoint", model_state([network]), info)
         for path in (temporary / "checkpoint").iterdir():
             path.rename(temporary / path.name)
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
-        keep_special_tokens(temporary / "tokenizer", tokens, model.vocab_size)
-
-
-def pad_vocabulary(weight: torch.Tensor, padding: int) -> torch.Tensor:
-    """Adds ``padding`` rows to an embedding or an output layer [vocabulary, hidden]: the mean of the others.
-
-    The logit of an added token is then the mean of all logits, whatever the input: it is never the largest one, and its
-    probability is at most the mean of the others' (Jensen's inequality). So greedy choices stay, and p added tokens to V
-    raise a loss by at most log(1 + p / V). (Zeros would win wherever all logits are negative.)
-    """
-    if padding == 0:
-        return weight
-    mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
-    return torch.cat([weight, mean.expand(padding, -1)])
+        keep_special_tokens(temporary / "tokenizer", tokens, vocabulary)
 
 
 def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:

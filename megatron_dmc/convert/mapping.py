@@ -1,7 +1,7 @@
 """Llama's tensors under Hugging Face's and megatron-core's names: one table, read in both directions."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,11 +61,15 @@ def _vector(model: ModelConfig) -> Shape:
     return (model.hidden_size,)
 
 
-def _vocabulary(model: ModelConfig) -> Shape:
-    return model.vocab_size, model.hidden_size
+def _per_token(megatron: str, hugging_face: str) -> Row:
+    """A row of one tensor [tokens, hidden]; megatron-core's may have more rows, which pad it."""
+    return replace(
+        _single(megatron, hugging_face, lambda m: (m.vocab_size, m.hidden_size)),
+        split=lambda whole, m: (whole[: m.vocab_size],),
+    )
 
 
-_EMBEDDING = _single("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary)
+_EMBEDDING = _per_token("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 _LAYER = (
     _single("decoder.layers.{layer}.input_layernorm.weight", "model.layers.{layer}.input_layernorm.weight", _vector),
     Row(
@@ -117,7 +121,7 @@ _DECISION = (
 )
 _FINAL_NORM = _single("decoder.final_layernorm.weight", "model.norm.weight", _vector)
 # Not where it is tied to the embedding.
-_OUTPUT = _single("output_layer.weight", "lm_head.weight", _vocabulary)
+_OUTPUT = _per_token("output_layer.weight", "lm_head.weight")
 
 
 def rows(model: ModelConfig, dmc: DMCConfig | None) -> Iterator[Row]:

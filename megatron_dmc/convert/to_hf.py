@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
+from megatron_dmc.model.model_config import ModelConfig
 
 
 def export_hf(
@@ -37,7 +39,7 @@ def export_hf(
     A base model becomes a plain ``LlamaForCausalLM``; one that merges a ``DMCLlamaForCausalLM``, which
     ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` loads; an adapter with its base's weights is
     one of these. One process, on the CPU; needs the model's size in memory one and a half times: megatron-core joins the
-    halves of every ``linear_fc1`` anew when it loads.
+    halves of every ``linear_fc1`` anew when it loads. Rows that pad the vocabulary are left out.
 
     Args:
         checkpoint: one checkpoint folder, of any layout, full or weights only.
@@ -51,9 +53,9 @@ def export_hf(
     """
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size must be >= 1 byte, got {max_shard_size}")
-    with _export(checkpoint, output, dtype, base) as (source, temporary):
-        model, dmc = source.recipe.model, source.dmc
-        network = empty_model(model, dmc, source.dtype)
+    with _export(checkpoint, output, dtype, base) as (source, model, temporary):
+        dmc = source.dmc
+        network = empty_model(source.recipe.model, dmc, source.dtype)
         source.load_into([network])
         parameters = dict(network.named_parameters())
         write_weights(
@@ -77,8 +79,8 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
     Raises:
         ConfigError, CheckpointError: as :func:`export_hf`; and a checkpoint that is no adapter.
     """
-    with _export(checkpoint, output, dtype, must_be_adapter=True) as (source, temporary):
-        model, dmc = source.recipe.model, source.dmc
+    with _export(checkpoint, output, dtype, must_be_adapter=True) as (source, model, temporary):
+        dmc = source.dmc
         network = empty_model(model, dmc, source.dtype)
         wanted = only_decisions(model_state([network]))
         set_model_state([network], source.load(wanted), is_base_weight)
@@ -98,8 +100,11 @@ def _export(
     base: str | Path | None = None,
     *,
     must_be_adapter: bool = False,
-) -> Iterator[tuple[SavedModel, Path]]:
-    """The checkpoint, opened, and the new folder, which gets all but the weights; in a world of this process alone."""
+) -> Iterator[tuple[SavedModel, ModelConfig, Path]]:
+    """The checkpoint, opened, what its model is without padding, and the new folder, which gets all but the weights.
+
+    In a world of this process alone.
+    """
     output = Path(output)
     check_output(output)
     with single_process():
@@ -108,8 +113,9 @@ def _export(
             raise ConfigError(f"{checkpoint} is no adapter, it holds all its weights; export it without --adapter")
         if source.merges:
             source.check_has_merged()
-        tokens = special_tokens(source.tokenizer, source.recipe.model.vocab_size)
-        config = write_config(source.recipe.model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
+        model = replace(source.recipe.model, vocab_size=source.vocabulary)
+        tokens = special_tokens(source.tokenizer, model.vocab_size)
+        config = write_config(model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
         with new_folder(output) as temporary:
             copy_tokenizer(source.tokenizer, temporary)
             write_json(temporary / "config.json", config)
@@ -117,4 +123,4 @@ def _export(
                 write_json(temporary / GENERATION_CONFIG, tokens)
             if source.merges:
                 write_modeling_code(temporary)
-            yield source, temporary
+            yield source, model, temporary

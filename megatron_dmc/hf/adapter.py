@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from safetensors import safe_open
+
+from megatron_dmc.config import is_same_setting
 
 ADAPTER_FILE = "adapter.safetensors"
 # Of another kind of adapter: where PEFT is installed, transformers adds it to the weights beside it.
@@ -80,18 +81,11 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
     for name in _OF_ROTARY:
         pairs[name] = [(each.rope_parameters or {}).get(name) for each in (theirs, config)]
     for name, (found, expected) in pairs.items():
-        if not _is_same(found, expected):
+        if not is_same_setting(found, expected):
             raise ValueError(
                 f"{base} is not the base of {adapter}: its {name} is {found!r}, the adapter's is {expected!r}; name the "
                 "Llama that the adapter was trained on"
             )
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Some tools write 1e-5 in float32's digits, 9.999999747378752e-06."""
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=2**-24)
-    return bool(one == other)
 
 
 def _check_shapes(own: str, config: Any) -> None:

@@ -50,49 +50,6 @@ def write_modeling_code(folder: Path) -> None:
     _write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def modeling_code() -> dict[str, str]:
-    """File names in the flat folder and their contents."""
-    texts = {flat_name(module): flat_imports(source, module) for module, source in needed_modules().items()}
-    # transformers starts from either of the two.
-    for entry in (CONFIGURATION, MODELING):
-        others = {flat_name(module) for module in needed_modules(entry)} - {flat_name(entry)}
-        texts[flat_name(entry)] += _reachable(sorted(others))
-    return {f"{flat}.py": text for flat, text in texts.items()}
-
-
-def needed_modules(*entries: str) -> dict[str, str]:
-    """Sources of the entries (none: the configuration and the model) and of every module here that they import, by name.
-
-    Raises:
-        ConfigError: one of them imports what a user of the export need not have, or in a form that cannot be rewritten.
-    """
-    sources: dict[str, str] = {}
-    new = list(entries or (CONFIGURATION, MODELING))
-    while new:
-        module = new.pop()
-        if module not in sources:
-            sources[module] = _source(module)
-            new += [target.module for _, targets in _own_imports(sources[module], module) for target in targets]
-    names: dict[str, str] = {}
-    for module in sources:
-        if (other := names.setdefault(flat_name(module), module)) != module:
-            raise ConfigError(f"{module} and {other} would both be exported as {flat_name(module)}.py; rename one")
-    return dict(sorted(sources.items()))
-
-
-def flat_imports(source: str, module: str) -> str:
-    """``source`` with its imports from this package turned into relative ones between the flat folder's files.
-
-    Raises:
-        ConfigError: as :func:`needed_modules`.
-    """
-    lines = source.splitlines(keepends=True)
-    for node, targets in sorted(_own_imports(source, module), key=lambda each: each[0].lineno, reverse=True):
-        indent = " " * node.col_offset
-        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{target.statement()}\n" for target in targets]
-    return "".join(lines)
-
-
 class _Target(NamedTuple):
     """One imported name: of ``module``, which is the thing itself where ``name`` is None; bound as ``alias``."""
 
@@ -105,6 +62,67 @@ class _Target(NamedTuple):
         if self.name is None:
             return f"from . import {flat} as {self.alias}"
         return f"from .{flat} import {self.name}" + (f" as {self.alias}" if self.alias != self.name else "")
+
+
+class Module(NamedTuple):
+    """A module that an export copies: its source, and every import from this package in it, with what it imports."""
+
+    source: str
+    imports: list[tuple[ast.ImportFrom, list[_Target]]]
+
+    @classmethod
+    def parsed(cls, source: str, name: str) -> "Module":
+        """Raises ConfigError for an import that an export cannot have."""
+        return cls(source, list(_own_imports(source, name)))
+
+
+def modeling_code() -> dict[str, str]:
+    """File names in the flat folder and their contents."""
+    modules = needed_modules()
+    texts = {flat_name(name): flat_imports(module) for name, module in modules.items()}
+    # transformers starts from either of the two.
+    for entry in (CONFIGURATION, MODELING):
+        others = {flat_name(name) for name in _closure([entry], modules) - {entry}}
+        texts[flat_name(entry)] += _reachable(sorted(others))
+    return {f"{flat}.py": text for flat, text in texts.items()}
+
+
+def needed_modules() -> dict[str, Module]:
+    """The configuration, the model, and every module here that they import, by name.
+
+    Raises:
+        ConfigError: one of them imports what a user of the export need not have, or in a form that cannot be rewritten.
+    """
+    modules: dict[str, Module] = {}
+    _closure([CONFIGURATION, MODELING], modules)
+    names: dict[str, str] = {}
+    for module in modules:
+        if (other := names.setdefault(flat_name(module), module)) != module:
+            raise ConfigError(f"{module} and {other} would both be exported as {flat_name(module)}.py; rename one")
+    return dict(sorted(modules.items()))
+
+
+def _closure(entries: list[str], modules: dict[str, Module]) -> set[str]:
+    """The entries and all that they import, however far; what ``modules`` lacks of it is read into it."""
+    found: set[str] = set()
+    new = list(entries)
+    while new:
+        name = new.pop()
+        if name not in found:
+            found.add(name)
+            if name not in modules:
+                modules[name] = Module.parsed(_source(name), name)
+            new += [target.module for _, targets in modules[name].imports for target in targets]
+    return found
+
+
+def flat_imports(module: Module) -> str:
+    """A module's source with its imports from this package turned into relative ones between the flat folder's files."""
+    lines = module.source.splitlines(keepends=True)
+    for node, targets in sorted(module.imports, key=lambda each: each[0].lineno, reverse=True):
+        indent = " " * node.col_offset
+        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{target.statement()}\n" for target in targets]
+    return "".join(lines)
 
 
 def _own_imports(source: str, module: str) -> Iterator[tuple[ast.ImportFrom, list[_Target]]]:

@@ -42,11 +42,13 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yields the next tokens [batch], one step at a time, after a parallel prefill of prompt [batch, seq].
 
-    temperature 0 takes the likeliest token. Ends after max_new_tokens; the caller stops at an end token.
+    temperature 0 takes the likeliest token. Rows that pad the vocabulary are never taken. Ends after max_new_tokens; the
+    caller stops at an end token.
     """
     context = DMCInferenceContext(loaded.recipe.dmc, prompt.shape[1] + max_new_tokens, only_last_logits=True)
     logits = forward(loaded, prompt, context)[:, -1]
     for step in range(max_new_tokens):
+        logits = logits[:, : loaded.vocabulary]
         if temperature == 0:
             token = logits.argmax(-1)
         else:

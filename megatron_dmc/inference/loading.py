@@ -21,6 +21,7 @@ class LoadedModel:
     Attributes:
         merges: whether it has decisions.
         compression_ratio: noise-free, of the last global batch before it was saved; None where nothing merged.
+        vocabulary: tokens that may be generated, the first logits; None: all.
     """
 
     model: GPTModel
@@ -28,6 +29,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     merges: bool
     compression_ratio: float | None = None
+    vocabulary: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,5 +61,10 @@ def load_model(folder: str | Path, base: str | Path | None = None, *, must_merge
         model.cuda().bfloat16()
     saved.load_into([model])
     return LoadedModel(
-        model.eval(), recipe, load_tokenizer(saved.tokenizer), saved.merges, saved.info.compression_ratio
+        model.eval(),
+        recipe,
+        load_tokenizer(saved.tokenizer),
+        saved.merges,
+        saved.info.compression_ratio,
+        saved.vocabulary,
     )

@@ -1,7 +1,7 @@
 """The one-sided compression loss: its gradient, its gate and the counts that the gate reads.
 
 L = lambda max(0, (1 - 1/CR*) - mean alpha), the mean over all layers, KV heads, positions and samples of a global batch
-(paper, section 3.3, where the hinge is taken per sample). The hinge's gradient is a constant times one bit: whether the
+(paper, section 3.2, where the hinge is taken per sample). The hinge's gradient is a constant times one bit: whether the
 mean lies below the target. The bit is taken from the last global batch (the target moves by about 1/6000 a step). That
 costs one small all-reduce per step and no message inside a step, and it is the same in every parallel layout.
 """

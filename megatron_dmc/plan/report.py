@@ -1,5 +1,6 @@
 """Prints a plan: tables on a terminal, the same without frames when piped, or JSON."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,8 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dmc.checkpoint.vocabulary import known_tokens
+from megatron_dmc.config import ConfigError
 from megatron_dmc.plan.estimate import Plan
 from megatron_dmc.plan.gpus import RESERVE
+from megatron_dmc.recipe import Recipe
+from megatron_dmc.recipe.base import has_base, vocabulary_line, vocabulary_of_base
 
 
 def verdict(plan: Plan, smaller: Plan | None = None) -> str:
@@ -93,7 +98,7 @@ def as_json(plan: Plan, smaller: Plan | None = None) -> dict[str, Any]:
 
 
 def print_json(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None) -> None:
-    values = as_json(plan, smaller)
+    values = as_json(plan, smaller) | {"vocabulary": _vocabulary(plan.recipe)}
     if found is not None:
         values["search"] = [as_json(other) | {"overrides": layout_overrides(other)} for other in found]
     print(json.dumps(values, indent=2))
@@ -113,6 +118,8 @@ def print_plan(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None, c
         highlight=False,
         soft_wrap=True,
     )
+    if (vocabulary := _vocabulary(plan.recipe)) is not None:
+        console.print(f"vocabulary: {vocabulary}", highlight=False, soft_wrap=True)
     console.print(_memory_table(plan, console))
     console.print(_step_table(plan, console))
     console.print(_phase_table(plan, console))
@@ -125,6 +132,18 @@ def print_plan(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None, c
             console.print(f"{place}: {' '.join(layout_overrides(other))}", highlight=False, soft_wrap=True)
     style = "green" if plan.fits else "bold red"
     console.print(verdict(plan, smaller), style=style, highlight=False, soft_wrap=True)
+
+
+def _vocabulary(recipe: Recipe) -> str | None:
+    """What a run from this base would say of its vocabulary; None where the base is on another machine."""
+    base, rows = recipe.checkpoint.load_base, recipe.model.vocab_size
+    if base is None or not has_base(base):
+        return None
+    exported = of_base = vocabulary_of_base(base)
+    # As the base, the tokenizer may be on another machine.
+    with contextlib.suppress(ConfigError):
+        exported = known_tokens(rows, of_base, recipe.data.tokenizer)
+    return vocabulary_line(rows, of_base, exported)
 
 
 def _table(title: str, columns: Sequence[str], console: Console) -> Table:

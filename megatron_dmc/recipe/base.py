@@ -6,9 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, is_same_setting
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.values import SectionReader
 
@@ -34,14 +32,7 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
         ConfigError: ``dmc.json`` is damaged, or the recipe's model is another than the base's.
     """
     path = Path(folder) / "dmc.json"
-    # The checkpoint as a whole is checked when its weights are loaded. This is all that a recipe needs of it.
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["recipe"]["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"checkpoint.load_base: {path} is damaged, it holds no model section "
-            f"({type(error).__name__}: {error}); name another base"
-        ) from None
+    values, _ = _description(path)
     reader = SectionReader(from_person=False)
     try:
         saved = reader.section(values, ModelConfig, "model")
@@ -60,6 +51,43 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
     return model
 
 
+def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a base's ``dmc.json`` says: its model section, and all.
+
+    The checkpoint as a whole is checked when its weights are loaded. This is all that a recipe needs of it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values["recipe"]["model"], values
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"checkpoint.load_base: {path} is damaged, it holds no model section "
+            f"({type(error).__name__}: {error}); name another base"
+        ) from None
+
+
+def vocabulary_of_base(folder: str) -> int:
+    """Tokens that a base knows, without the rows that pad its embedding; of a recipe that was read with it."""
+    model, values = _description(Path(folder) / "dmc.json")
+    return int(values.get("vocabulary") or model["vocab_size"])
+
+
+def vocabulary_line(rows: int, of_base: int, exported: int) -> str | None:
+    """Says that a run's vocabulary has rows beyond its base's tokens; None: it has none.
+
+    Args:
+        rows: ``model.vocab_size``.
+        of_base: tokens that the base knows.
+        exported: rows that an export will have.
+    """
+    if rows == of_base:
+        return None
+    return (
+        f"{rows} rows, {rows - of_base} more than the base's {of_base} (each starts as the mean of those); an export has "
+        f"{exported}"
+    )
+
+
 def added_tokens(of_base: int, size: int) -> int:
     """By how many tokens a vocabulary pads its base's, as tensor parallelism may need; 0: it does not."""
     return size - of_base if of_base < size < of_base + MOST_ADDED_TOKENS else 0
@@ -71,17 +99,8 @@ def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any], there: 
     return [
         f"model.{name} is {saved.get(name)!r} {there}, {mine.get(name)!r} here"
         for name in sorted({*saved, *mine} - FREE_SETTINGS)
-        if not _same(saved.get(name), mine.get(name))
+        if not is_same_setting(saved.get(name), mine.get(name))
     ]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal; floats as float32, which is what models compute with and what other tools round settings to."""
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
-    if numbers and (isinstance(a, float) or isinstance(b, float)):
-        with np.errstate(over="ignore"):
-            return bool(np.float32(a) == np.float32(b))
-    return bool(a == b)
 
 
 def _with_head_dim(model: Mapping[str, Any]) -> dict[str, Any]:

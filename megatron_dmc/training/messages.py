@@ -22,17 +22,21 @@ class World:
     gpu: str | None
 
 
-def banner(recipe: Recipe, world: World, parameters: int, training_parameters: int) -> str:
+def banner(
+    recipe: Recipe, world: World, parameters: int, training_parameters: int, vocabulary: str | None = None
+) -> str:
     """What is about to run, one line per topic.
 
     Args:
         parameters: of the whole model, and how many of them train.
+        vocabulary: what ``recipe.base.vocabulary_line`` says.
     """
     model, data, checkpoint, monitor = recipe.model, recipe.data, recipe.checkpoint, recipe.monitor
     trained = "all" if training_parameters == parameters else f"{training_parameters:,}"
     every = f"every {checkpoint.save_interval} steps" if checkpoint.save_interval else "at the end"
     topics = [
         ("model", f"{model.num_layers} layers, {model.num_query_groups} KV heads, {parameters:,} parameters"),
+        *([("vocabulary", vocabulary)] if vocabulary else []),
         ("trains", f"{trained} of them, {_precision(recipe)}"),
         ("layout", _layout(recipe, world)),
         *(("phase", line) for line in _phases(recipe)),

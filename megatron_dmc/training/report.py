@@ -13,6 +13,7 @@ from megatron_dmc.checkpoint import CheckpointError
 from megatron_dmc.checkpoint.folder import read_info
 from megatron_dmc.model.compression_loss import merge_fraction_target
 from megatron_dmc.recipe import Recipe
+from megatron_dmc.recipe.base import vocabulary_line
 from megatron_dmc.training import messages
 from megatron_dmc.training.build import count_parameters
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes
@@ -108,7 +109,10 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
         replicas=parallel_state.get_data_parallel_world_size(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
-    lines = messages.banner(recipe, world, *count_parameters(model))
+    rows, vocabulary = recipe.model.vocab_size, None
+    if store.start is not None:
+        vocabulary = vocabulary_line(rows, store.start.vocabulary, store.vocabulary or rows)
+    lines = messages.banner(recipe, world, *count_parameters(model), vocabulary)
     if recipe.monitor.progress_bar:
         _print(f"{lines}\n{messages.started(store.started_from, step)}")
 

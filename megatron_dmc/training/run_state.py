@@ -16,6 +16,7 @@ from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
 from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
 from megatron_dmc.checkpoint.saved_model import must_be_seen
+from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
@@ -47,6 +48,7 @@ class RunStore:
     Attributes:
         start: ``recipe.checkpoint.load_base``, opened; None for a run from initial weights.
         base: what an adapter's checkpoints say of their base; None where all weights are trained.
+        vocabulary: what the checkpoints say of theirs, see ``CheckpointInfo``.
         started_from: the checkpoint that ``load`` found; None for initial weights.
         saved: what has been saved and not reported yet; the reporter takes it out.
     """
@@ -57,6 +59,9 @@ class RunStore:
         self.recipe, self.model, self.optimizer, self.start = recipe, model, optimizer, start
         self.root = Path(recipe.checkpoint.directory)
         self.base = start.as_base_for(self.root) if recipe.trains_adapter and start is not None else None
+        rows = recipe.model.vocab_size
+        known = rows if start is None else known_tokens(rows, start.vocabulary, recipe.data.tokenizer)
+        self.vocabulary = known if known < rows else None
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
         self.started_from: Path | None = None
         self.saved: deque[SavedCheckpoint] = deque()
@@ -205,4 +210,5 @@ class RunStore:
             compression_ratio=ratio,
             datasets=self.datasets,
             base=self.base,
+            vocabulary=self.vocabulary,
         )

@@ -148,6 +148,12 @@ def test_a_folder_that_is_absent_is_named(tmp_path: Path) -> None:
         ({"step": "many"}, "step 'many'"),
         ({"color": "red"}, "color"),
         ({"datasets": ["text"]}, r"datasets \['text'\]"),
+        (
+            {"vocabulary": 301},
+            r"vocabulary 301, it must be an integer from 1 to the model's vocab_size \(300\), or null",
+        ),
+        ({"vocabulary": 0}, "vocabulary 0"),
+        ({"vocabulary": True}, "vocabulary True"),
     ],
 )
 def test_a_description_of_another_kind_is_refused(saved: Path, change: dict[str, Any], message: str) -> None:

@@ -1,9 +1,10 @@
-"""A vocabulary that tensor parallelism cannot divide is padded at conversion: every true token stays what it was."""
+"""A vocabulary that tensor parallelism cannot divide is padded: every true token stays what it was, and an export's own."""
 
 import json
 import math
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.from_hf import import_hf, pad_vocabulary
-from megatron_dmc.convert.to_hf import export_hf
+from megatron_dmc.convert.from_hf import import_hf
+from megatron_dmc.convert.to_hf import export_adapter, export_hf
 from megatron_dmc.convert.weights import Weights
+from megatron_dmc.inference.generate import generate
+from megatron_dmc.inference.loading import load_model
 from megatron_dmc.recipe import recipe_from_dict
-from tests.support.processes import ROOT
-
-TOKENS = torch.arange(2 * 37).mul(7).remainder(301).reshape(2, 37)
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+from tests.support.llamas import TOKENS, load_megatron, megatron_logits
+from tests.support.processes import ROOT, run
+from tests.support.toy import recipe_values, train, write_recipe, write_text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,37 +31,131 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 def test_there_and_back(save_llama: Callable[..., Path], tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     folder = save_llama(vocab_size=301, tie_word_embeddings=tied, dtype=dtype)
     import_hf(folder, tmp_path / "megatron", pad_vocab_to_multiple_of=8)
-    assert SavedModel.open(tmp_path / "megatron").recipe.model.vocab_size == 304
+    saved = SavedModel.open(tmp_path / "megatron")
+    assert (saved.recipe.model.vocab_size, saved.vocabulary) == (304, 301)
     export_hf(tmp_path / "megatron", tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 304
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 301
     before, after = Weights(folder), Weights(tmp_path / "hf")
-    assert before.shapes.keys() == after.shapes.keys() and after.dtype == dtype
+    assert before.shapes == after.shapes and after.dtype == dtype
     for name in before.shapes:
-        assert torch.equal(after[name][:301] if name in VOCABULARY else after[name], before[name]), name
+        assert torch.equal(after[name], before[name]), name
 
 
 def test_no_added_token_wins(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama(vocab_size=301)
     import_hf(folder, tmp_path / "megatron", pad_vocab_to_multiple_of=64)
-    export_hf(tmp_path / "megatron", tmp_path / "hf")
-    plain, padded = LlamaForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    plain = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        expected, found = plain(TOKENS, labels=TOKENS), padded(TOKENS, labels=TOKENS)
-    assert found.logits.shape[-1] == 320
-    torch.testing.assert_close(found.logits[..., :301], expected.logits, rtol=0, atol=1e-5)
-    mean = expected.logits.mean(-1, keepdim=True).expand(-1, -1, 19)
-    torch.testing.assert_close(found.logits[..., 301:], mean, rtol=0, atol=1e-5)
-    assert 0 < found.loss - expected.loss < math.log(1 + 19 / 301)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 20, "do_sample": False}
-    assert torch.equal(padded.generate(TOKENS, **options), plain.generate(TOKENS, **options))
+        expected, found = plain(TOKENS).logits, megatron_logits(load_megatron(tmp_path / "megatron"))
+    assert found.shape[-1] == 320
+    torch.testing.assert_close(found[..., :301], expected, rtol=0, atol=1e-5)
+    mean = expected.mean(-1, keepdim=True).expand(-1, -1, 19)
+    torch.testing.assert_close(found[..., 301:], mean, rtol=0, atol=1e-5)
+    rise = found.logsumexp(-1) - expected.logsumexp(-1)
+    assert bool((rise > 0).all()) and float(rise.max()) < math.log(1 + 19 / 301)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets, and a tokenizer of 300 tokens."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_text(folder)
+    return folder
+
+
+def retrofit(texts: Path, folder: Path, base: Path, train_: str, vocab_size: int, steps: int = 3) -> Path:
+    """The last checkpoint of a short run from a base."""
+    values = recipe_values(texts, folder, [{"kind": "compress", "steps": steps, "lr": 5e-3}], decision_bias=0.0)
+    values["model"] = {"vocab_size": vocab_size}
+    values["checkpoint"]["load_base"] = str(base)
+    values["training"]["train"] = train_
+    train(write_recipe(folder, values))
+    return folder / "checkpoints" / "final"
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("multiple", [1, 64], ids=["padded when loaded", "padded when converted"])
+def test_an_adapter_of_a_padded_base_is_one_of_the_original(
+    save_llama: Callable[..., Path], texts: Path, tmp_path: Path, multiple: int
+) -> None:
+    folder = save_llama(vocab_size=301)
+    import_hf(folder, tmp_path / "base", pad_vocab_to_multiple_of=multiple)
+    final = retrofit(texts, tmp_path / "run", tmp_path / "base", "adapter", 320)
+    export_adapter(final, tmp_path / "adapter")
+    export_hf(final, tmp_path / "merged")
+    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    joined, merged = load(tmp_path / "adapter", base=folder), load(tmp_path / "merged")
+    assert merged.config.vocab_size == joined.config.vocab_size == 301
+    assert torch.equal(logits(joined), logits(merged))
+    trained = megatron_logits(load_megatron(final))
+    assert trained.shape[-1] == 320
+    torch.testing.assert_close(logits(joined), trained[..., :301], rtol=0, atol=1e-5)
+    # It decides: its logits are not the plain model's.
+    assert not torch.allclose(logits(joined), logits(LlamaForCausalLM.from_pretrained(folder)), atol=1e-2)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(joined.generate(TOKENS, **options), merged.generate(TOKENS, **options))
+
+
+def test_a_retrofit_of_a_retrofit_knows_the_first_bases_tokens(
+    save_llama: Callable[..., Path], texts: Path, tmp_path: Path
+) -> None:
+    folder = save_llama(vocab_size=301)
+    import_hf(folder, tmp_path / "base")
+    first = retrofit(texts, tmp_path / "first", tmp_path / "base", "full", 304)
+    second = retrofit(texts, tmp_path / "second", first, "full", 320)
+    for checkpoint in (first, second):
+        assert SavedModel.open(checkpoint).vocabulary == 301
+    export_hf(second, tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    trained = megatron_logits(load_megatron(second))
+    torch.testing.assert_close(logits(exported), trained[..., :301], rtol=0, atol=1e-5)
+
+
+def test_tokens_that_the_runs_tokenizer_adds_are_exported(
+    save_llama: Callable[..., Path], texts: Path, tmp_path: Path
+) -> None:
+    """They are no padding: text has them, and full training teaches them."""
+    folder = save_llama(vocab_size=298)
+    import_hf(folder, tmp_path / "base")
+    final = retrofit(texts, tmp_path / "run", tmp_path / "base", "full", 304)
+    export_hf(final, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 300
+    adapter = retrofit(texts, tmp_path / "adapter", tmp_path / "base", "adapter", 300)
+    export_adapter(adapter, tmp_path / "alone")
+    with pytest.raises(ValueError, match="its vocab_size is 298, the adapter's is 300"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "alone", base=folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_generation_never_takes_a_row_that_pads(
+    save_llama: Callable[..., Path], texts: Path, tmp_path: Path, temperature: float
+) -> None:
+    """Not even after a training that has made one of them likely."""
+    import_hf(save_llama(vocab_size=301), tmp_path / "base")
+    loaded = load_model(retrofit(texts, tmp_path / "run", tmp_path / "base", "full", 304, steps=1))
+    with torch.no_grad():
+        loaded.model.output_layer.weight[301:] = loaded.model.output_layer.weight[:301].mean(0) * -50
+        loaded.model.output_layer.weight[302:] *= -1
+    assert int(megatron_logits(loaded.model).argmax(-1).max()) > 300
+    seed = torch.Generator().manual_seed(0)
+    made = torch.stack(list(generate(loaded, TOKENS, 20, temperature=temperature, generator=seed)))
+    assert int(made.max()) < 301
 
 
 def test_zeros_would_win() -> None:
     """Where all logits are negative, which the mean outlives."""
-    weight = torch.full((5, 4), -1.0) + torch.eye(5, 4)
+    model = torch.nn.Module()
+    model.output_layer = torch.nn.Linear(4, 8, bias=False)
     hidden = torch.ones(4)
-    assert (weight @ hidden).max() < 0
-    assert int((pad_vocabulary(weight, 3) @ hidden).argmax()) < 5
+    with torch.no_grad():
+        model.output_layer.weight[:5] = torch.full((5, 4), -1.0) + torch.eye(5, 4)
+        assert float(model.output_layer(hidden)[:5].max()) < 0
+        fill_added_rows([model], 5)
+        assert int(model.output_layer(hidden).argmax()) < 5
 
 
 def test_a_vocabulary_that_fits_stays(save_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -94,11 +191,22 @@ def test_the_tool_and_the_message_that_names_it(save_llama: Callable[..., Path],
     recipe_from_dict(recipe)
 
 
-@pytest.mark.parametrize("multiple", [0, -8])
-def test_a_multiple_that_is_none(
-    save_llama: Callable[..., Path], tmp_path: Path, multiple: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main = runpy.run_path(str(ROOT / "tools" / "hf_to_megatron.py"))["main"]
-    assert main([str(save_llama()), str(tmp_path / "megatron"), f"--pad-vocab-to-multiple-of={multiple}"]) == 1
-    assert f"pad_vocab_to_multiple_of must be an integer >= 1, got {multiple}\n" in capsys.readouterr().err
+@pytest.mark.parametrize("multiple", ["0", "-8", "1025", "1000000000000", "1e12", "1e23", "8.0", "9" * 5000])
+def test_a_multiple_that_is_none(tmp_path: Path, multiple: str) -> None:
+    """Refused by the flag itself: the folder is not looked at, and torch is not loaded."""
+    program = (
+        "import sys; from megatron_dmc.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    flag = f"--pad-vocab-to-multiple-of={multiple}"
+    done = run("-c", program, "convert-from-hf", tmp_path / "nowhere", tmp_path / "megatron", flag)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("megatron-dmc convert-from-hf: error: argument --pad-vocab-to-multiple-of: must be a whole ")
+    assert f"from 1 to 1024, such as the tensor-parallel size, got '{multiple:.40}" in line and len(line) < 300
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 1025, 10**23])
+def test_a_multiple_that_is_none_in_a_program(tmp_path: Path, multiple: int) -> None:
+    with pytest.raises(ConfigError, match=rf"pad_vocab_to_multiple_of must be from 1 to 1024, got {multiple}$"):
+        import_hf(tmp_path / "nowhere", tmp_path / "megatron", pad_vocab_to_multiple_of=multiple)

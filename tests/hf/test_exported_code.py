@@ -24,7 +24,7 @@ def body(text: str) -> str:
 def test_copies_are_the_sources():
     code, modules = export.modeling_code(), export.needed_modules()
     assert sorted(code) == sorted(f"{export.flat_name(module)}.py" for module in modules)
-    for module, source in modules.items():
+    for module, (source, _) in modules.items():
         copy = code[f"{export.flat_name(module)}.py"]
         assert source == Path(find_spec(module).origin).read_text()
         assert "megatron_dmc" not in "".join(line for line in copy.splitlines() if "import" in line)
@@ -65,7 +65,7 @@ def package(tmp_path, monkeypatch):
 
 
 def flat(source: str) -> str:
-    return export.flat_imports(source, "megatron_dmc.hf.modeling_dmc")
+    return export.flat_imports(export.Module.parsed(source, "megatron_dmc.hf.modeling_dmc"))
 
 
 def test_a_package_that_passes_names_on_is_no_part_of_it(package):
@@ -96,6 +96,15 @@ def test_a_package_that_passes_names_on_is_no_part_of_it(package):
         "from .dmc_ops_pool_fast import pool as again\n"
     )
     assert code["dmc_ops_pool_slow.py"] == "from .dmc_ops_pool_fast import pool\n"
+
+
+def test_every_module_is_read_once(package, monkeypatch):
+    shared = {"shared": "", "hf.configuration_dmc": "from megatron_dmc.shared import x\n"}
+    package(**shared, **{"hf.modeling_dmc": "from megatron_dmc.hf.configuration_dmc import y\n"})
+    read, source = [], export._source
+    monkeypatch.setattr(export, "_source", lambda module: read.append(module) or source(module))
+    export.modeling_code()
+    assert sorted(read) == ["megatron_dmc.hf.configuration_dmc", "megatron_dmc.hf.modeling_dmc", "megatron_dmc.shared"]
 
 
 def test_a_package_that_defines_names_is_copied(package):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_dmc.plan.gpus import GPU, GPUS
 from megatron_dmc.recipe import load_recipe
 from tests.support import planning
 from tests.support.planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
+from tests.support.processes import ROOT
 from tests.support.toy import QUICKSTART_MODEL
 
 Elsewhere = Callable[..., Any]
@@ -74,6 +76,33 @@ def test_the_command_prints_everything(elsewhere: Elsewhere) -> None:
         for name in ("parameters", "teacher", "gradients", "optimizer", "activations", "working")
     )
     assert [phase["tokens"] for phase in values["phases"]] == [700 * 16 * 128, 240 * 16 * 128]
+
+
+def test_rows_that_pad_the_bases_vocabulary_are_announced(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "examples/quickstart/base.yaml").to_dict()
+    recipe["model"]["vocab_size"] = 1001
+    description = {
+        "format_version": 1,
+        "kind": "weights",
+        "recipe": recipe,
+        "step": 0,
+        "consumed_samples": 0,
+        "phase": 0,
+    }
+    arguments = [ROOT / "examples/quickstart/adapter.yaml", f"checkpoint.load_base={tmp_path}", "--nodes", 1]
+    arguments += ["--gpus-per-node", 1, "model.vocab_size=1024"]
+    line = "1024 rows, 23 more than the base's 1001 (each starts as the mean of those); an export has 1001"
+    (tmp_path / "dmc.json").write_text(json.dumps(description))
+    status, out, err = elsewhere(planning.command, "plan", *arguments)
+    assert (status, err) == (0, "") and f"\nvocabulary: {line}\n" in out
+    # As a conversion with padding leaves it.
+    recipe["model"]["vocab_size"] = 1024
+    (tmp_path / "dmc.json").write_text(json.dumps(description | {"vocabulary": 1001}))
+    status, out, _ = elsewhere(planning.command, "plan", *arguments, "--json")
+    assert json.loads(out)["vocabulary"] == line
+    (tmp_path / "dmc.json").write_text(json.dumps(description))
+    status, out, _ = elsewhere(planning.command, "plan", *arguments)
+    assert status == 0 and "vocabulary" not in out
 
 
 @pytest.mark.parametrize("name", ["base", "neuron", "adapter"])

@@ -12,6 +12,8 @@ import pytest
 
 from megatron_dmc.checkpoint import CheckpointInfo
 from megatron_dmc.cli import main
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training import messages
 from megatron_dmc.training.run_state import SavedCheckpoint
@@ -66,6 +68,45 @@ def test_a_run_introduces_itself(data: Path, tmp_path: Path, capsys: pytest.Capt
         ["TensorBoard", str(tmp_path / "tensorboard")],
         [f"starting from {data / 'base' / 'checkpoints' / 'final'}"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (304, "304 rows, 4 more than the base's 300 (each starts as the mean of those); an export has 300"),
+        (300, None),
+    ],
+)
+def test_rows_that_pad_the_vocabulary_are_announced(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, line: str | None
+) -> None:
+    """Where they are added, and in a run from a base that has them."""
+    first, second = retrofit(data, tmp_path / "first"), retrofit(data, tmp_path / "second")
+    base = f"checkpoint.load_base={tmp_path / 'first' / 'checkpoints' / 'final'}"
+    for command in ([first, f"model.vocab_size={rows}"], [second, f"model.vocab_size={rows}", base]):
+        assert main(["retrofit", *command]) == 0
+        found = [words.split(maxsplit=1)[1] for words in said(capsys) if words.startswith("  vocabulary ")]
+        assert found == ([] if line is None else [line])
+
+
+def test_tokens_of_the_tokenizer_are_announced_as_exported(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    values = recipe_values(data, small, [{"kind": "pretrain", "steps": 1, "lr": LR}])
+    train_tokenizer(["a"], 260, small / "tokenizer")
+    write_recipe(small, values)
+    text = ["some text to train on " * 40] * 8
+    build_indexed_dataset(text, load_tokenizer(small / "tokenizer"), str(small / "train"))
+    names = {"model.vocab_size": 280, "data.tokenizer": small / "tokenizer", "data.train": f"[{small / 'train'}]"}
+    overrides = [f"{name}={value}" for name, value in names.items()]
+    assert main(["retrofit", str(small / "recipe.yaml"), *overrides, "data.valid=[]"]) == 0
+    base = f"checkpoint.load_base={small / 'checkpoints' / 'final'}"
+    capsys.readouterr()
+    assert main(["retrofit", retrofit(data, tmp_path / "run"), "model.vocab_size=304", base]) == 0
+    assert "304 rows, 24 more than the base's 280 (each starts as the mean of those); an export has 300\n" in (
+        capsys.readouterr().err
+    )
 
 
 def test_every_kept_checkpoint_is_named_with_its_ratio(
