@@ -26,6 +26,7 @@ TOY_SIZES = [
     "model.num_layers=2",
     "training.micro_batch_size=4",
     "phases.0.lr_warmup_steps=0",
+    "monitor.eval_interval=8",
 ]
 # {recipe: toy steps of its phases}
 TOY_STEPS = {"base": (12,), "control": (12, 4), "recipe": (12, 4), "adapter": (12, 4), "neuron": (4, 8, 4)}
