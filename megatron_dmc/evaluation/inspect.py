@@ -115,7 +115,8 @@ def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: C
     console.print(table)
     if any(missed):
         console.print(
-            "! saved below its target: cr_N is saved when the schedule's target passes N, not when the model's ratio reaches it",
+            "! saved below its target: cr_N is saved when the schedule's target passes N, not when the model's ratio "
+            "reaches it",
             highlight=False,
         )
 
