@@ -102,7 +102,7 @@ def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand anywhere after the recipe; argparse alone takes them from one place only."""
+    """Overrides may stand anywhere after the recipe; argparse by itself takes them from one place only."""
     parsed, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -99,7 +99,7 @@ def _export(
     *,
     must_be_adapter: bool = False,
 ) -> Iterator[tuple[SavedModel, Path]]:
-    """The checkpoint, opened, and the new folder, which gets all but the weights; in a world of this process alone."""
+    """The checkpoint, opened, and the new folder, which gets all but the weights; in a world of this one process."""
     output = Path(output)
     check_output(output)
     with single_process():

@@ -38,9 +38,9 @@ def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> 
 def _count_padding_as_data(model_chunks: Sequence[Any]) -> None:
     """Lets the distributed optimizer save the right numbers where a gradient buffer has several buckets.
 
-    For its reshardable format megatron-core (0.16 to 0.19) takes the padding behind every bucket out of a copy of the
+    For its reshardable format megatron-core (0.16 to 0.19) takes the padding after every bucket out of a copy of the
     buffer, and then cuts each parameter's state out of that copy at the offsets it had with the padding: all parameters
-    behind the first padded bucket are saved wrong, silently. These sizes are read nowhere else.
+    after the first padded bucket are saved wrong, silently. These sizes are read nowhere else.
     """
     for chunk in model_chunks:
         for buffer in chunk.buffers:

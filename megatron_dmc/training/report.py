@@ -23,7 +23,7 @@ from megatron_dmc.training.step import StepResult
 
 
 class Report:
-    """One run's progress and curves. Every rank makes one and calls it; rank 0's alone says anything.
+    """One run's progress and curves. Every rank makes one and calls it; only rank 0's prints.
 
     Args:
         step: steps done before.

@@ -144,7 +144,7 @@ class StepRunner:
             layer.statistics.reset()
 
     def _micro_batches(self, data: SampleDataset, first_sample: int) -> list[dict[str, Tensor]]:
-        """This rank's share of the global batch; which samples it holds is a function of their global numbers alone."""
+        """This rank's share of the global batch; which samples it holds depends only on their global numbers."""
         size = self.recipe.training.micro_batch_size
         replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         rounds = self.recipe.training.global_batch_size // (size * replicas)
