@@ -142,7 +142,7 @@ def _run(program: str, options: argparse.Namespace) -> int:
 
 
 def _line(error: DMCError | OSError) -> str:
-    """What a user reads of an error; raises it again where it names nothing that a user could mend."""
+    """The line that a user reads for an error; raises it again where it names nothing that a user could mend."""
     if isinstance(error, DMCError):
         return str(error)
     if error.filename is not None:

@@ -16,7 +16,8 @@ _REMEDY = (
     "start with torchrun or srun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; to run in one "
     "process, unset RANK and WORLD_SIZE"
 )
-# How long a rank that says nothing lets the one that speaks for it come first: a launcher ends all when one has ended.
+# A rank that prints nothing waits so long before it ends, so that the one that prints for it comes first: a launcher ends
+# all processes when one has ended.
 _SECONDS_TO_SPEAK = 5.0
 
 
@@ -78,7 +79,7 @@ def threads_per_process(environment: Mapping[str, str], task: Task | None, cores
 
 
 def check_runs_alone(environment: Mapping[str, str] = os.environ) -> None:
-    """For what is made for one process. What an earlier launcher left in the environment (a shell in a job, a pod) is no harm.
+    """For what is made for one process. What an earlier launcher left in the environment (of a job, a pod) does no harm.
 
     Raises:
         ConfigError: a launcher that is at work started several processes, which would all write the same output.
@@ -137,5 +138,5 @@ def _tell_torchrun(line: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": line, "extraInfo": extra}}, file)
     except OSError:
-        # torchrun then says that there is none; the line itself is printed.
+        # torchrun then reports that there is no such file; the line itself is printed.
         return

@@ -16,7 +16,7 @@ from megatron_dmc.experiments.places import small_recipes
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
-# The cache is measured on as many held-out tokens.
+# Held-out tokens that the cache is measured on.
 CACHE_TOKENS = 2048
 
 TOY_SIZES = [
@@ -99,7 +99,7 @@ class SmallRun:
             )
 
     def training(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
-        """The command that runs one of examples/quickstart's recipes, at toy size if so wished."""
+        """The command that runs one of examples/quickstart's recipes, at toy size for a smoke run."""
         command = self.command("retrofit", self.recipes / f"{recipe}.yaml")
         if self.smoke:
             command += TOY_SIZES + [f"phases.{i}.steps={steps}" for i, steps in enumerate(TOY_STEPS[recipe])]

@@ -12,7 +12,7 @@ from megatron_dmc.recipe import PhaseConfig, Recipe
 
 
 def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
-    """Adam over fp32 main parameters; learning rates are the phases' business."""
+    """Adam over fp32 main parameters; the phases set its learning rates."""
     cpu.install_adam()
     training, parallel = recipe.training, recipe.parallel
     highest = max(phase.lr for phase in recipe.phases)
@@ -75,7 +75,7 @@ def phase_scheduler(
 
 
 def gather_parameters(model_chunks: Sequence[Any]) -> None:
-    """Brings the weights up to date on every rank; call it where they are used otherwise than by a training step.
+    """Brings the weights up to date on every rank; call it before they are used outside a training step.
 
     With ``overlap_param_gather`` a rank has the last step's result for its own shard only, until the next training step's
     forward pass has gathered the others'.

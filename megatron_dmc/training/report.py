@@ -83,7 +83,7 @@ class Report:
             self._monitor.flush()
 
     def saved(self) -> None:
-        """Tells of checkpoints that have become whole."""
+        """Reports the checkpoints that are completely written by now."""
         while self._store.saved:
             checkpoint = self._store.saved.popleft()
             name = checkpoint.name
@@ -123,7 +123,7 @@ def show_finished(recipe: Recipe) -> None:
 
 def _print(text: str) -> None:
     if dist.get_rank() == 0:
-        # A log on a full disk stops no training.
+        # A log on a full disk must not stop the training.
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 

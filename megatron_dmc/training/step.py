@@ -178,7 +178,7 @@ class StepRunner:
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
             seq_length=self.recipe.data.sequence_length,
-            # Teacher and student travel side by side.
+            # The teacher's samples and the student's are one batch.
             micro_batch_size=len(micro_batches[0]["tokens"]) * (1 if evaluates or not self.recipe.distills else 2),
             forward_only=evaluates,
         )
