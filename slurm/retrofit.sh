@@ -15,7 +15,7 @@ echo "log: $log"
 exec >>"$log" 2>&1
 echo "$(date): $1 on $SLURM_JOB_NODELIST, requeued ${SLURM_RESTART_COUNT:-0} times"
 
-# Kernels start in the order they were given: the communication of tensor parallelism goes first and hides behind the GEMMs.
+# Kernels start in the order they were given: the communication of tensor parallelism goes first, and the GEMMs hide it.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Without it, fragments of the allocator cost gigabytes at this size.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

@@ -190,8 +190,8 @@ def read_latest(root: str | Path) -> str | None:
 def prune(root: str | Path, keep_last: int) -> list[str]:
     """Deletes all but the newest ``keep_last`` full checkpoints ``step_*``, and never the one that ``latest`` names.
 
-    Newer ones than ``latest`` do not count and stay: whoever set it back goes on from there, and what he left must not
-    push out what he has. Folders that are not whole full checkpoints are left alone. One rank calls this.
+    Newer ones than ``latest`` do not count and stay: a user who set it back goes on from there, and what is newer must not
+    push out what is older. Folders that are not whole full checkpoints stay. One rank calls this.
 
     Returns:
         The names that were deleted.

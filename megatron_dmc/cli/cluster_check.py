@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs/cluster_check"),
         help="where runs and results go (default: %(default)s)",
     )
-    # Of every size of machine: how large this one is, only torch knows.
+    # Layouts for machines of every size: only torch knows how large this one is.
     layouts = [layout.name for most in (CPU_PROCESSES, MOST_GPUS) for layout in all_layouts(most)]
     cases = [case.name for case in (*CASES, FP8)]
     for option, known in (("--layouts", list(dict.fromkeys(layouts))), ("--cases", cases)):

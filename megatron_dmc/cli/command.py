@@ -102,7 +102,7 @@ def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand anywhere after the recipe; argparse alone takes them from one place only."""
+    """Overrides may stand anywhere after the recipe; argparse by itself takes them from one place only."""
     parsed, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -142,7 +142,7 @@ def _run(program: str, options: argparse.Namespace) -> int:
 
 
 def _line(error: DMCError | OSError) -> str:
-    """What a user reads of an error; raises it again where it names nothing that a user could mend."""
+    """The line that a user reads for an error; raises it again where it names nothing that a user could mend."""
     if isinstance(error, DMCError):
         return str(error)
     if error.filename is not None:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument(
         "--adapter",
         action="store_true",
-        help="write what an adapter has learned alone (adapter.safetensors, megabytes), without its base",
+        help="write only what an adapter has learned (adapter.safetensors, megabytes), without its base",
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the weights (default: the checkpoint's)")
     parser.add_argument(

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved. For a
-    run's folder it lists the checkpoints, with the ratios they were saved at."""
+    run's folder it lists the checkpoints: the target and the ratio that each was saved at."""
     if options.tokens is not None and options.tokens < 2:
         raise ConfigError(f"--tokens must be >= 2, got {options.tokens}")
     from megatron_dmc.distributed.world import single_process

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Tokenizes text into PREFIX.bin, PREFIX.idx and PREFIX.json; with --chat conversations, and into PREFIX.mask.bin and
     PREFIX.mask.idx which of their tokens are the assistant's."""
-    # Here alone: what reading the data itself warns of is for the user.
+    # Only here: what reading the data itself warns of is for the user.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
         from megatron_dmc.data.preprocess import PreprocessOptions, preprocess

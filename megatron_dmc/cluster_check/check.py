@@ -25,7 +25,7 @@ def check(
         CheckError: a name that is not known on this machine, or the check itself could not be made.
     """
     available = min(torch.cuda.device_count(), MOST_GPUS) if torch.cuda.is_available() else CPU_PROCESSES
-    # A layout of more than this machine has is named all the same.
+    # A layout that needs more than this machine has is named, too.
     most = max(available, CPU_PROCESSES)
     layouts, cases, not_run = all_layouts(most), cases_here(), cases_not_here()
     for option, wanted, known in (

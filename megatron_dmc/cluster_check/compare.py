@@ -10,7 +10,7 @@ from typing import Any
 TOLERANCES = {"fp32": 2e-5, "bf16": 1e-2, "fp8": 0.16}
 FLIPS = {"fp32": 1e-3, "bf16": 1e-2, "fp8": 0.16}
 
-# Relaxed decisions enter these, so that one more or less beyond 0 does not show.
+# These are computed from relaxed decisions, so a logit that crosses 0 hardly changes them.
 CONTINUOUS = ("lm_loss", "distillation_loss", "gradient_norm")
 # These are counts of hard decisions: the same unless one has flipped.
 COUNTED = ("compression_loss", "compression_ratio", "noisy_compression_ratio")

@@ -13,7 +13,7 @@ from megatron_dmc.cluster_check.layouts import REFERENCE, Layout
 from megatron_dmc.errors import DMCError
 
 WORKER = ("-m", "megatron_dmc.cluster_check.worker")
-# What the processes say; a folder that holds it is a check's own.
+# What the processes print. A folder that holds this file was made by a check.
 LOG = "cluster_check.log"
 
 
@@ -22,7 +22,7 @@ class CheckError(DMCError, RuntimeError):
 
 
 def clear_folder(folder: Path) -> None:
-    """Makes an empty folder; what is removed for it is an earlier check and nothing else.
+    """Makes an empty folder; removes an earlier check there, and nothing else.
 
     Raises:
         CheckError: the folder holds other files, or cannot be written.

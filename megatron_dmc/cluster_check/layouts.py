@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REFERENCE = "one process"
-# A layout of more GPUs is not known; on a CPU so many processes are started.
+# The most GPUs that a layout needs, and the processes that a CPU runs.
 MOST_GPUS, CPU_PROCESSES = 16, 8
 
 

@@ -77,7 +77,7 @@ def table(report: Report) -> list[str]:
 
 
 def remarks(report: Report) -> list[str]:
-    """One line for whatever is not simply the same."""
+    """One line for each result that is not simply the same."""
     lines = []
     for row in report["rows"]:
         name = f"{row['layout']}, {row['case']}"
@@ -95,7 +95,7 @@ def remarks(report: Report) -> list[str]:
 
 
 def write_section(report: Report, page: Path, heading: str) -> None:
-    """Replaces what stands between a heading of a Markdown page and the next of its kind."""
+    """Replaces the text between a heading of a Markdown page and the next heading of its level."""
     lines = page.read_text(encoding="utf-8").splitlines()
     begin = lines.index(heading) + 1
     marks = heading.split(" ")[0] + " "

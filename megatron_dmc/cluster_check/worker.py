@@ -133,7 +133,7 @@ class _Worker:
                     trainer = self.trainer(recipe)
                     trainer.run()
                 result = {"steps": trainer.steps}
-                # A model is in circles of references, and holds the groups of its layout with all their threads.
+                # A model is part of cycles of references, and holds the groups of its layout with all their threads.
                 del trainer
                 gc.collect()
         except BaseException as error:

@@ -102,7 +102,7 @@ def _tokens_of_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def keep_special_tokens(tokenizer: Path, tokens: dict[str, Any], vocab_size: int) -> None:
-    """Adds to a tokenizer's folder what it does not tell of ``tokens``: what stood in a model's config.json alone."""
+    """Adds to a tokenizer's folder those of ``tokens`` that it lacks: only a model's config.json named them."""
     if special_tokens(tokenizer, vocab_size) != tokens:
         path = tokenizer / GENERATION_CONFIG
         content = read_json(path) if path.is_file() else {}

@@ -103,7 +103,7 @@ def _export(
 ) -> Iterator[tuple[SavedModel, ModelConfig, Path]]:
     """The checkpoint, opened, what its model is without padding, and the new folder, which gets all but the weights.
 
-    In a world of this process alone.
+    In a world of this one process.
     """
     output = Path(output)
     check_output(output)

@@ -145,7 +145,7 @@ def write_weights(
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes one safetensors file, which anyone may read whom the umask lets; raises ConfigError if that fails."""
     try:
-        # safetensors makes its files the owner's alone. One that Python makes has the permissions that the umask leaves.
+        # safetensors' files are readable by their owner only. One that Python makes has the permissions that the umask leaves.
         path.touch()
         mode = stat.S_IMODE(path.stat().st_mode)
         save_file(tensors, path, metadata={"format": "pt"})

@@ -133,7 +133,7 @@ class ChatTemplate:
     def _turn_length(self, turn: str) -> int:
         """How many characters of ``turn``, which ends a conversation, are the turn's own.
 
-        It ends with the first special token of what it has in common with the end of a user's turn: behind that some
+        It ends with the first special token of what it has in common with the end of a user's turn: after that some
         templates write an end of text, or always the next prompt.
         """
         alike = takewhile(
@@ -198,7 +198,7 @@ class NamedTemplates:
         template = self.tool_use if conversation.tools is not None else self.default
         if template is None:
             raise ConfigError(
-                f"{conversation.place}: {self.name} has a chat template for conversations with tools alone, and this one has "
+                f"{conversation.place}: {self.name} has a chat template only for conversations with tools, and this one has "
                 "none; name another with --chat-template"
             )
         return template.render(conversation)

@@ -27,7 +27,7 @@ def check_reach(recipe: Recipe) -> None:
 
 
 def highest_ratio(lengths: numpy.ndarray, sequence_length: int, local_window: int) -> float:
-    """Tokens per cache entry if all that may merge does; a little too much, because samples cut documents anywhere.
+    """Tokens per cache slot if all that may merge does; a little too much, because samples cut documents anywhere.
 
     Args:
         lengths: int [documents], tokens of each.

@@ -1,4 +1,4 @@
-"""What megatron-core asks of a GPU and its libraries, answered without: the one place here that patches anything.
+"""Lets megatron-core run without a GPU and its libraries: the one place here that patches anything.
 
 megatron-core names CUDA in its code (``device="cuda"``, ``torch.cuda.synchronize()``, ``param.type() ==
 "torch.cuda.FloatTensor"``) in many places that otherwise need no GPU. Where there is none, :func:`install` makes those

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ _REMEDY = (
     "start with torchrun or srun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; to run in one "
     "process, unset RANK and WORLD_SIZE"
 )
-# How long a rank that says nothing lets the one that speaks for it come first: a launcher ends all when one has ended.
+# A rank that prints nothing waits so long before it ends, so that the one that prints for it comes first: a launcher ends
+# all processes when one has ended.
 _SECONDS_TO_SPEAK = 5.0
 
 
 class ThisRankError(ConfigError):
-    """A fault of one process alone, of which no other rank tells."""
+    """A fault of this process only: no other rank reports it."""
 
 
 def own_task(environment: Mapping[str, str]) -> Task | None:
@@ -48,8 +50,36 @@ def own_task(environment: Mapping[str, str]) -> Task | None:
     return Task(rank, world_size, local_rank, environment["MASTER_ADDR"], port, agent_listens)
 
 
+def threads_per_process(environment: Mapping[str, str], task: Task | None, cores: int) -> int | None:
+    """How many OpenMP threads this process may use, where it shares its node with others of its run.
+
+    torchrun sets ``OMP_NUM_THREADS``. srun and a start by hand do not: every process would take a thread per core.
+
+    Args:
+        cores: that this process may run on.
+
+    Returns:
+        At least 1; None where ``OMP_NUM_THREADS`` says it, the process is alone, or nobody says how many share the node.
+    """
+    if task is None or task.world_size == 1 or environment.get("OMP_NUM_THREADS"):
+        return None
+    if environment.get("LOCAL_WORLD_SIZE", "").isdecimal():
+        return max(1, cores // max(1, int(environment["LOCAL_WORLD_SIZE"])))
+    if environment.get("RANK"):
+        here = environment.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
+        return max(1, cores // task.world_size) if here else None
+    # "2(x3),8": the nodes' numbers of tasks. The largest leaves every node enough.
+    tasks = re.findall(r"(?<!x)\b\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if not tasks:
+        return None
+    # A task that is bound to its share sees its own cores only, so the share is of the node's.
+    node = environment.get("SLURM_CPUS_ON_NODE", "")
+    share = (int(node) if node.isdecimal() else cores) // max(1, *map(int, tasks))
+    return max(1, min(cores, share))
+
+
 def check_runs_alone(environment: Mapping[str, str] = os.environ) -> None:
-    """For what is made for one process. What an earlier launcher left in the environment (a shell in a job, a pod) is no harm.
+    """For what is made for one process. What an earlier launcher left in the environment (of a job, a pod) does no harm.
 
     Raises:
         ConfigError: a launcher that is at work started several processes, which would all write the same output.
@@ -63,7 +93,7 @@ def check_runs_alone(environment: Mapping[str, str] = os.environ) -> None:
     # A shell that srun --pty opens is task 0, and so is the one that a script chooses for such a command.
     if tasks != "1" and task != "0":
         raise ThisRankError(
-            f"this command is made for one process, and this is task {task} of {tasks}: task 0 alone goes on; start it with "
+            f"this command is made for one process, and this is task {task} of {tasks}: only task 0 goes on; start it with "
             "srun --ntasks=1"
         )
 
@@ -99,7 +129,7 @@ def report_failure(line: str, *, of_this_rank: bool = False) -> None:
 
 
 def _tell_torchrun(line: str) -> None:
-    """Writes the file that torchrun reads when a process of its has failed (torch.distributed.elastic's error file)."""
+    """Writes the file that torchrun reads when one of its processes has failed (torch.distributed.elastic's error file)."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
@@ -108,5 +138,5 @@ def _tell_torchrun(line: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": line, "extraInfo": extra}}, file)
     except OSError:
-        # torchrun then says that there is none; the line itself is printed.
+        # torchrun then reports that there is no such file; the line itself is printed.
         return

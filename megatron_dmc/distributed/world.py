@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.distributed import cpu
-from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, own_task
+from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, own_task, threads_per_process
 from megatron_dmc.distributed.task import Task
 from megatron_dmc.recipe import ParallelConfig, divisors
 
@@ -110,9 +110,12 @@ def _group(task: Task | None, timeout: timedelta = timedelta(0)) -> Iterator[Non
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     local_rank = 0 if task is None else task.local_rank
     if not os.environ.get("RANK") and torch.cuda.device_count() == 1:
-        # SLURM can be told to show each task its own GPU alone (--gpus-per-task, --gpu-bind).
+        # SLURM can be told to show each task only its own GPU (--gpus-per-task, --gpu-bind).
         local_rank = 0
     _use_device(local_rank)
+    threads = threads_per_process(os.environ, task, len(os.sched_getaffinity(0)))
+    if threads is not None and threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
     if task is None or task.world_size == 1:
         # A store in memory: one process needs no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

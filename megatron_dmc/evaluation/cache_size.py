@@ -41,7 +41,7 @@ class CacheSize:
 
     @property
     def layers_that_merge_everything(self) -> list[int]:
-        """Whose ratio is near the highest that there can be. None in a text that is too short to tell."""
+        """Layers whose ratio is near the highest possible one; empty for a text that is too short to tell."""
         # The first token is always kept.
         decided = self.tokens - self.window - 1
         if decided * MERGES_EVERYTHING_BELOW < 1:

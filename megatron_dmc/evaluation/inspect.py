@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_dmc.checkpoint.folder import read_info
+from megatron_dmc.checkpoint.folder import CheckpointInfo, read_info
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documents
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
 from megatron_dmc.inference.loading import load_model
-from megatron_dmc.recipe import recipe_from_dict
+from megatron_dmc.recipe import Recipe, recipe_from_dict
+from megatron_dmc.training.messages import REACHED
+from megatron_dmc.training.schedule import plan_step
 
 # Tokens that are read where the command names no number, if the model has as many positions.
 TOKENS = 2048
@@ -40,10 +42,13 @@ def run(
         if tokens < TOKENS:
             print(f"reads {tokens} tokens, which is all of the model's positions", file=sys.stderr)
     size = measure_cache(loaded, read_tokens(loaded.tokenizer, text, tokens))
+    folder, info = Path(checkpoint), read_info(Path(checkpoint))
+    target = target_at_step(folder.name, recipe_from_dict(info.recipe), info)
     if as_json:
-        print(json.dumps({**report(size), "saved_at_compression_ratio": loaded.compression_ratio}))
+        saved = {"saved_at_compression_ratio": loaded.compression_ratio, "saved_at_target": target}
+        print(json.dumps({**report(size), **saved}))
     else:
-        print_table(size, Path(checkpoint).name, saved_at=loaded.compression_ratio)
+        print_table(size, folder.name, saved_at=loaded.compression_ratio, target=target)
 
 
 def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
@@ -51,7 +56,7 @@ def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
 
     Returns:
         name, kind, step, compression_ratio (noise-free, of the last global batch before it was saved; None where nothing
-        merged) and target_compression_ratio of the run.
+        merged), target_at_step (see :func:`target_at_step`) and target_compression_ratio of the run.
     """
     folder = Path(folder)
     if (folder / "dmc.json").exists():
@@ -68,10 +73,24 @@ def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
                 "kind": info.kind,
                 "step": info.step,
                 "compression_ratio": info.compression_ratio,
+                "target_at_step": target_at_step(name, recipe, info),
                 "target_compression_ratio": recipe.dmc.target_compression_ratio if recipe.merges else None,
             }
         )
     return rows
+
+
+def target_at_step(name: str, recipe: Recipe, info: CheckpointInfo) -> float | None:
+    """The ratio that the schedule asked for when a checkpoint was saved; None where nothing merged, or no run saved it.
+
+    A checkpoint ``cr_N`` is due when the target passes N; the step's own target may lie beside N by a fraction.
+    """
+    if not recipe.merges or not 0 < info.step <= recipe.total_steps:
+        return None
+    kept_for = name.removeprefix("cr_")
+    if kept_for != name and kept_for.isdecimal():
+        return float(kept_for)
+    return plan_step(recipe.phases, recipe.dmc, info.step - 1).target_compression_ratio
 
 
 def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: Console | None = None) -> None:
@@ -79,18 +98,35 @@ def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: C
     table = Table(title=str(folder))
     table.add_column("checkpoint")
     table.add_column("holds")
-    for column in ("step", "CR of the last batch", "run's target"):
+    for column in ("step", "target then", "CR of the last batch", "run's target"):
         table.add_column(column, justify="right")
-    for row in rows:
-        ratio, target = row["compression_ratio"], row["target_compression_ratio"]
+    missed = [_is_below(row["compression_ratio"], row["target_at_step"]) for row in rows]
+    for row, below in zip(rows, missed, strict=True):
+        ratio = row["compression_ratio"]
         table.add_row(
             row["name"],
             row["kind"],
             str(row["step"]),
-            "-" if ratio is None else f"{ratio:.2f}",
-            "-" if target is None else f"{target:g}",
+            _target(row["target_at_step"]),
+            "-" if ratio is None else f"{'! ' if below else ''}{ratio:.2f}",
+            _target(row["target_compression_ratio"]),
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    if any(missed):
+        console.print(
+            "! saved below its target: cr_N is saved when the schedule's target passes N, not when the model's ratio "
+            "reaches it",
+            highlight=False,
+        )
+
+
+def _is_below(ratio: float | None, target: float | None) -> bool:
+    return ratio is not None and target is not None and ratio < REACHED * target
+
+
+def _target(value: float | None) -> str:
+    return "-" if value is None else f"{round(value, 2):g}"
 
 
 def read_tokens(tokenizer: Tokenizer, text: str | None, count: int) -> Tensor:
@@ -115,8 +151,20 @@ def report(size: CacheSize) -> dict[str, object]:
     }
 
 
-def print_table(size: CacheSize, name: str, console: Console | None = None, *, saved_at: float | None = None) -> None:
-    """One row per layer, one column per KV head; ``saved_at``: the ratio of the last batch before the checkpoint."""
+def print_table(
+    size: CacheSize,
+    name: str,
+    console: Console | None = None,
+    *,
+    saved_at: float | None = None,
+    target: float | None = None,
+) -> None:
+    """One row per layer, one column per KV head.
+
+    Args:
+        saved_at: the ratio of the last batch before the checkpoint.
+        target: what the schedule asked for then.
+    """
     ratio, everything = size.layer_head_ratio, size.layers_that_merge_everything
     table = Table(title=f"{name}: tokens per cache slot over {size.tokens} tokens")
     table.add_column("layer", justify="right")
@@ -128,18 +176,31 @@ def print_table(size: CacheSize, name: str, console: Console | None = None, *, s
         table.add_row(f"{mark}{layer}", *(f"{value:.2f}" for value in heads), f"{whole:.2f}")
     console = console or Console()
     console.print(table)
-    saved = 1 - size.cache_bytes / size.plain_cache_bytes
-    trained = "" if saved_at is None else f" ({saved_at:.2f} in training)"
+    then = "" if target is None else f", target then {_target(target)}"
+    trained = "" if saved_at is None else f" ({saved_at:.2f} in training{then})"
     console.print(
         f"compression ratio {size.compression_ratio:.2f}{trained}; cache {_kib(size.cache_bytes)}, "
-        f"plain {_kib(size.plain_cache_bytes)}: {saved:.0%} saved"
+        f"plain {_kib(size.plain_cache_bytes)}: {_saving(size)}"
     )
+    if saved_at is not None and target is not None and _is_below(saved_at, target):
+        console.print(
+            f"! saved below its target: the schedule asked for {_target(target)} at that step, the ratio was {saved_at:.2f}",
+            highlight=False,
+        )
     if everything:
         window = f" beyond the last {size.window}" if size.window else ""
         console.print(
             f"! {_layers(everything)} {'merges' if len(everything) == 1 else 'merge'} nearly every token{window}: little of "
             "the text is left there, and the other layers keep more than the ratio says"
         )
+
+
+def _saving(size: CacheSize) -> str:
+    """The cache's bytes against a plain cache's. It can be the larger one: it holds whole pages and its open slots' sums."""
+    share = round(100 * (size.cache_bytes / size.plain_cache_bytes - 1))
+    if share > 0:
+        return f"{share}% more than without DMC (too little merges to pay for the pages)"
+    return f"{-share}% saved"
 
 
 def _layers(numbers: list[int]) -> str:

@@ -16,7 +16,7 @@ from megatron_dmc.experiments.places import small_recipes
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
-# The cache is measured on as many held-out tokens.
+# Held-out tokens that the cache is measured on.
 CACHE_TOKENS = 2048
 
 TOY_SIZES = [
@@ -26,6 +26,7 @@ TOY_SIZES = [
     "model.num_layers=2",
     "training.micro_batch_size=4",
     "phases.0.lr_warmup_steps=0",
+    "monitor.eval_interval=8",
 ]
 # {recipe: toy steps of its phases}
 TOY_STEPS = {"base": (12,), "control": (12, 4), "recipe": (12, 4), "adapter": (12, 4), "neuron": (4, 8, 4)}
@@ -98,7 +99,7 @@ class SmallRun:
             )
 
     def training(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
-        """The command that runs one of examples/quickstart's recipes, at toy size if so wished."""
+        """The command that runs one of examples/quickstart's recipes, at toy size for a smoke run."""
         command = self.command("retrofit", self.recipes / f"{recipe}.yaml")
         if self.smoke:
             command += TOY_SIZES + [f"phases.{i}.steps={steps}" for i, steps in enumerate(TOY_STEPS[recipe])]

@@ -64,7 +64,7 @@ class DMCCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, everything counted."""
+        """Bytes held, unused slots of pages included."""
         return sum(layer.nbytes for layer in self.layers) + (0 if self.real is None else self.real.nbytes)
 
     @property

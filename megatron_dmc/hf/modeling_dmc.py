@@ -326,7 +326,7 @@ def _packing(attention_mask: Tensor | None, batch: int, seq: int, cache: DMCCach
     past = 0 if cache is None else cache.columns
     shape = list(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or shape[0] != batch or shape[1] not in (seq, past + seq):
-        columns = f"{past + seq} columns" + (f" (past and new tokens) or {seq} (new ones alone)" if past else "")
+        columns = f"{past + seq} columns" + (f" (past and new tokens) or {seq} (only the new ones)" if past else "")
         found = shape or type(attention_mask).__name__
         raise ValueError(
             f"attention_mask must have {batch} rows and {columns}, zero at padding, got {found}; attention itself is always "

@@ -45,7 +45,7 @@ def takes_effect(positions: Tensor, remaining: Tensor, local_window: int) -> Ten
 def count_decisions(merge_logits: Tensor, decision_logits: Tensor, in_effect: Tensor) -> Tensor:
     """Counts for DecisionStatistics: int64 [3, kv_heads].
 
-    All tokens count. One whose decision takes no effect has a cache entry of its own.
+    All tokens count. One whose decision takes no effect has a slot of its own.
 
     Args:
         merge_logits: with noise, [batch, seq, kv_heads].

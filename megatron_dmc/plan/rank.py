@@ -1,4 +1,4 @@
-"""One rank of a world that is not there: megatron-core's groups over a fake process group, tensors on the meta device."""
+"""One rank of a simulated world: megatron-core's groups over a fake process group, tensors on the meta device."""
 
 import contextlib
 from collections.abc import Iterator

@@ -104,33 +104,45 @@ def print_json(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None) -
     print(json.dumps(values, indent=2))
 
 
+def headline(plan: Plan) -> str:
+    """The answer in one line: fits or not, on how many GPUs, in what time."""
+    cluster, stage = plan.cluster, plan.fullest
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes of {cluster.gpus_per_node}"
+    hours = plan.recipe.total_steps * plan.time.total / 3600
+    return (
+        f"{'fits' if plan.fits else 'does not fit'} on {cluster.gpus} x {cluster.gpu.label} ({nodes}): needs "
+        f"{_gb(stage.total)} of {_gb(cluster.gpu.usable)} per GPU; would take {_duration(hours * 3600)}, "
+        f"{hours * cluster.gpus:,.1f} GPU-hours"
+    )
+
+
 def print_plan(plan: Plan, smaller: Plan | None, found: Sequence[Plan] | None, console: Console | None = None) -> None:
-    """All of it, the verdict last."""
+    """All of it: the answer first, the verdict with its reasons last."""
     console = console or Console()
     if not console.is_terminal:
         console.width = 140
-    training, cluster = plan.recipe.training, plan.cluster
-    learned = "all learn" if plan.learned == plan.weights else f"{plan.learned:,} learn"
-    console.print(
-        f"{plan.weights:,} parameters, {learned}; {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.label}: "
-        f"{_sizes(plan)}; {plan.layout.micro_batches} micro-batch(es) of {training.micro_batch_size} per step and replica, "
-        f"recompute {training.recompute}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if (vocabulary := _vocabulary(plan.recipe)) is not None:
-        console.print(f"vocabulary: {vocabulary}", highlight=False, soft_wrap=True)
-    console.print(_memory_table(plan, console))
-    console.print(_step_table(plan, console))
-    console.print(_phase_table(plan, console))
-    console.print(
-        f"checkpoints: weights {_bytes(plan.checkpoint_weights)}, full {_bytes(plan.checkpoint_full)}", highlight=False
-    )
-    if found is not None:
-        console.print(_search_table(found, console))
-        for place, other in enumerate(found, start=1):
-            console.print(f"{place}: {' '.join(layout_overrides(other))}", highlight=False, soft_wrap=True)
     style = "green" if plan.fits else "bold red"
+    learned = "all learn" if plan.learned == plan.weights else f"{plan.learned:,} learn"
+    size, count = plan.recipe.training.micro_batch_size, plan.layout.micro_batches
+    console.print(headline(plan), style=style, highlight=False, soft_wrap=True)
+    vocabulary = _vocabulary(plan.recipe)
+    for line in (
+        f"model: {plan.weights:,} parameters, {learned}",
+        *([] if vocabulary is None else [f"vocabulary: {vocabulary}"]),
+        f"layout: {_sizes(plan)}; a replica computes {count} micro-batch{'es' if count > 1 else ''} of {size} "
+        f"sample{'s' if size > 1 else ''} per step; recompute {plan.recipe.training.recompute}",
+        f"checkpoints on disk: {_bytes(plan.checkpoint_weights)} for weights, {_bytes(plan.checkpoint_full)} for a full one",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    tables = [_memory_table(plan, console), _step_table(plan, console), _phase_table(plan, console)]
+    if found is not None:
+        tables.append(_search_table(found, console))
+    for title, table in tables:
+        console.print(f"\n{title}", style="bold", highlight=False, soft_wrap=True)
+        console.print(table)
+    for place, other in enumerate(found or (), start=1):
+        console.print(f"{place}: {' '.join(layout_overrides(other))}", highlight=False, soft_wrap=True)
+    console.print()
     console.print(verdict(plan, smaller), style=style, highlight=False, soft_wrap=True)
 
 
@@ -146,17 +158,22 @@ def _vocabulary(recipe: Recipe) -> str | None:
     return vocabulary_line(rows, of_base, exported)
 
 
-def _table(title: str, columns: Sequence[str], console: Console) -> Table:
+def _table(columns: Sequence[str], console: Console) -> Table:
     frame = box.SIMPLE_HEAD if console.is_terminal else None
-    table = Table(title=title, title_justify="left", box=frame, collapse_padding=True, pad_edge=False)
+    table = Table(box=frame, collapse_padding=True, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
-def _memory_table(plan: Plan, console: Console) -> Table:
+def _memory_table(plan: Plan, console: Console) -> tuple[str, Table]:
     names = [name for name in plan.fullest.parts if name != "teacher" or plan.recipe.teacher is not None]
-    table = _table("GB per rank of every pipeline stage", ["stage", "layers", *names, "total", "used"], console)
+    title = (
+        "memory of one GPU in GB, by pipeline stage (activations: kept for the backward pass; working: what exists besides "
+        "for a moment)"
+    )
+    usable = f"of {_gb(plan.cluster.gpu.usable)}"
+    table = _table(["stage", "layers", *names, "total", usable], console)
     for stage in plan.stages:
         table.add_row(
             str(stage.stage),
@@ -166,54 +183,62 @@ def _memory_table(plan: Plan, console: Console) -> Table:
             f"{stage.total / plan.cluster.gpu.usable:.0%}",
             style="bold" if stage is plan.fullest else None,
         )
-    return table
+    return title, table
 
 
-def _step_table(plan: Plan, console: Console) -> Table:
+def _step_table(plan: Plan, console: Console) -> tuple[str, Table]:
+    """What takes time in a step; kinds of work that this layout has none of are left out."""
     time, work, traffic = plan.time, plan.work, plan.traffic
-    table = _table("one step", ["", "amount", "seconds"], console)
-    table.add_row("model FLOPs", f"{work.model:.3e}", f"{time.compute:.2f} (MFU {plan.cluster.mfu:g})")
-    table.add_row("recomputed FLOPs", f"{work.recomputed:.3e}", f"{time.recompute:.2f}")
-    table.add_row("pipeline bubble", f"{time.bubble / time.total:.1%}", f"{time.bubble:.2f}")
+    title = (
+        f"one step of {plan.tokens_per_step:,} tokens (sent: per GPU; its seconds are those that no computation hides)"
+    )
+    table = _table(["what", "amount", "seconds"], console)
+    table.add_row(f"model FLOPs, at {plan.cluster.mfu:.0%} of the peak", f"{work.model:.3e}", f"{time.compute:.2f}")
+    if work.recomputed:
+        table.add_row("recomputed FLOPs", f"{work.recomputed:.3e}", f"{time.recompute:.2f}")
+    if time.bubble:
+        table.add_row("pipeline bubble (GPUs wait)", f"{time.bubble / time.total:.1%}", f"{time.bubble:.2f}")
     for name, size in asdict(traffic).items():
-        table.add_row(f"sent, {name} parallel", _bytes(size), f"{getattr(time, name):.2f} (not hidden)")
-    table.add_row("in all", f"{plan.tokens_per_step:,} tokens", f"{time.total:.2f} (MFU {plan.mfu:.2f})", style="bold")
-    return table
+        if size:
+            table.add_row(f"sent, {name} parallel", _bytes(size), f"{getattr(time, name):.2f}")
+    table.add_row("in all", f"MFU {plan.mfu:.2f}", f"{time.total:.2f}", style="bold")
+    return title, table
 
 
-def _phase_table(plan: Plan, console: Console) -> Table:
-    table = _table("phases", ["phase", "steps", "tokens", "days", "GPU-hours"], console)
+def _phase_table(plan: Plan, console: Console) -> tuple[str, Table]:
+    table = _table(["phase", "steps", "tokens", "time", "GPU-hours"], console)
     phases = _phases(plan)
     whole = {"phase": "in all"} | {name: sum(phase[name] for phase in phases) for name in phases[0] if name != "phase"}
     for phase in [*phases, whole]:
         table.add_row(
             phase["phase"],
             f"{phase['steps']:,}",
-            f"{phase['tokens'] / 1e9:.3f} G",
-            f"{phase['days']:.3g}",
+            _tokens(phase["tokens"]),
+            _duration(phase["days"] * 86400),
             f"{phase['gpu_hours']:,.1f}",
             style="bold" if phase is whole else None,
         )
-    return table
+    return "phases of the run", table
 
 
-def _search_table(found: Sequence[Plan], console: Console) -> Table:
-    columns = ["", "layout", "micro-batch", "recompute", "GB", "seconds", "bubble", "MFU", "days"]
-    table = _table("layouts that fit, the fastest first" if found else "no layout fits", columns, console)
+def _search_table(found: Sequence[Plan], console: Console) -> tuple[str, Table]:
+    columns = ["", "layout", "micro-batches x samples", "recompute", "GB", "s/step", "bubble", "MFU", "time of the run"]
+    table = _table(columns, console)
     for place, plan in enumerate(found, start=1):
         training, time = plan.recipe.training, plan.time
         table.add_row(
             str(place),
             _sizes(plan),
-            f"{training.micro_batch_size} x {plan.layout.micro_batches}",
+            f"{plan.layout.micro_batches} x {training.micro_batch_size}",
             training.recompute,
             f"{plan.fullest.total / 1e9:.1f}",
             f"{time.total:.2f}",
             f"{time.bubble / time.total:.0%}",
             f"{plan.mfu:.2f}",
-            f"{plan.recipe.total_steps * time.total / 86400:.3g}",
+            _duration(plan.recipe.total_steps * time.total),
         )
-    return table
+    title = "layouts that fit, the fastest first (GB: of the fullest GPU; bubble: part of a step in which GPUs wait)"
+    return title if found else "no layout fits", table
 
 
 def _phases(plan: Plan) -> list[dict[str, Any]]:
@@ -239,6 +264,20 @@ def _sizes(plan: Plan) -> str:
         sizes.append(f"VPP{parallel.virtual_pipeline_model_parallel_size}")
     sizes.append(f"DP{plan.layout.replicas}")
     return " x ".join(sizes) + (", sequence parallel" if parallel.sequence_parallel else "")
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that suits: ``48 s``, ``14 min``, ``7.1 hours``, ``31.1 days``."""
+    for unit, length in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+
+
+def _tokens(number: int) -> str:
+    return f"{number / 1e9:,.1f} G" if number >= 1e9 else f"{number / 1e6:,.1f} M"
 
 
 def _gb(size: float) -> str:

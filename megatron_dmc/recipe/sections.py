@@ -49,7 +49,7 @@ class PhaseConfig:
 class DistillationConfig:
     """A loss that the base model teaches: (1 - weight) LM loss + weight KL, see ``distillation_loss``."""
 
-    weight: float = 0.0  # in [0, 1]. 0: no teacher; 1: the teacher alone
+    weight: float = 0.0  # in [0, 1]. 0: no teacher; 1: only the teacher
     # A base's checkpoint folder; null: checkpoint.load_base. An adapter is taught by its own base: null.
     teacher: str | None = None
     # forward: KL(teacher || student); reverse: KL(student || teacher)
@@ -75,7 +75,7 @@ class TrainingConfig:
     clip_grad: float = 1.0  # largest norm of the gradient; 0: no limit
     # Activations computed again in the backward pass, which saves memory. selective: attention's; full: every layer's.
     recompute: Literal["none", "selective", "full"] = "none"
-    # What computes linear layers and norms; auto: Transformer Engine where it is installed, else megatron-core alone.
+    # What computes linear layers and norms; auto: Transformer Engine where it is installed, else megatron-core's own.
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     exit_after_steps: int | None = None  # stop (and save) after this many steps of this process
 

@@ -40,7 +40,7 @@ def why_no_fp8() -> str | None:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raises ConfigError where a recipe's layers or precision are not to be had here."""
+    """Raises ConfigError where a recipe's layers or precision are not available here."""
     training = recipe.training
     if torch.cuda.is_available() and recipe.merges and not training.bf16:
         raise ConfigError("training.bf16 is false, but attention on a GPU needs bfloat16; set training.bf16=true")

@@ -19,7 +19,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from megatron_dmc.config import ConfigError
 
-# More tokens per slot than this all look the same, so that one extreme head does not flatten the others' colours.
+# Ratios above this one share a colour, so that one extreme head does not flatten the others' colours.
 HEATMAP_LIMIT = 64.0
 # Beyond this many cells the printed ratios would overlap.
 HEATMAP_MOST_PRINTED_CELLS = 128
@@ -260,6 +260,6 @@ def _mean_share(ratio: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 
 def _colour_limit(ratio: np.ndarray, target: float | None) -> float:
-    """The next power of two above all ratios and twice the target: the colours' meaning changes seldom over a run."""
+    """The next power of two above all ratios and twice the target, so that a colour seldom changes its meaning in a run."""
     top = max(float(ratio.max()), 2.0 * (target or 1.0), 2.0)
     return min(2.0 ** math.ceil(math.log2(top)), HEATMAP_LIMIT) if math.isfinite(top) else HEATMAP_LIMIT

@@ -12,7 +12,7 @@ from megatron_dmc.recipe import PhaseConfig, Recipe
 
 
 def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
-    """Adam over fp32 main parameters; learning rates are the phases' business."""
+    """Adam over fp32 main parameters; the phases set its learning rates."""
     cpu.install_adam()
     training, parallel = recipe.training, recipe.parallel
     highest = max(phase.lr for phase in recipe.phases)
@@ -38,9 +38,9 @@ def build_optimizer(recipe: Recipe, model_chunks: Sequence[torch.nn.Module]) -> 
 def _count_padding_as_data(model_chunks: Sequence[Any]) -> None:
     """Lets the distributed optimizer save the right numbers where a gradient buffer has several buckets.
 
-    For its reshardable format megatron-core (0.16 to 0.19) takes the padding behind every bucket out of a copy of the
+    For its reshardable format megatron-core (0.16 to 0.19) takes the padding after every bucket out of a copy of the
     buffer, and then cuts each parameter's state out of that copy at the offsets it had with the padding: all parameters
-    behind the first padded bucket are saved wrong, silently. These sizes are read nowhere else.
+    after the first padded bucket are saved wrong, silently. These sizes are read nowhere else.
     """
     for chunk in model_chunks:
         for buffer in chunk.buffers:
@@ -75,7 +75,7 @@ def phase_scheduler(
 
 
 def gather_parameters(model_chunks: Sequence[Any]) -> None:
-    """Brings the weights up to date on every rank; call it where they are used otherwise than by a training step.
+    """Brings the weights up to date on every rank; call it before they are used outside a training step.
 
     With ``overlap_param_gather`` a rank has the last step's result for its own shard only, until the next training step's
     forward pass has gathered the others'.

@@ -24,7 +24,7 @@ from megatron_dmc.training.step import StepResult
 
 
 class Report:
-    """One run's progress and curves. Every rank makes one and calls it; rank 0's alone says anything.
+    """One run's progress and curves. Every rank makes one and calls it; only rank 0's prints.
 
     Args:
         step: steps done before.
@@ -84,7 +84,7 @@ class Report:
             self._monitor.flush()
 
     def saved(self) -> None:
-        """Tells of checkpoints that have become whole."""
+        """Reports the checkpoints that are completely written by now."""
         while self._store.saved:
             checkpoint = self._store.saved.popleft()
             name = checkpoint.name
@@ -127,7 +127,7 @@ def show_finished(recipe: Recipe) -> None:
 
 def _print(text: str) -> None:
     if dist.get_rank() == 0:
-        # A log on a full disk stops no training.
+        # A log on a full disk must not stop the training.
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 

@@ -98,7 +98,7 @@ class RunStore:
         """
         with on_all_ranks(f"cannot read {self.root / 'latest'}"):
             latest = read_latest(self.root)
-        # Rank 0's: another node may still see what stood there before.
+        # What rank 0 reads: another node may still see the file as it was before.
         latest = from_first_rank(latest)
         if latest is not None:
             self.started_from = self.root / latest
@@ -159,7 +159,7 @@ class RunStore:
                     f"dataset {prefix} has other contents than the one that {folder} was trained on; put that one back, or "
                     "start in a new checkpoint.directory with checkpoint.load_base"
                 )
-        # Learning rates may be lowered on the way; what decides where a step stands may not.
+        # Learning rates may change on the way; what decides which phase a step belongs to may not.
         kept = ("kind", "steps", "start_compression_ratio")
         plans = [[tuple(phase[name] for name in kept) for phase in recipe["phases"]] for recipe in (saved, mine)]
         if plans[0] != plans[1]:

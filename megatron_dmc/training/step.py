@@ -144,7 +144,7 @@ class StepRunner:
             layer.statistics.reset()
 
     def _micro_batches(self, data: SampleDataset, first_sample: int) -> list[dict[str, Tensor]]:
-        """This rank's share of the global batch; which samples it holds is a function of their global numbers alone."""
+        """This rank's share of the global batch; which samples it holds depends only on their global numbers."""
         size = self.recipe.training.micro_batch_size
         replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         rounds = self.recipe.training.global_batch_size // (size * replicas)
@@ -178,7 +178,7 @@ class StepRunner:
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
             seq_length=self.recipe.data.sequence_length,
-            # Teacher and student travel side by side.
+            # The teacher's samples and the student's are one batch.
             micro_batch_size=len(micro_batches[0]["tokens"]) * (1 if evaluates or not self.recipe.distills else 2),
             forward_only=evaluates,
         )

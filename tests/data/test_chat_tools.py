@@ -107,9 +107,7 @@ def test_a_template_that_needs_tools_leaves_nothing_out(tmp_path: Path) -> None:
 def test_templates_without_a_default(tmp_path: Path) -> None:
     template = load_chat_template(folder_of(tmp_path / "a", {"tool_use": TOOL_USE}, "list"))
     assert template.render(Conversation(CHAT, "chat.jsonl:1", TOOLS)).text
-    with pytest.raises(
-        ConfigError, match=r"chat.jsonl:2: .* for conversations with tools alone, and this one has none"
-    ):
+    with pytest.raises(ConfigError, match=r"chat.jsonl:2: .* only for conversations with tools, and this one has none"):
         template.render(Conversation(PLAIN_CHAT, "chat.jsonl:2"))
     with pytest.raises(
         ConfigError, match=r"has no chat template .*name one with --chat-template \(the tokenizer has rag\)"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.distributed.launcher import check_runs_alone, own_task, speaks_for_its_node
+from megatron_dmc.distributed.launcher import check_runs_alone, own_task, speaks_for_its_node, threads_per_process
 from megatron_dmc.distributed.task import Task
 from tests.support.processes import ROOT
 
@@ -38,6 +38,33 @@ FIRST = {**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 )
 def test_a_process_finds_its_place(environment: dict[str, str], task: Task | None) -> None:
     assert own_task(environment) == task
+
+
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "4321"}
+SLURM_NODE = {**FIRST, "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores", "threads"),
+    [
+        # Alone, or told how many: as torch has it.
+        ({}, 8, None),
+        ({**BY_HAND, "OMP_NUM_THREADS": "3"}, 8, None),
+        # By hand on this machine, its processes share the cores.
+        (BY_HAND, 8, 2),
+        (BY_HAND, 2, 1),
+        # Elsewhere as well: how many of them are here, only torchrun says (and it sets OMP_NUM_THREADS).
+        ({**BY_HAND, "MASTER_ADDR": "10.0.0.7"}, 8, None),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 8, 4),
+        # srun: not bound, all of the job's cores; bound, its own share of the node's.
+        (SLURM_NODE, 32, 8),
+        (SLURM_NODE, 8, 8),
+        ({**SLURM_NODE, "SLURM_STEP_TASKS_PER_NODE": "2(x3),8"}, 32, 4),
+        ({name: value for name, value in SLURM_NODE.items() if name != "SLURM_CPUS_ON_NODE"}, 32, 8),
+    ],
+)
+def test_processes_of_a_node_share_its_cores(environment: dict[str, str], cores: int, threads: int | None) -> None:
+    assert threads_per_process(environment, own_task(environment), cores) == threads
 
 
 @pytest.mark.parametrize(
@@ -93,7 +120,7 @@ def test_what_was_left_behind_is_no_harm(environment: dict[str, str]) -> None:
     ("environment", "message"),
     [
         (TORCHRUN, "made for one process, but torchrun started 16; start it without torchrun"),
-        ({**SRUN, "SLURM_PROCID": "3"}, "this is task 3 of 4: task 0 alone goes on; start it with srun --ntasks=1"),
+        ({**SRUN, "SLURM_PROCID": "3"}, "this is task 3 of 4: only task 0 goes on; start it with srun --ntasks=1"),
     ],
 )
 def test_a_launcher_that_started_several_is_named(environment: dict[str, str], message: str) -> None:
@@ -152,6 +179,35 @@ try:
 except ConfigError as error:
     sys.exit(str(error))
 """
+
+
+THREADS = """
+import warnings
+warnings.filterwarnings("ignore")
+import torch
+from megatron_dmc.distributed.world import world
+with world():
+    print(torch.get_num_threads())
+"""
+
+
+def test_two_processes_take_half_the_cores_each() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    inherited = {name: value for name, value in os.environ.items() if name not in (*RANK, *FIRST, "OMP_NUM_THREADS")}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", THREADS],
+            cwd=ROOT,
+            env={**inherited, **place, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=240)[0].split() for rank in ranks]
+    assert said == [[str(max(1, len(os.sched_getaffinity(0)) // 2))]] * 2
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_dmc.cli import main
 from megatron_dmc.evaluation.cache_size import CacheSize
-from megatron_dmc.evaluation.inspect import print_table, report
+from megatron_dmc.evaluation.inspect import print_checkpoints, print_table, report
 from tests.support.toy import recipe_values, write_recipe, write_text
 
 LR = 5e-3
@@ -45,7 +45,7 @@ def test_shows_the_ratio_that_training_reached(run: Path, capsys: pytest.Capture
     assert main(["inspect", str(run / "cr_2"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["saved_at_compression_ratio"] == saved
     assert main(["inspect", str(run / "cr_2")]) == 0
-    assert f"({saved:.2f} in training)" in capsys.readouterr().out
+    assert f"({saved:.2f} in training, target then 2)" in capsys.readouterr().out
 
 
 def test_lists_a_runs_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +61,8 @@ def test_lists_a_runs_checkpoints(run: Path, capsys: pytest.CaptureFixture[str])
         assert row["target_compression_ratio"] == 3.0
         saved = json.loads((run / row["name"] / "dmc.json").read_text())["compression_ratio"]
         assert row["compression_ratio"] == saved > 1
+    # A kept checkpoint's name is the target that it was saved at; the others' is their step's.
+    assert [row["target_at_step"] for row in rows] == [2.0, 3.0, 3.0, 3.0]
     assert main(["inspect", str(run)]) == 0
     table = capsys.readouterr().out
     assert f" {rows[0]['compression_ratio']:.2f} " in next(line for line in table.splitlines() if "cr_2" in line)
@@ -109,3 +111,54 @@ def test_layers_that_merge_everything(slots: list[list[int]], tokens: int, windo
 
 def test_a_layers_ratio_counts_its_heads_slots() -> None:
     assert size([[100, 300], [50, 50]], 400, 0).layer_ratio.tolist() == [2.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "words"),
+    [
+        (256, "75% saved"),
+        (1024, "0% saved"),
+        # The cache holds whole pages and sums of its open slots: where little merges it is larger.
+        (1056, "3% more than without DMC (too little merges to pay for the pages)"),
+    ],
+)
+def test_says_what_the_cache_costs_in_words(cache_bytes: int, words: str) -> None:
+    text = io.StringIO()
+    print_table(CacheSize(64, torch.full((1, 2), 64), cache_bytes, 1024), "final", Console(file=text, width=200))
+    assert text.getvalue().splitlines()[-1].endswith(f"plain 1 KiB: {words}")
+
+
+def test_a_kept_checkpoint_below_its_name_is_marked() -> None:
+    """``cr_4`` is saved when the target passes 4, whatever the model has reached by then."""
+    row = {"kind": "weights", "step": 38, "target_compression_ratio": 8.0}
+    rows = [
+        {**row, "name": "cr_2", "compression_ratio": 1.95, "target_at_step": 2.0},
+        {**row, "name": "cr_4", "compression_ratio": 1.0, "target_at_step": 4.0},
+        {**row, "name": "base", "compression_ratio": None, "target_at_step": None},
+    ]
+    text = io.StringIO()
+    print_checkpoints(rows, "run", Console(file=text, width=120))
+    cells = {line.split()[1]: line.replace("│", " ").split() for line in text.getvalue().splitlines() if "38" in line}
+    assert cells["cr_2"] == ["cr_2", "weights", "38", "2", "1.95", "8"]
+    assert cells["cr_4"] == ["cr_4", "weights", "38", "4", "!", "1.00", "8"]
+    assert cells["base"] == ["base", "weights", "38", "-", "-", "8"]
+    note = " ".join(text.getvalue().split("┘")[-1].split())
+    assert note == (
+        "! saved below its target: cr_N is saved when the schedule's target passes N, not when the model's ratio reaches it"
+    )
+
+
+def test_nothing_is_marked_where_every_target_was_reached() -> None:
+    row = {"name": "cr_2", "kind": "weights", "step": 9, "target_compression_ratio": 8.0, "target_at_step": 2.0}
+    text = io.StringIO()
+    print_checkpoints([{**row, "compression_ratio": 2.3}], "run", Console(file=text, width=120))
+    assert "!" not in text.getvalue()
+
+
+@pytest.mark.parametrize(("target", "warned"), [(1.05, False), (2.0, True), (None, False)])
+def test_a_ratio_below_the_target_it_was_saved_at_is_named(target: float | None, warned: bool) -> None:
+    text = io.StringIO()
+    measured = CacheSize(64, torch.full((1, 2), 64), 1024, 1024)
+    print_table(measured, "cr_2", Console(file=text, width=200), saved_at=1.0, target=target)
+    line = "! saved below its target: the schedule asked for 2 at that step, the ratio was 1.00"
+    assert (line in text.getvalue()) == warned

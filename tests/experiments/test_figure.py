@@ -57,3 +57,15 @@ def test_the_table_shows_every_model(summary: dict[str, Any]) -> None:
     (base,) = [line for line in lines if line.startswith("│ base")]
     assert "1.2500" in base and "+0.0500" in base and "1024 KiB" in base
     assert lines[-1] == "a text"
+
+
+def test_the_table_says_why_the_log_has_other_numbers(summary: dict[str, Any]) -> None:
+    console = Console(width=130)
+    with console.capture() as capture:
+        show(summary, console)
+    text = " ".join(capture.get().split())
+    assert (
+        "The log's numbers differ: its held-out lines read other held-out samples, its other lines training batches."
+        in text
+    )
+    assert "The cache is measured on one text of 2048 tokens." in text

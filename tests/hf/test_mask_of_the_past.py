@@ -85,7 +85,9 @@ def test_a_step_counts_as_well(projection_model, prompt, mask):
 
 @torch.no_grad()
 def test_a_length_that_fits_neither_is_refused(projection_model, prompt, mask, past):
-    message = r"must have 3 rows and 44 columns \(past and new tokens\) or 3 \(new ones alone\), zero at padding, got "
+    message = (
+        r"must have 3 rows and 44 columns \(past and new tokens\) or 3 \(only the new ones\), zero at padding, got "
+    )
     for shape in ((3, 2), (3, 20), (3, 43), (3, 45), (1, 44), (3, 1, 3, 44)):
         with pytest.raises(ValueError, match=message + re.escape(str(list(shape)))):
             projection_model(prompt[:, :3], attention_mask=torch.ones(shape), past_key_values=past)

@@ -1,6 +1,7 @@
 """The command: what fits, what does not and why, what to do, and which layouts it finds."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_dmc.plan.gpus import GPU, GPUS
+from megatron_dmc.plan.report import _duration
 from megatron_dmc.recipe import load_recipe
 from tests.support import planning
 from tests.support.planning import FULL_70B, LLAMA2_70B, PAIRS_70B, tiny
@@ -65,7 +67,14 @@ def test_the_command_prints_everything(elsewhere: Elsewhere) -> None:
     assert (status, err) == (0, "")
     for word in ("parameters", "gradients", "optimizer", "activations", "model FLOPs", "GPU-hours", "checkpoints"):
         assert word in out
-    assert out.splitlines()[-1].startswith("fits: ")
+    first, *_, last = out.splitlines()
+    assert re.fullmatch(
+        r"fits on 8 x H100 80 GB \(1 node\): needs \d+\.\d GB of 72\.0 GB per GPU; would take [a-z0-9 ]+, \d+\.\d GPU-hours",
+        first,
+    )
+    assert last.startswith("fits: ")
+    # What this layout has none of takes no line.
+    assert "context parallel" not in out and "bubble" not in out
     # Plain when piped.
     assert "\x1b" not in out and "│" not in out and "━" not in out
     status, out, _ = elsewhere(planning.command, *arguments, "--json")
@@ -137,4 +146,25 @@ def test_bad_input_is_one_line(elsewhere: Elsewhere, arguments: tuple[Any, ...],
 def test_what_does_not_fit_ends_in_1(elsewhere: Elsewhere) -> None:
     status, out, _ = elsewhere(planning.command, "plan", LLAMA2_70B, "--nodes", 16, *PAIRS_70B)
     assert status == 1
-    assert out.splitlines()[-1].startswith("does not fit: ")
+    first, *_, last = out.splitlines()
+    assert first.startswith("does not fit on 128 x H100 80 GB (16 nodes of 8): needs ") and last.startswith(
+        "does not fit: "
+    )
+    # A share above 100 % stands below what it is a share of.
+    head, row = (next(line for line in out.splitlines() if line.startswith(word)) for word in ("stage ", "0 "))
+    assert head.endswith("of 72.0 GB") and re.search(r" 1\d\d%$", row)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.02, "under 1 s"),
+        (119, "119 s"),
+        (856, "14 min"),
+        (7199, "120 min"),
+        (7200, "2.0 hours"),
+        (2687040, "31.1 days"),
+    ],
+)
+def test_times_have_a_unit_that_suits(seconds: float, words: str) -> None:
+    assert _duration(seconds) == words

@@ -53,7 +53,7 @@ def measure_plain_cache(folder: str, text: Tensor) -> int:
 
 
 def generate_alone(folder: str) -> dict[str, Any]:
-    """What generate.py measures, in a process that knows transformers and the exported folder alone."""
+    """What generate.py measures, in a process that has only transformers and the exported folder."""
     # -P: that process does not see the modules beside the script.
     command = [sys.executable, "-P", generate.__file__, folder, str(NEW_TOKENS)]
     done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True)

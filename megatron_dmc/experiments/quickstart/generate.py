@@ -46,7 +46,7 @@ def generate(folder: str, new_tokens: int) -> dict[str, Any]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that a cache holds: the compressed one says it, a plain one is its layers' tensors."""
+    """Bytes that a cache holds: the compressed one's ``nbytes``, or the sum of a plain one's tensors."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))

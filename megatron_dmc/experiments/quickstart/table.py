@@ -5,8 +5,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dmc.experiments.small_run import CACHE_TOKENS
+
 # {run: what it is called in the table}
 RUNS = {"recipe": "recommended", "adapter": "adapter, distilled", "neuron": "paper's form"}
+
+CAPTION = (
+    "All rows read the same held-out samples. The log's numbers differ: its held-out lines read other held-out samples, its "
+    f"other lines training batches. The cache is measured on one text of {CACHE_TOKENS} tokens."
+)
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -14,7 +21,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     control = summary["control"]["loss_per_byte"]
     made = {"recipe/final": summary["generation"]["dmc"], "control/final": summary["generation"]["control"]}
     speed = {checkpoint: f"{each['tokens_per_second']:.0f}" for checkpoint, each in made.items()}
-    table = Table(title="held-out text")
+    table = Table(title="held-out text", caption=CAPTION, caption_justify="left")
     for column in (
         "model",
         "target CR",
@@ -23,7 +30,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         "perplexity",
         "nats/byte",
         "over control",
-        "cache at 2048",
+        f"cache at {CACHE_TOKENS}",
         "tokens/s",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")

@@ -167,7 +167,7 @@ class LayerCache:
 
     @property
     def slots(self) -> Tensor:
-        """Entries in use, the open slots and the ring counted: int64 [batch, kv_heads]."""
+        """Slots in use, the open ones and the ring's tokens counted: int64 [batch, kv_heads]."""
         if self.kept is None:
             return torch.zeros(0, 1, dtype=torch.long)
         if self.ring is None:

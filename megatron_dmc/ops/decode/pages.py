@@ -11,11 +11,11 @@ from megatron_dmc.ops.matrix_product import matrix_product
 
 
 class Nearby(NamedTuple):
-    """Entries that a row has beside its pages.
+    """Slots that a row has beside its pages.
 
     Attributes:
-        key, value: [rows, entries, head_dim], the key rotated.
-        hidden: bool [rows, entries], places that hold no entry.
+        key, value: [rows, slots, head_dim], the key rotated.
+        hidden: bool [rows, slots], places that hold nothing.
     """
 
     key: Tensor
@@ -71,7 +71,7 @@ class Pages:
 
         Args:
             query: [rows, group, head_dim], rotated.
-            nearby: what else a row sees, at least one entry.
+            nearby: what else a row sees, at least one slot.
 
         Returns:
             [rows, group, head_dim], float32 or wider.
@@ -83,7 +83,7 @@ class Pages:
         near = [
             (_product(query, key.mT) * softmax_scale).masked_fill_(hidden[:, None], float("-inf"))
             for key, _, hidden in nearby
-        ]  # [rows, group, entries]
+        ]  # [rows, group, slots]
 
         peak = torch.cat([each.amax(-1, keepdim=True) for each in near], dim=-1).amax(-1)
         peak = peak.scatter_reduce(0, owner[:, None].expand(-1, query.shape[1]), scores.amax(-1), "amax")

@@ -18,7 +18,7 @@ from megatron_dmc.ops.tokens import Tokens
 
 
 class Slots:
-    """Rotated entries in pages; every (sequence, KV head) has its own number of them.
+    """Rotated slots in pages; every (sequence, KV head) has its own number of them.
 
     Attributes:
         tokens: int64 [batch], tokens taken in.
@@ -43,7 +43,7 @@ class Slots:
         raise NotImplementedError
 
     def open(self) -> list[Nearby]:
-        """Entries beside the pages."""
+        """Slots beside the pages."""
         return []
 
     @property
