@@ -3,12 +3,14 @@
 import argparse
 import warnings
 
+from megatron_dmc.cli.common import path
+
 HELP = "a Hugging Face Llama to a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("hf_folder", metavar="HF_FOLDER")
-    parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    parser.add_argument("hf_folder", type=path, metavar="HF_FOLDER")
+    parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
         type=int,
