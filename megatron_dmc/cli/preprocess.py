@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='every line is a conversation, {"messages": [{"role": "user", "content": "..."}, ...]}: the tokenizer\'s chat '
         "template writes it, and the loss is on the assistant's tokens only (needs transformers)",
     )
-    parser.add_argument("--chat-template", type=path, metavar="FILE", help="a Jinja template instead of the tokenizer's own")
+    parser.add_argument(
+        "--chat-template", type=path, metavar="FILE", help="a Jinja template instead of the tokenizer's own"
+    )
     parser.add_argument(
         "--output", required=True, type=prefix, metavar="PREFIX", help="path of the dataset without its suffixes"
     )

@@ -1,5 +1,6 @@
 """A Hugging Face Llama folder -> a checkpoint of this project."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from megatron_dmc.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpoint
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
+from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
@@ -16,6 +17,8 @@ from megatron_dmc.convert.weights import Weights
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig, check_head_dim
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -45,6 +48,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     weights = Weights(folder)
     _drop_redundant(weights, model)
     weights.check(hugging_face_shapes(model, dmc))
+    check_companions(folder)
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(load_tokenizer(folder), model.vocab_size)
     # What an export would refuse is refused now, not after the training.
@@ -78,6 +82,12 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
         keep_special_tokens(temporary / "tokenizer", tokens, model.vocab_size)
+    if not (output / "tokenizer" / "tokenizer.json").is_file():
+        logger.warning(
+            "no tokenizer.json was copied, %s holds none: inspect and generate do not work with %s until a tokenizer is saved "
+            "in %s with save_pretrained; a recipe's data.tokenizer names one of its own",
+            *(folder, output, output / "tokenizer"),
+        )
 
 
 def pad_vocabulary(weight: torch.Tensor, padding: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.documents import JSON_LINES_SUFFIX, LIST_HINT, json_lines, text_files
+from megatron_dmc.files import why_no_file
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,9 @@ def iter_conversations(path: str | Path) -> Iterator[Conversation]:
     path = Path(path)
     if path.is_dir():
         files = [file for file in text_files(path) if file.suffix.lower() == JSON_LINES_SUFFIX]
-    elif not path.exists():
-        raise ConfigError(f"data {path} does not exist; name a .jsonl file or a folder")
-    elif not path.is_file() or path.suffix.lower() != JSON_LINES_SUFFIX:
+    elif (problem := why_no_file(path)) is not None:
+        raise ConfigError(f"data {path} {problem}; name a .jsonl file or a folder")
+    elif path.suffix.lower() != JSON_LINES_SUFFIX:
         raise ConfigError(
             f"data {path} is neither a .jsonl file nor a folder; conversations are read from .jsonl files"
         )

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.chat import Conversation
 from megatron_dmc.data.tokenizer import Tokenizer
+from megatron_dmc.files import why_no_file
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Code points that no text holds: Unicode keeps them for a program's own use.
@@ -250,6 +251,8 @@ def load_chat_template(tokenizer: Tokenizer, file: str | Path | None = None) -> 
 def _read_template(file: str, named: dict[str, str]) -> str:
     if file in named and not Path(file).exists():
         return named[file]
+    if (problem := why_no_file(Path(file))) is not None:
+        raise ConfigError(f"chat template {file} {problem}; name a file{_among(named)}")
     try:
         source = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

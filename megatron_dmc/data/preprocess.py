@@ -1,5 +1,6 @@
 """From files of text or conversations to datasets on disk: what ``tools/preprocess_data.py`` does."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +15,7 @@ from megatron_dmc.data.chat_template import load_chat_template
 from megatron_dmc.data.documents import iter_documents
 from megatron_dmc.data.split import split_documents
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dmc.files import why_nothing_new
 
 _DATASET_SUFFIXES = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -108,6 +110,9 @@ def _check_free(options: PreprocessOptions) -> None:
     outputs = [Path(prefix + suffix) for prefix in options.prefixes for suffix in _DATASET_SUFFIXES]
     if options.train_tokenizer is not None:
         outputs += [options.tokenizer_folder / name for name in _TOKENIZER_FILES]
-    existing = next((path for path in outputs if path.exists()), None)
+    for path in outputs:
+        if (problem := why_nothing_new(path)) is not None:
+            raise ConfigError(f"--output {options.output} cannot be written: {problem}; choose another --output")
+    existing = next((path for path in outputs if os.path.lexists(path)), None)
     if existing is not None and not options.overwrite:
         raise ConfigError(f"{existing} exists; choose another --output or add --overwrite")

@@ -60,7 +60,7 @@ def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        ("hf_to_megatron.py", [], "hf_to_megatron: nowhere is not a folder"),
+        ("hf_to_megatron.py", [], "hf_to_megatron: nowhere does not exist; name the folder of a Hugging Face model"),
         ("megatron_to_hf.py", [], "megatron_to_hf: checkpoint nowhere does not exist"),
         ("megatron_to_hf.py", ["--max-shard-size", "5 apples"], "5GB, 300MB"),
         ("megatron_to_hf.py", ["--max-shard-size", "0"], "5GB, 300MB"),
