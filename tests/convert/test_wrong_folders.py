@@ -38,7 +38,10 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said.removeprefix("megatron-dmc: ").rstrip("\n")
 
 
-IS_HUGGING_FACE = "hf is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf hf BASE first, and name BASE"
+IS_HUGGING_FACE = (
+    "hf is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf hf BASE first, and "
+    "name BASE"
+)
 
 
 @pytest.mark.usefixtures("llama")

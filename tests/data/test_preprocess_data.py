@@ -109,7 +109,11 @@ def test_chat(tmp_path, chat_folder, capsys):
     ("lines", "changed", "message"),
     [
         ('{"text": "a"}', {}, 'chat.jsonl:1 is not an object with a list "messages"'),
-        ('{"messages": [{"role": "user", "content": "a"}]}', {}, "there is no document to write"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            {},
+            "there is no conversation to learn from: 1 without an assistant turn",
+        ),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', {"--valid-fraction": "0.5"}, "is not cut"),
         ("", {"--tokenizer": "{plain}"}, "has no chat template"),
         ("", {"--chat-template": "missing.jinja"}, "chat template missing.jinja does not exist; name a file"),
