@@ -27,12 +27,5 @@ def run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     from megatron_dmc.convert.from_hf import import_hf
 
-    try:
-        import_hf(
-            options.hf_folder,
-            options.output_folder,
-            pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of,
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
+    import_hf(options.hf_folder, options.output_folder, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
     print(f"{options.output_folder}: converted from {options.hf_folder}")

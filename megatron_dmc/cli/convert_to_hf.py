@@ -53,11 +53,8 @@ def run(options: argparse.Namespace) -> None:
 
     source, output = options.checkpoint, options.output_folder
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    try:
-        if options.adapter:
-            export_adapter(source, output, dtype=dtype)
-        else:
-            export_hf(source, output, dtype=dtype, max_shard_size=options.max_shard_size, base=options.base)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
+    if options.adapter:
+        export_adapter(source, output, dtype=dtype)
+    else:
+        export_hf(source, output, dtype=dtype, max_shard_size=options.max_shard_size, base=options.base)
     print(f"{output}: converted from {source}")

@@ -1,6 +1,7 @@
 """Output folders that appear whole or not at all, and the special tokens that travel with a model."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -15,9 +16,11 @@ from megatron_dmc.checkpoint.folder import flush_to_disk
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.data.tokenizer import load_tokenizer
+from megatron_dmc.errors import DMCError
 from megatron_dmc.files import ABSENT, why_no_file, why_nothing_new
 
 GENERATION_CONFIG = "generation_config.json"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Each holds one JSON object, and stands in a model's folder or its tokenizer's.
 _OBJECTS = (
     *("config.json", GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -32,6 +35,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: ``target`` exists and is not an empty folder.
+        KeyboardInterrupt: with what has become of ``target``.
     """
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +48,19 @@ def new_folder(target: Path) -> Iterator[Path]:
         # Replaces an empty folder, and nothing else.
         temporary.rename(target)
         flush_to_disk(target.parent)
-    except BaseException:
+    except KeyboardInterrupt:
+        is_whole = not temporary.exists() and target.is_dir() and any(target.iterdir())
         shutil.rmtree(temporary, ignore_errors=True)
+        raise KeyboardInterrupt(f"{target} is whole" if is_whole else "nothing was written") from None
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, DMCError):
+            raise type(error)(str(error).replace(str(temporary), str(target))) from None
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            # It may name the file that was read.
+            raise ConfigError(
+                f"cannot write {target}: {error.strerror}; nothing was written, free some space or name another disk"
+            ) from None
         raise
 
 

@@ -153,6 +153,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)
     except SafetensorError as error:
+        # The library gives what the operating system said as text only.
+        if (number := re.search(r"os error (\d+)", str(error))) is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise ConfigError(f"cannot write {path}: {error}") from None
 
 
