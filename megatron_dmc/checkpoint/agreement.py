@@ -21,6 +21,8 @@ def on_all_ranks(
 ) -> Iterator[None]:
     """If the block fails on any rank, raises the same CheckpointError on all: no rank waits for another forever.
 
+    A KeyboardInterrupt inside torch is one again on the rank that was interrupted.
+
     ``needed`` bytes below ``root`` are named when the reason is a full disk. ``group`` holds all ranks (None: the default
     group).
     """
@@ -38,6 +40,9 @@ def on_all_ranks(
                 message += f" ({size_text(needed)} needed, {size_text(shutil.disk_usage(root).free)} free)"
             message += "; earlier checkpoints are untouched"
     first = next((error for error in gather(message, group) if error is not None), None)
+    # torch reports it as a failure of its own; here it is what the user asked for.
+    if cause is not None and isinstance(_root_cause(cause), KeyboardInterrupt):
+        raise KeyboardInterrupt from None
     if first is not None:
         raise CheckpointError(first) from cause
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dmc.errors import DMCError
+from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
 
 FORMAT_VERSION = 1
 
@@ -53,12 +54,8 @@ class CheckpointInfo:
 
 def read_info(folder: Path) -> CheckpointInfo:
     """``dmc.json`` of a checkpoint; raises CheckpointError for anything but a description this version understands."""
+    _must_be_a_checkpoint(folder)
     path = folder / "dmc.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
-            "name one checkpoint, such as DIRECTORY/final"
-        )
     values = read_json(path)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
@@ -93,8 +90,39 @@ def read_info(folder: Path) -> CheckpointInfo:
     return info
 
 
+def _must_be_a_checkpoint(folder: Path) -> None:
+    """Raises CheckpointError unless the folder holds ``dmc.json``: what it is, and what to do with that."""
+    problem = why_no_folder(folder)
+    if problem == ABSENT:
+        raise CheckpointError(f"checkpoint {folder} does not exist")
+    if problem is not None:
+        raise CheckpointError(
+            f"checkpoint {folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final"
+        )
+    if os.path.lexists(folder / "dmc.json"):
+        return
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf {folder} "
+            "BASE first, and name BASE"
+        )
+    if (checkpoint := checkpoint_below(folder)) is not None:
+        raise CheckpointError(f"{folder} is the folder of a run; name one of its checkpoints, such as {checkpoint}")
+    raise CheckpointError(
+        f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
+        "name one checkpoint, such as DIRECTORY/final"
+    )
+
+
+def checkpoint_below(folder: Path) -> Path | None:
+    """A checkpoint in a run's folder, ``final`` if it is there; None for any other folder."""
+    found = sorted(path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith("."))
+    return folder / "final" if folder / "final" in found else next(reversed(found), None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object; raises CheckpointError for any other."""
+    must_be_readable(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -102,6 +130,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it must hold a JSON object")
     return values
+
+
+def must_be_readable(path: Path) -> None:
+    """Raises CheckpointError unless a file of a checkpoint is there and can be read."""
+    problem = why_no_file(path)
+    if problem == ABSENT:
+        raise CheckpointError(f"checkpoint {path.parent} is not whole: {path.name} is missing")
+    if problem is not None:
+        raise CheckpointError(f"{path} {problem}")
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from megatron_dmc.checkpoint.agreement import on_all_ranks, one_line
-from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, read_info, read_json
+from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, must_be_readable, read_info, read_json
 from megatron_dmc.checkpoint.metadata import Entry, UnsafeMetadataError, bytes_per_file, entries, read_metadata
 from megatron_dmc.checkpoint.save import BACKENDS, SHARDED_BACKEND
 from megatron_dmc.recipe.base import model_differences
@@ -42,12 +42,9 @@ def check_files(folder: Path) -> Stored:
     Raises:
         CheckpointError: the folder or one of its files is absent, cut short, from a newer version, or would run code.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist")
     info = read_info(folder)
     for name in ("metadata.json", ".metadata", "common.pt"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"checkpoint {folder} is not whole: {name} is missing")
+        must_be_readable(folder / name)
     if read_json(folder / "metadata.json") not in (BACKENDS, SHARDED_BACKEND):
         raise CheckpointError(f"{folder / 'metadata.json'} names another checkpoint format than torch_dist, version 1")
     data = (folder / ".metadata").read_bytes()
@@ -61,8 +58,7 @@ def check_files(folder: Path) -> Stored:
         raise CheckpointError(f"{folder / 'common.pt'} cannot be read: {one_line(error)}") from error
     for name, needed in sorted(bytes_per_file(metadata).items()):
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {folder} is not whole: {name} is missing")
+        must_be_readable(path)
         if path.stat().st_size < needed:
             raise CheckpointError(
                 f"checkpoint {folder} is not whole: {name} is cut short ({path.stat().st_size} of {needed} bytes)"

@@ -151,7 +151,7 @@ def write_checkpoint(
         with on_all_ranks(f"cannot save {folder}", group=group):
             if dist.get_rank() == 0:
                 put_in_place(temporary, folder)
-    except CheckpointError:
+    except (CheckpointError, KeyboardInterrupt):
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise

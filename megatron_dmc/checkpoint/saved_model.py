@@ -133,7 +133,7 @@ class SavedModel:
 
     def _open_base(self, folder: Path) -> "SavedModel":
         with on_all_ranks(f"cannot open {folder}"):
-            if dist.get_rank() == 0 and not (folder / "dmc.json").is_file():
+            if dist.get_rank() == 0 and not folder.exists():
                 raise CheckpointError(
                     f"{self.folder} is an adapter, and its base {os.path.normpath(folder)} is not there; put it back, or "
                     "name where it is now with --base (inspect, generate and megatron_to_hf.py have it)"

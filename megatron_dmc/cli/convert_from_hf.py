@@ -4,6 +4,8 @@ import argparse
 import re
 import warnings
 
+from megatron_dmc.cli.common import path
+
 HELP = "a Hugging Face Llama to a checkpoint"
 
 
@@ -20,8 +22,8 @@ def multiple(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("hf_folder", metavar="HF_FOLDER")
-    parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    parser.add_argument("hf_folder", type=path, metavar="HF_FOLDER")
+    parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
         type=multiple,
@@ -38,12 +40,5 @@ def run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     from megatron_dmc.convert.from_hf import import_hf
 
-    try:
-        import_hf(
-            options.hf_folder,
-            options.output_folder,
-            pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of,
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
+    import_hf(options.hf_folder, options.output_folder, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
     print(f"{options.output_folder}: converted from {options.hf_folder}")

@@ -4,7 +4,7 @@ import argparse
 import re
 import warnings
 
-from megatron_dmc.cli.common import add_base
+from megatron_dmc.cli.common import add_base, path
 
 HELP = "a checkpoint to a folder that transformers loads"
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "A retrofit loads with AutoModelForCausalLM.from_pretrained(OUTPUT_FOLDER, trust_remote_code=True); an adapter by "
         "itself with the Llama it was trained on: from_pretrained(OUTPUT_FOLDER, base=HF_FOLDER, trust_remote_code=True)."
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one checkpoint, such as DIRECTORY/final")
-    parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    parser.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="one checkpoint, such as DIRECTORY/final")
+    parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
     adapter = parser.add_mutually_exclusive_group()
     add_base(adapter)
     adapter.add_argument(
@@ -53,11 +53,8 @@ def run(options: argparse.Namespace) -> None:
 
     source, output = options.checkpoint, options.output_folder
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    try:
-        if options.adapter:
-            export_adapter(source, output, dtype=dtype)
-        else:
-            export_hf(source, output, dtype=dtype, max_shard_size=options.max_shard_size, base=options.base)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
+    if options.adapter:
+        export_adapter(source, output, dtype=dtype)
+    else:
+        export_hf(source, output, dtype=dtype, max_shard_size=options.max_shard_size, base=options.base)
     print(f"{output}: converted from {source}")

@@ -3,6 +3,8 @@
 import argparse
 import warnings
 
+from megatron_dmc.cli.common import path, prefix
+
 HELP = "text or conversations to a dataset"
 
 
@@ -11,13 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         action="append",
+        type=path,
         metavar="PATH",
         help="a folder (.md, .py, .rst, .txt and .jsonl files in it; links to folders are not followed), a text file "
         '(one document), or a .jsonl file with "text" in every line; with --chat a .jsonl file, or a folder of them; '
         "may be repeated",
     )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", metavar="FOLDER", help="a folder that holds tokenizer.json")
+    tokenizer.add_argument("--tokenizer", type=path, metavar="FOLDER", help="a folder that holds tokenizer.json")
     tokenizer.add_argument(
         "--train-tokenizer",
         type=int,
@@ -30,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='every line is a conversation, {"messages": [{"role": "user", "content": "..."}, ...]}: the tokenizer\'s chat '
         "template writes it, and the loss is on the assistant's tokens only (needs transformers)",
     )
-    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template instead of the tokenizer's own")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the dataset without its suffixes")
+    parser.add_argument(
+        "--chat-template", type=path, metavar="FILE", help="a Jinja template instead of the tokenizer's own"
+    )
+    parser.add_argument(
+        "--output", required=True, type=prefix, metavar="PREFIX", help="path of the dataset without its suffixes"
+    )
     parser.add_argument(
         "--valid-fraction",
         type=float,

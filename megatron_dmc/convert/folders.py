@@ -1,6 +1,7 @@
 """Output folders that appear whole or not at all, and the special tokens that travel with a model."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -15,8 +16,16 @@ from megatron_dmc.checkpoint.folder import flush_to_disk
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.data.tokenizer import load_tokenizer
+from megatron_dmc.errors import DMCError
+from megatron_dmc.files import ABSENT, why_no_file, why_nothing_new
 
 GENERATION_CONFIG = "generation_config.json"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Each holds one JSON object, and stands in a model's folder or its tokenizer's.
+_OBJECTS = (
+    *("config.json", GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -26,6 +35,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: ``target`` exists and is not an empty folder.
+        KeyboardInterrupt: with what has become of ``target``.
     """
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,17 +48,40 @@ def new_folder(target: Path) -> Iterator[Path]:
         # Replaces an empty folder, and nothing else.
         temporary.rename(target)
         flush_to_disk(target.parent)
-    except BaseException:
+    except KeyboardInterrupt:
+        is_whole = not temporary.exists() and target.is_dir() and any(target.iterdir())
         shutil.rmtree(temporary, ignore_errors=True)
+        raise KeyboardInterrupt(f"{target} is whole" if is_whole else "nothing was written") from None
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, DMCError):
+            raise type(error)(str(error).replace(str(temporary), str(target))) from None
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            # It may name the file that was read.
+            raise ConfigError(
+                f"cannot write {target}: {error.strerror}; nothing was written, free some space or name another disk"
+            ) from None
         raise
 
 
 def check_output(target: Path) -> None:
     """Raises ConfigError unless ``target`` does not exist or is an empty folder, and a new one can take its place."""
+    if (problem := why_nothing_new(target)) is not None:
+        raise ConfigError(f"{target} cannot be made: {problem}; name another folder")
     if target.name in ("", "..") or os.path.ismount(target):
         raise ConfigError(f"{target} cannot be replaced by a new folder; name one inside it")
     if target.is_symlink() or (target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None)):
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it first")
+
+
+def check_companions(folder: Path) -> None:
+    """Raises ConfigError, with the file's name, for one that is copied with a model and that transformers could not read."""
+    for name in _OBJECTS:
+        if os.path.lexists(folder / name):
+            read_json(folder / name)
+    problem = why_no_file(folder / "tokenizer.json")
+    if problem not in (None, ABSENT):
+        raise ConfigError(f"{folder / 'tokenizer.json'} {problem}")
 
 
 def special_tokens(folder: Path, vocab_size: int) -> dict[str, Any]:

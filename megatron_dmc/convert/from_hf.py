@@ -1,5 +1,6 @@
 """A Hugging Face Llama folder -> a checkpoint of this project."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from megatron_dmc.checkpoint import CheckpointInfo, copy_tokenizer, save_checkpo
 from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.folders import check_output, keep_special_tokens, new_folder, special_tokens
+from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
@@ -18,6 +19,8 @@ from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig, check_head_dim
 from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -51,6 +54,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     weights = Weights(folder)
     _drop_redundant(weights, model)
     weights.check(hugging_face_shapes(model, dmc))
+    check_companions(folder)
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(load_tokenizer(folder), model.vocab_size)
     # What an export would refuse is refused now, not after the training.
@@ -85,6 +89,12 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         (temporary / "checkpoint").rmdir()
         copy_tokenizer(folder, temporary / "tokenizer")
         keep_special_tokens(temporary / "tokenizer", tokens, vocabulary)
+    if not (output / "tokenizer" / "tokenizer.json").is_file():
+        logger.warning(
+            "no tokenizer.json was copied, %s holds none: inspect and generate do not work with %s until a tokenizer is saved "
+            "in %s with save_pretrained; a recipe's data.tokenizer names one of its own",
+            *(folder, output, output / "tokenizer"),
+        )
 
 
 def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_dmc.checkpoint.folder import checkpoint_below
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
 from megatron_dmc.model.model_config import ModelConfig
 
 DMC_MODEL_TYPE = "dmc_llama"
@@ -34,9 +36,16 @@ def read_config(folder: Path) -> tuple[ModelConfig, DMCConfig | None]:
     Raises:
         ConfigError: there is none, it is damaged, or the model is not one that this package can represent.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; name the folder of a Hugging Face model")
+    if (problem := why_no_folder(folder)) is not None:
+        raise ConfigError(f"{folder} {problem}; name the folder of a Hugging Face model")
     path = folder / "config.json"
+    checkpoint = folder if (folder / "dmc.json").exists() else checkpoint_below(folder)
+    if not path.exists() and checkpoint is not None:
+        what = "a checkpoint" if checkpoint == folder else "the folder of a run"
+        raise ConfigError(
+            f"{folder} is {what} of megatron_dmc, not a Hugging Face model: use {checkpoint} as it is, or run megatron-dmc "
+            f"convert-to-hf {checkpoint} HF_FOLDER"
+        )
     config = read_json(path)
     try:
         return parse_config(config)
@@ -138,14 +147,17 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it does not exist or does not.
     """
-    if not path.is_file():
+    problem = why_no_file(path)
+    if problem == ABSENT:
         raise ConfigError(f"{path} does not exist; is {path.parent} the folder of a Hugging Face model?")
+    if problem is not None:
+        raise ConfigError(f"{path} {problem}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object")
+        raise ConfigError(f"{path} holds no JSON object; fetch or save it again")
     return content
 
 

@@ -1,6 +1,7 @@
 """A checkpoint of this project -> a Hugging Face folder, whole or an adapter's."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_s
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import (
     GENERATION_CONFIG,
+    check_companions,
     check_output,
     new_folder,
     special_tokens,
@@ -24,6 +26,11 @@ from megatron_dmc.convert.weights import save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
 from megatron_dmc.model.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+# Any of them is a tokenizer to transformers.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def export_hf(
@@ -113,6 +120,7 @@ def _export(
             raise ConfigError(f"{checkpoint} is no adapter, it holds all its weights; export it without --adapter")
         if source.merges:
             source.check_has_merged()
+        check_companions(source.tokenizer)
         model = replace(source.recipe.model, vocab_size=source.vocabulary)
         tokens = special_tokens(source.tokenizer, model.vocab_size)
         config = write_config(model, source.dmc, dtype=dtype or source.dtype, special_tokens=tokens)
@@ -124,3 +132,9 @@ def _export(
             if source.merges:
                 write_modeling_code(temporary)
             yield source, model, temporary
+        if not any((output / name).is_file() for name in _TOKENIZERS):
+            logger.warning(
+                "no tokenizer was copied, %s holds none: AutoTokenizer.from_pretrained does not work with %s until a "
+                "tokenizer is saved there with save_pretrained",
+                *(source.folder, output),
+            )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.convert.mapping import Shape
+from megatron_dmc.files import why_no_file
 from megatron_dmc.hf.adapter import ADAPTER_FILE, PEFT_CONFIG
 
 SINGLE_FILE = "model.safetensors"
@@ -151,6 +153,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)
     except SafetensorError as error:
+        # The library gives what the operating system said as text only.
+        if (number := re.search(r"os error (\d+)", str(error))) is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise ConfigError(f"cannot write {path}: {error}") from None
 
 
@@ -179,15 +184,15 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             f"{folder} holds weights as one file per process ({distributed.name}), which are not read: load the model "
             "in transformers, and save it anew with save_pretrained"
         )
-    if (folder / SINGLE_FILE).is_file():
+    if os.path.lexists(folder / SINGLE_FILE):
         return {folder / SINGLE_FILE: []}
-    if (folder / INDEX_FILE).is_file():
+    if os.path.lexists(folder / INDEX_FILE):
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         files: dict[Path, list[str]] = {}
         for name, file in _entries(folder, weight_map):
             files.setdefault(folder / file, []).append(name)
         for path in files:
-            if not path.is_file():
+            if not os.path.lexists(path):
                 raise ConfigError(f"{path} is missing; {INDEX_FILE} names it")
         return files
     if (folder / ADAPTER_FILE).is_file():
@@ -223,6 +228,9 @@ def _entries(folder: Path, weight_map: Any) -> Iterator[tuple[str, str]]:
 
 
 def _open(path: Path) -> Any:
+    # The library says of any file that it may not read that there is none.
+    if (problem := why_no_file(path)) is not None:
+        raise ConfigError(f"{path} {problem}")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -4,8 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,32 @@ _DOCUMENTS_PER_BATCH = 64
 _MASK_FILES = (MASK_SUFFIX + ".bin", MASK_SUFFIX + ".idx")
 
 
+@dataclass(frozen=True)
+class StagedDataset:
+    """A dataset that is whole, under temporary names beside its own.
+
+    Attributes:
+        prefix: the path that it is to have.
+        temporary: the path that it has.
+        suffixes: of its files; the index is the last one.
+        counts: what it holds.
+    """
+
+    prefix: str
+    temporary: str
+    suffixes: tuple[str, ...]
+    counts: DatasetCounts
+
+    def place(self) -> None:
+        """Gives the files their names; what stood there before is replaced. Raises ConfigError where that fails."""
+        with _writing(self.prefix):
+            # The index goes first and comes last: without it the others are no dataset.
+            for suffix in (".idx", *_MASK_FILES):
+                Path(self.prefix + suffix).unlink(missing_ok=True)
+            for suffix in self.suffixes:
+                os.replace(self.temporary + suffix, self.prefix + suffix)
+
+
 def build_indexed_dataset(documents: Iterable[str], tokenizer: Tokenizer, prefix: str | Path) -> DatasetCounts:
     """Tokenizes documents into ``prefix.bin`` and ``prefix.idx`` (megatron-core's format) and ``prefix.json`` (counts).
 
@@ -38,13 +64,9 @@ def build_indexed_dataset(documents: Iterable[str], tokenizer: Tokenizer, prefix
     Raises:
         ConfigError: for no documents, or files that cannot be written (no folder, no space).
     """
-
-    def tokenized() -> Iterator[tuple[int, list[int], None]]:
-        for batch in _batches(documents):
-            for text, tokens in zip(batch, tokenizer.tokenize_documents(batch), strict=True):
-                yield len(text.encode()), tokens, None
-
-    return _write(tokenized(), tokenizer, str(prefix), masked=False)
+    with stage_indexed_dataset(documents, tokenizer, prefix) as staged:
+        staged.place()
+    return staged.counts
 
 
 def build_chat_dataset(chats: Iterable[RenderedChat], tokenizer: Tokenizer, prefix: str | Path) -> DatasetCounts:
@@ -56,6 +78,28 @@ def build_chat_dataset(chats: Iterable[RenderedChat], tokenizer: Tokenizer, pref
     Raises:
         ConfigError: as build_indexed_dataset.
     """
+    with stage_chat_dataset(chats, tokenizer, prefix) as staged:
+        staged.place()
+    return staged.counts
+
+
+def stage_indexed_dataset(
+    documents: Iterable[str], tokenizer: Tokenizer, prefix: str | Path
+) -> AbstractContextManager[StagedDataset]:
+    """:func:`build_indexed_dataset` up to the moment when the files get their names. What was not placed goes at the end."""
+
+    def tokenized() -> Iterator[tuple[int, list[int], None]]:
+        for batch in _batches(documents):
+            for text, tokens in zip(batch, tokenizer.tokenize_documents(batch), strict=True):
+                yield len(text.encode()), tokens, None
+
+    return _staged(tokenized(), tokenizer, str(prefix), masked=False)
+
+
+def stage_chat_dataset(
+    chats: Iterable[RenderedChat], tokenizer: Tokenizer, prefix: str | Path
+) -> AbstractContextManager[StagedDataset]:
+    """:func:`build_chat_dataset` up to the moment when the files get their names. What was not placed goes at the end."""
 
     def tokenized() -> Iterator[tuple[int, list[int], list[int]]]:
         for batch in _batches(chats):
@@ -66,7 +110,7 @@ def build_chat_dataset(chats: Iterable[RenderedChat], tokenizer: Tokenizer, pref
                     tokens, mask = [*tokens, tokenizer.eod], [*mask, 0]
                 yield len(chat.text.encode()), tokens, mask
 
-    return _write(tokenized(), tokenizer, str(prefix), masked=True)
+    return _staged(tokenized(), tokenizer, str(prefix), masked=True)
 
 
 def _overlap(characters: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -86,12 +130,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write(
+@contextmanager
+def _staged(
     documents: Iterator[tuple[int, list[int], list[int] | None]], tokenizer: Tokenizer, prefix: str, *, masked: bool
-) -> DatasetCounts:
+) -> Iterator[StagedDataset]:
     """Documents are (bytes of text, tokens, loss mask)."""
     temporary = f"{prefix}.tmp-{os.getpid()}"
-    # The index goes first and comes last: without it the others are no dataset.
     suffixes = (".bin", *(_MASK_FILES if masked else ()), ".json", ".idx")
     size = trained = 0
     builders: list[IndexedDatasetBuilder] = []
@@ -121,10 +165,7 @@ def _write(
             for suffix in suffixes:
                 with open(temporary + suffix, "rb") as file:
                     os.fsync(file.fileno())
-            for suffix in (".idx", *_MASK_FILES):
-                Path(prefix + suffix).unlink(missing_ok=True)
-            for suffix in suffixes:
-                os.replace(temporary + suffix, prefix + suffix)
+        yield StagedDataset(prefix, temporary, suffixes, counts)
     finally:
         # what failed before fails again here (a full disk), and is known already
         for builder in builders:
@@ -133,7 +174,6 @@ def _write(
         for suffix in suffixes:
             with suppress(OSError):
                 Path(temporary + suffix).unlink(missing_ok=True)
-    return counts
 
 
 @contextmanager

@@ -3,17 +3,35 @@
 import json
 import logging
 import reprlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.documents import JSON_LINES_SUFFIX, LIST_HINT, json_lines, text_files
+from megatron_dmc.files import why_no_file
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
+# What transformers' apply_chat_template takes beside a template's variables.
+_NOT_VARIABLES = frozenset(
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+# Why a conversation is left out, and what to do where none is left.
+_NO_TURN = "without an assistant turn"
+_EMPTY_TURN = "with an empty assistant turn"
+_SPELLS_TOKEN = "in which a message spells a special token"
+_REMEDIES = {
+    _NO_TURN: 'what is learned are messages with the role "assistant": add them',
+    _EMPTY_TURN: "write what the assistant says into its messages",
+    _SPELLS_TOKEN: "take the tokenizer's special tokens out of the messages",
+}
 _SHAREGPT = ', in its messages "from" to "role" (human is user, gpt is assistant) and "value" to "content"'
 
 
@@ -22,22 +40,28 @@ class Conversation:
     """What a chat template writes.
 
     Attributes:
-        messages: dicts with "role" and "content", and what else a template may read there.
+        messages: dicts with "role" and "content", and what else a template may read there. A content is a string, or a list
+            of parts ``{"type": "text", "text": ...}``.
         place: the file and line.
         tools: what the assistant may call, as the template wants it described; None: not said.
+        documents: what the assistant may quote, as the template wants it described; None: not said.
+        variables: what else the template may read ("chat_template_kwargs" in a line).
     """
 
     messages: list[dict[str, Any]]
     place: str
     tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def iter_conversations(path: str | Path) -> Iterator[Conversation]:
     """The conversations of a ``.jsonl`` file, or of all such files in a folder: ``{"messages": [...]}`` in every line.
 
-    A message is an object with a "role" (system, user, assistant or tool) and a string "content", which an assistant's turn
-    with "tool_calls" can do without; null is no content. Its other fields are handed to the chat template, and so are the
-    line's "tools"; other fields of the line are left out. A field that is null or empty is the same as none.
+    A message is an object with a "role" (system, user, assistant or tool) and a "content", a string or a list of text parts,
+    which an assistant's turn with "tool_calls" can do without; null is no content. Its other fields are handed to the chat
+    template, and so are the line's "tools", "documents" and "chat_template_kwargs"; other fields of the line are left out. A
+    field that is null or empty is the same as none.
 
     Raises:
         ConfigError: (while iterating) a path that is missing, unreadable or holds no conversation, or a line that is
@@ -46,9 +70,9 @@ def iter_conversations(path: str | Path) -> Iterator[Conversation]:
     path = Path(path)
     if path.is_dir():
         files = [file for file in text_files(path) if file.suffix.lower() == JSON_LINES_SUFFIX]
-    elif not path.exists():
-        raise ConfigError(f"data {path} does not exist; name a .jsonl file or a folder")
-    elif not path.is_file() or path.suffix.lower() != JSON_LINES_SUFFIX:
+    elif (problem := why_no_file(path)) is not None:
+        raise ConfigError(f"data {path} {problem}; name a .jsonl file or a folder")
+    elif path.suffix.lower() != JSON_LINES_SUFFIX:
         raise ConfigError(
             f"data {path} is neither a .jsonl file nor a folder; conversations are read from .jsonl files"
         )
@@ -71,15 +95,24 @@ def usable_conversations(
     Those are: no assistant turn; an assistant turn without text or calls; a message or a tool that spells one of the
     tokenizer's special tokens anywhere, which rendered text could not tell from the token itself (a message must not end its
     own turn).
+
+    Raises:
+        ConfigError: (at the end) none is left.
     """
     special_tokens = tuple(special_tokens)
     skipped: dict[str, list[str]] = {}
+    kept = False
     for conversation in conversations:
         reason = _reason_to_skip(conversation, special_tokens)
         if reason is None:
+            kept = True
             yield conversation
         else:
             skipped.setdefault(reason, []).append(conversation.place)
+    if skipped and not kept:
+        found = ", ".join(f"{len(places)} {reason} (the first is {places[0]})" for reason, places in skipped.items())
+        remedies = "; ".join(_REMEDIES[reason] for reason in skipped)
+        raise ConfigError(f"there is no conversation to learn from: {found}; {remedies}")
     for reason, places in skipped.items():
         logger.warning("skipped %d conversation(s) %s, the first is %s", len(places), reason, places[0])
 
@@ -87,15 +120,20 @@ def usable_conversations(
 def _reason_to_skip(conversation: Conversation, special_tokens: tuple[str, ...]) -> str | None:
     turns = [message for message in conversation.messages if message["role"] == "assistant"]
     if not turns:
-        return "without an assistant turn"
-    if not all(turn["content"].strip() or turn.get("tool_calls") for turn in turns):
-        return "with an empty assistant turn"
+        return _NO_TURN
+    if not all(text_of(turn["content"]).strip() or turn.get("tool_calls") for turn in turns):
+        return _EMPTY_TURN
     # A template writes other fields (the arguments of a tool's call) as JSON.
-    written = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)
-    texts = [written, *(message["content"] for message in conversation.messages)]
+    read = [conversation.messages, conversation.tools, conversation.documents, conversation.variables]
+    texts = [json.dumps(read, ensure_ascii=False), *(text_of(message["content"]) for message in conversation.messages)]
     if any(token in text for text in texts for token in special_tokens):
-        return "in which a message spells a special token"
+        return _SPELLS_TOKEN
     return None
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message's content; parts follow one another without white space, as templates write them."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _conversation(value: Any, place: str) -> Conversation:
@@ -105,19 +143,34 @@ def _conversation(value: Any, place: str) -> Conversation:
             f'{place} is not an object with a list "messages" that is not empty; every line must be{_line_hint(value)}'
         )
     messages = [_message(message, f"{place} messages[{number}]") for number, message in enumerate(messages)]
-    tools = None if _is_empty(value.get("tools")) else value["tools"]
-    if tools is not None and not _is_list_of_objects(tools):
-        raise ConfigError(
-            f"{place} tools must be a list of objects, as the chat template describes them, got {_kind(tools)}; correct the "
-            "line"
-        )
+    tools, documents, variables = (
+        None if _is_empty(value.get(name)) else value[name] for name in ("tools", "documents", "chat_template_kwargs")
+    )
+    for name, objects in (("tools", tools), ("documents", documents)):
+        if objects is not None and not _is_list_of_objects(objects):
+            raise ConfigError(
+                f"{place} {name} must be a list of objects, as the chat template describes them, got {_kind(objects)}; "
+                "correct the line"
+            )
+    variables = _variables({} if variables is None else variables, place)
     try:
-        json.dumps([messages, tools], ensure_ascii=False).encode()
+        json.dumps([messages, tools, documents, variables], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{place} holds half a surrogate pair, which is no character; correct the line") from None
     except RecursionError:
         raise ConfigError(f"{place} nests objects too deeply; correct the line") from None
-    return Conversation(messages, place, tools)
+    return Conversation(messages, place, tools, documents, variables)
+
+
+def _variables(values: Any, place: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place} chat_template_kwargs must be an object, got {_kind(values)}; correct the line")
+    if taken := sorted(_NOT_VARIABLES & values.keys()):
+        raise ConfigError(
+            f"{place} chat_template_kwargs names {taken[0]}, which is no variable of a template; take it out of the line"
+        )
+    # Exports of tables fill every column.
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _message(value: Any, place: str) -> dict[str, Any]:
@@ -137,10 +190,20 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     if has_content and _is_empty(content):
         # Templates add it to other text.
         content = ""
-    if not isinstance(content, str):
-        parts = "; join the texts of its parts into one string" if isinstance(content, list) else ""
-        raise ConfigError(f"{place}.content must be a string, got {_kind(content)}{parts}")
+    if isinstance(content, list):
+        content = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
+    elif not isinstance(content, str):
+        raise ConfigError(f"{place}.content must be a string or a list of text parts, got {_kind(content)}")
     return message | {"role": role, "content": content}
+
+
+def _part(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.get("type") != "text" or not isinstance(value.get("text"), str):
+        raise ConfigError(
+            f'{place} must be {{"type": "text", "text": "..."}}, got {reprlib.repr(value)}; the model reads text only: '
+            "correct the line, or leave it out"
+        )
+    return {name: field for name, field in value.items() if name == "text" or not _is_empty(field)}
 
 
 def _is_empty(field: Any) -> bool:

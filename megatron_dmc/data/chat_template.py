@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.data.chat import Conversation
+from megatron_dmc.data.chat import Conversation, text_of
 from megatron_dmc.data.tokenizer import Tokenizer
+from megatron_dmc.files import why_no_file
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Code points that no text holds: Unicode keeps them for a program's own use.
@@ -58,17 +59,40 @@ class ChatTemplate:
             ConfigError: the template refuses the conversation, leaves out what it has to do with tools, or does not tell the
                 assistant's part exactly.
         """
+        conversation = self._with_contents_it_reads(conversation)
         text = self._run(self.source, conversation)
-        self._check_tools_are_written(text, conversation)
+        self._check_all_is_written(text, conversation)
         if self.marked_source != self.source:
             spans = self._marked_spans(text, conversation)
         else:
             spans = self._turn_spans(text, conversation)
         return RenderedChat(text, tuple(spans))
 
-    def _check_tools_are_written(self, text: str, conversation: Conversation) -> None:
-        """Many templates know nothing of tools, and drop them, calls and results without a word."""
-        for what, other in _without_tools(conversation):
+    def _with_contents_it_reads(self, conversation: Conversation) -> Conversation:
+        """A list of parts stays as it is where the template writes the texts of parts; it is one string where it does not.
+
+        Templates differ in this, and some from role to role. Others drop a list, or write it as Python does, brackets and all.
+        """
+        lists = [number for number, message in enumerate(conversation.messages) if isinstance(message["content"], list)]
+        if not lists:
+            return conversation
+        # One part with a field of our own: what reads parts writes the text and not the field.
+        asked = conversation
+        for number in lists:
+            part = {"type": "text", "text": f"{_BEGIN}{number}{_BEGIN}", f"{_END}{number}{_END}": True}
+            asked = _exchange(asked, number, conversation.messages[number] | {"content": [part]})
+        written = ""
+        with suppress(ConfigError):
+            written = self._run(self.source, asked)
+        for number in lists:
+            if f"{_BEGIN}{number}{_BEGIN}" not in written or f"{_END}{number}{_END}" in written:
+                message = conversation.messages[number]
+                conversation = _exchange(conversation, number, message | {"content": text_of(message["content"])})
+        return conversation
+
+    def _check_all_is_written(self, text: str, conversation: Conversation) -> None:
+        """Many templates know nothing of tools or documents, and drop them, calls and results without a word."""
+        for what, other in _without_one_thing(conversation):
             try:
                 is_written = self._run(self.source, other) != text
             except ConfigError:
@@ -77,7 +101,7 @@ class ChatTemplate:
             if not is_written:
                 raise ConfigError(
                     f"{conversation.place}: the chat template of {self.name} leaves out {what}; name a template that writes "
-                    "tools with --chat-template, or take them out of the line"
+                    "them with --chat-template, or take them out of the line"
                 )
 
     def _marked_spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
@@ -158,13 +182,15 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tools: Any = conversation.tools
+        documents: Any = conversation.documents
         try:
             rendered: Any = render_jinja_template(
                 [conversation.messages[:count]],
                 tools=tools,
+                documents=documents,
                 chat_template=source,
                 add_generation_prompt=prompts,
-                **self.variables,
+                **(self.variables | dict(conversation.variables)),
             )
         # A template can raise whatever Python can.
         except Exception as error:
@@ -250,6 +276,8 @@ def load_chat_template(tokenizer: Tokenizer, file: str | Path | None = None) -> 
 def _read_template(file: str, named: dict[str, str]) -> str:
     if file in named and not Path(file).exists():
         return named[file]
+    if (problem := why_no_file(Path(file))) is not None:
+        raise ConfigError(f"chat template {file} {problem}; name a file{_among(named)}")
     try:
         source = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -264,17 +292,21 @@ def _among(named: dict[str, str]) -> str:
     return f" (the tokenizer has {', '.join(others)})" if others else ""
 
 
-def _without_tools(conversation: Conversation) -> Iterator[tuple[str, Conversation]]:
-    """Everything in a conversation that has to do with tools: what it is, and the conversation without it."""
+def _without_one_thing(conversation: Conversation) -> Iterator[tuple[str, Conversation]]:
+    """Everything in a conversation that has to do with tools or documents: what it is, and the conversation without it."""
     if conversation.tools is not None:
         yield 'the line\'s "tools"', replace(conversation, tools=None)
+    if conversation.documents is not None:
+        yield 'the line\'s "documents"', replace(conversation, documents=None)
     for number, message in enumerate(conversation.messages):
         if message.get("tool_calls"):
             other = {name: field for name, field in message.items() if name != "tool_calls"}
             yield f"messages[{number}].tool_calls", _exchange(conversation, number, other)
         if message["role"] == "tool":
             # other text, because many templates refuse a call without a result
-            other = message | {"content": message["content"] + "?"}
+            content = message["content"]
+            more: Any = "?" if isinstance(content, str) else [{"type": "text", "text": "?"}]
+            other = message | {"content": content + more}
             yield f"messages[{number}], which is a tool's", _exchange(conversation, number, other)
 
 

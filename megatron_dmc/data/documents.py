@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.files import why_no_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ def iter_documents(path: str | Path) -> Iterator[str]:
     path = Path(path)
     if path.is_dir():
         documents = _read_files(text_files(path), skip_undecodable=True)
-    elif not path.exists():
-        raise ConfigError(f"data {path} does not exist; name a folder, a text file or a .jsonl file")
-    elif not path.is_file() or path.suffix.lower() not in (*TEXT_SUFFIXES, JSON_LINES_SUFFIX):
+    elif (problem := why_no_file(path)) is not None:
+        raise ConfigError(f"data {path} {problem}; name a folder, a text file or a .jsonl file")
+    elif path.suffix.lower() not in (*TEXT_SUFFIXES, JSON_LINES_SUFFIX):
         raise ConfigError(
             f"data {path} is neither a folder nor a text file ({', '.join(TEXT_SUFFIXES)}) nor a .jsonl file; "
             "rename or convert it"

@@ -1,6 +1,9 @@
 """From files of text or conversations to datasets on disk: what ``tools/preprocess_data.py`` does."""
 
+import os
+import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -8,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.data.build import build_chat_dataset, build_indexed_dataset
+from megatron_dmc.data.build import stage_chat_dataset, stage_indexed_dataset
 from megatron_dmc.data.chat import iter_conversations, usable_conversations
 from megatron_dmc.data.chat_template import load_chat_template
 from megatron_dmc.data.documents import iter_documents
 from megatron_dmc.data.split import split_documents
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dmc.files import why_nothing_new
 
 _DATASET_SUFFIXES = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -91,12 +95,25 @@ def preprocess(options: PreprocessOptions) -> None:
         text_of = attrgetter("text") if options.chat else str
         train, valid = split_documents(documents, options.valid_fraction, options.seed, text_of)
         parts = [train, valid][: len(options.prefixes)]
-    if tokenizer is None:
-        assert options.train_tokenizer is not None
-        tokenizer = train_tokenizer(parts[0], options.train_tokenizer, options.tokenizer_folder)
-        print(f"{options.tokenizer_folder}: {tokenizer.vocab_size} tokens")
-    for prefix, part in zip(options.prefixes, parts, strict=True):
-        counts = (build_chat_dataset if options.chat else build_indexed_dataset)(part, tokenizer, prefix)
+    # Nothing gets its name before all is whole: an earlier tokenizer and both parts of a split belong together.
+    with ExitStack() as stack:
+        temporary = Path(f"{options.tokenizer_folder}.tmp-{os.getpid()}")
+        if tokenizer is None:
+            assert options.train_tokenizer is not None
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            tokenizer = train_tokenizer(parts[0], options.train_tokenizer, temporary)
+        stage = stage_chat_dataset if options.chat else stage_indexed_dataset
+        datasets = [
+            stack.enter_context(stage(part, tokenizer, prefix))
+            for prefix, part in zip(options.prefixes, parts, strict=True)
+        ]
+        if options.train_tokenizer is not None:
+            _place_tokenizer(temporary, options.tokenizer_folder)
+            print(f"{options.tokenizer_folder}: {tokenizer.vocab_size} tokens")
+        for dataset in datasets:
+            dataset.place()
+    for dataset in datasets:
+        prefix, counts = dataset.prefix, dataset.counts
         learned = f" ({counts.trained_tokens} of the assistant)" if options.chat else ""
         print(
             f"{prefix}: {counts.documents} documents, {counts.tokens} tokens{learned}, {counts.bytes} bytes "
@@ -104,10 +121,22 @@ def preprocess(options: PreprocessOptions) -> None:
         )
 
 
+def _place_tokenizer(temporary: Path, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in reversed(_TOKENIZER_FILES):
+            os.replace(temporary / name, folder / name)
+    except OSError as error:
+        raise ConfigError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from None
+
+
 def _check_free(options: PreprocessOptions) -> None:
     outputs = [Path(prefix + suffix) for prefix in options.prefixes for suffix in _DATASET_SUFFIXES]
     if options.train_tokenizer is not None:
         outputs += [options.tokenizer_folder / name for name in _TOKENIZER_FILES]
-    existing = next((path for path in outputs if path.exists()), None)
+    for path in outputs:
+        if (problem := why_nothing_new(path)) is not None:
+            raise ConfigError(f"--output {options.output} cannot be written: {problem}; choose another --output")
+    existing = next((path for path in outputs if os.path.lexists(path)), None)
     if existing is not None and not options.overwrite:
         raise ConfigError(f"{existing} exists; choose another --output or add --overwrite")

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and END_OF_TEXT
@@ -167,9 +168,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not folder.is_dir():
-        raise ConfigError(f"tokenizer {folder} is not a folder; name one that holds tokenizer.json")
-    if not path.is_file():
+    if (problem := why_no_folder(folder)) is not None:
+        raise ConfigError(f"tokenizer {folder} {problem}; name a folder that holds tokenizer.json")
+    problem = why_no_file(path)
+    if problem not in (None, ABSENT):
+        raise ConfigError(f"{path} {problem}")
+    if problem is not None:
         raise ConfigError(
             f"tokenizer {folder} holds no tokenizer.json; train one, or save a Hugging Face tokenizer there with "
             "save_pretrained"
@@ -211,13 +215,18 @@ def _end_token(backend: tokenizers.Tokenizer, folder: Path) -> int:
 
 
 def _eos_token(path: Path) -> str | None:
-    if not path.is_file():
+    problem = why_no_file(path)
+    if problem == ABSENT:
         return None
+    if problem is not None:
+        raise ConfigError(f"{path} {problem}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {_one_line(error)}") from None
-    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no JSON object; fetch or save the tokenizer again")
+    token = settings.get("eos_token")
     # transformers writes either the string or a whole added token
     if isinstance(token, dict):
         token = token.get("content")

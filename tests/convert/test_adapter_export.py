@@ -253,6 +253,20 @@ def test_a_base_that_has_been_moved(
         assert error.count("\n") == 1
 
 
+def test_a_base_that_is_no_checkpoint(
+    save_adapter: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter()
+    capsys.readouterr()
+    for base, problem in (
+        (adapter.llama, "is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf "),
+        (adapter.base / "dmc.json", "is a file, not a folder; name the folder of one checkpoint"),
+    ):
+        assert main(["convert-to-hf", str(adapter.checkpoint), str(tmp_path / "out"), "--base", str(base)]) == 1
+        error = capsys.readouterr().err
+        assert f"{base} {problem}" in error and error.count("\n") == 1
+
+
 def test_what_is_no_adapter(
     save_adapter: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

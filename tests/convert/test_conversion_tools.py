@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from megatron_dmc.cli import convert_to_hf
+from megatron_dmc.cli import convert_to_hf, main
 from megatron_dmc.convert.from_hf import import_hf
 from tests.support.processes import ROOT, run, started
 from tests.support.scripts import load_script
+from tests.support.texts import full_disk
 
 TOOLS = ROOT / "tools"
 
@@ -42,25 +43,52 @@ def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.05])
 @pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
-def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path, tool: str) -> None:
-    source, output = save_llama(), tmp_path / "output"
+def test_an_interrupted_conversion_leaves_nothing(
+    save_llama: Callable[..., Path], tmp_path: Path, tool: str, delay: float
+) -> None:
+    """At once, and where torch reads or writes, which takes an interruption for a failure of its own."""
+    # As large as it must be for torch to be at work for a while.
+    source = save_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, vocab_size=20_000)
+    output = tmp_path / "output"
     if tool == "megatron_to_hf.py":
         import_hf(source, tmp_path / "source")
         source = tmp_path / "source"
     with started(TOOLS / tool, source, output) as process:
         while process.poll() is None and not list(tmp_path.glob(".output.converting-*")):
             time.sleep(0.001)
+        time.sleep(delay)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode in (1, 130) and "Traceback" not in said
+    assert process.returncode == 130 and said.endswith(": interrupted, nothing was written\n"), said
     assert not [path for path in tmp_path.iterdir() if path.name != "source"]
+
+
+@pytest.mark.parametrize("size", [100, 5000], ids=["beside the weights", "weights"])
+@pytest.mark.parametrize("command", ["convert-from-hf", "convert-to-hf"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    save_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, size: int
+) -> None:
+    source, output = save_llama(), tmp_path / "deep" / "output"
+    if command == "convert-to-hf":
+        import_hf(source, tmp_path / "source")
+        source = tmp_path / "source"
+    capsys.readouterr()
+    with full_disk(size):
+        assert main([command, str(source), str(output)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        (f"megatron-dmc: cannot write {output}: ", f"megatron-dmc: cannot save {output}/checkpoint: ")
+    )
+    assert "File too large" in said and said.count("\n") == 1 and str(source) not in said
+    assert not list((tmp_path / "deep").iterdir())
 
 
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        ("hf_to_megatron.py", [], "hf_to_megatron: nowhere is not a folder"),
+        ("hf_to_megatron.py", [], "hf_to_megatron: nowhere does not exist; name the folder of a Hugging Face model"),
         ("megatron_to_hf.py", [], "megatron_to_hf: checkpoint nowhere does not exist"),
         ("megatron_to_hf.py", ["--max-shard-size", "5 apples"], "5GB, 300MB"),
         ("megatron_to_hf.py", ["--max-shard-size", "0"], "5GB, 300MB"),

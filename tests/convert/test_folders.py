@@ -6,6 +6,7 @@ import pytest
 
 from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert import folders
 from megatron_dmc.convert.folders import check_output, new_folder, special_tokens
 
 
@@ -27,6 +28,22 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, error: BaseException) -> N
         (folder / "file").write_text("half")
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_says_what_has_become_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt, match="nothing was written"), new_folder(target):
+        raise KeyboardInterrupt
+
+    def interrupted(path: Path) -> None:
+        if path == tmp_path:
+            raise KeyboardInterrupt
+
+    # The last thing that is done, when the folder has its name.
+    monkeypatch.setattr(folders, "flush_to_disk", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=f"^{target} is whole$"), new_folder(target) as folder:
+        (folder / "file").write_text("new")
+    assert (target / "file").read_text() == "new"
 
 
 def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

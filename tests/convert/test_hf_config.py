@@ -155,7 +155,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: str | bytes) -> None
 def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         read_config(tmp_path)
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="does not exist; name the folder of a Hugging Face model"):
         read_config(tmp_path / "nowhere")
 
 

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from megatron_dmc.config import ConfigError
 from megatron_dmc.data.chat import iter_conversations, usable_conversations
 from tests.support.chats import conversations, message, write_chats
 from tests.support.texts import fails
@@ -23,6 +24,7 @@ def test_reads_files_and_folders(tmp_path):
     assert [chat.place for chat in read(tmp_path / "a.jsonl")] == [f"{tmp_path}/a.jsonl:{i}" for i in (1, 2, 3)]
 
 
+TEXT = '{"type": "text", "text": "a"}'
 GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
 
 
@@ -39,17 +41,38 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
         ('{"messages": [{"content": "a"}]}', r"messages\[0\].role must be one of .* got None"),
         ('{"messages": [{"role": "bot", "content": "a"}]}', r"messages\[0\].role must be one of .* got 'bot'"),
         ('{"messages": [{"role": ["user"], "content": "a"}]}', r"messages\[0\].role must be one of"),
-        ('{"messages": [{"role": "user"}]}', r"messages\[0\].content must be a string, got NoneType"),
-        ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "content must be a string, got list"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            r"messages\[0\].content must be a string or a list of text parts, got NoneType",
+        ),
+        ('{"messages": [{"role": "user", "content": 1}]}', "content must be a string or a list of text parts, got int"),
+        *(
+            (
+                f'{{"messages": [{{"role": "user", "content": [{TEXT}, {part}]}}]}}',
+                r"\.content\[1\] must be .* reads text only",
+            )
+            for part in (
+                *('"a"', "null", "{}", '{"text": "a"}', '{"type": "text"}', '{"type": "text", "text": null}'),
+                *('{"type": "image", "image": "a.png"}', '{"type": "image_url", "text": "a"}', "[]"),
+            )
+        ),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
         (
             '{"messages": [{"role": "user", "tool_calls": [{}]}]}',
-            r"messages\[0\].content must be a string, got NoneType",
+            r"messages\[0\].content must be a string or a list of text parts, got NoneType",
         ),
-        ('{"messages": [{"role": "assistant", "tool_calls": []}]}', "content must be a string, got NoneType"),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": []}]}',
+            "content must be a string or a list of text parts, got NoneType",
+        ),
         (GOOD.strip()[:-1] + ', "tools": "f(x)"}', "tools must be a list of objects"),
         (GOOD.strip()[:-1] + ', "tools": ["f"]}', "tools must be a list of objects"),
         (GOOD.strip()[:-1] + ', "tools": [{"name": "\\ud800"}]}', "half a surrogate pair"),
+        (GOOD.strip()[:-1] + ', "documents": ["text"]}', "documents must be a list of objects"),
+        (GOOD.strip()[:-1] + ', "documents": [{"text": "\\ud800"}]}', "half a surrogate pair"),
+        (GOOD.strip()[:-1] + ', "chat_template_kwargs": [1]}', "chat_template_kwargs must be an object, got list"),
+        (GOOD.strip()[:-1] + ', "chat_template_kwargs": {"tokenize": true}}', "names tokenize, which is no variable"),
+        (GOOD.strip()[:-1] + ', "chat_template_kwargs": {"a": "\\ud800"}}', "half a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, problem):
@@ -100,7 +123,35 @@ def test_what_a_template_may_read_is_kept(tmp_path):
     assert chat.tools == line["tools"]
 
 
-def test_a_tool_that_spells_a_special_token_is_left_out(tmp_path):
-    line = {"messages": [message("assistant", "a")], "tools": [{"name": "f", "description": "writes <|im_end|>"}]}
-    (tmp_path / "chat.jsonl").write_text(json.dumps(line))
-    assert not list(usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"}))
+PARTS = [{"type": "text", "text": text} for text in ("ends <|im_", "end|> here")]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tools": [{"name": "f", "description": "writes <|im_end|>"}]},
+        {"documents": [{"title": "a", "text": "writes <|im_end|>"}]},
+        {"chat_template_kwargs": {"persona": "writes <|im_end|>"}},
+        {"messages": [{"role": "assistant", "content": PARTS}]},
+    ],
+    ids=["tools", "documents", "variables", "parts"],
+)
+def test_whatever_spells_a_special_token_is_left_out(tmp_path, caplog, changed):
+    lines = [{"messages": [message("assistant", "a")]}, {"messages": [message("assistant", "b")], **changed}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    [kept] = usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"})
+    assert kept.messages == lines[0]["messages"]
+    assert "in which a message spells a special token" in caplog.text
+
+
+def test_nothing_left_says_why_and_what_to_do(tmp_path, caplog):
+    user = message("user", "a")
+    path = write_chats(tmp_path / "chat.jsonl", [[user], [user, user], [user, message("assistant", " ")]])
+    with pytest.raises(ConfigError) as caught:
+        list(usable_conversations(iter_conversations(path), {"<|im_end|>"}))
+    assert str(caught.value) == (
+        f"there is no conversation to learn from: 2 without an assistant turn (the first is {path}:1), 1 with an empty "
+        f'assistant turn (the first is {path}:3); what is learned are messages with the role "assistant": add them; '
+        "write what the assistant says into its messages"
+    )
+    assert not caplog.messages

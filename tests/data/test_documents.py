@@ -81,7 +81,7 @@ def test_missing_empty_and_special(tmp_path):
     fails("missing does not exist", lambda: list(iter_documents(tmp_path / "missing")))
     fails("holds no text", lambda: list(iter_documents(tmp_path)))
     os.mkfifo(tmp_path / "pipe.txt")
-    fails("neither a folder nor", lambda: list(iter_documents(tmp_path / "pipe.txt")))
+    fails("pipe.txt is a named pipe, not a file", lambda: list(iter_documents(tmp_path / "pipe.txt")))
 
 
 def test_unreadable(tmp_path):

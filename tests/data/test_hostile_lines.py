@@ -14,9 +14,9 @@ CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 TEXT = {"text": "a"}
 
 
-def refusal(read: Callable[[Path], Iterable[Any]], path: Path) -> str:
+def refusal(read: Callable[..., Iterable[Any]], *arguments: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        list(read(path))
+        list(read(*arguments))
     assert "\n" not in str(caught.value)
     # it is printed where the locale may know ASCII alone, but half a character prints nowhere
     str(caught.value).encode()
@@ -94,11 +94,12 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
         (chat({"role": "x" * 10_000, "content": "a"}), "got 'xxxx"),
         (chat({"role": None, "content": "a"}), "got None"),
         (chat({"role": 10**1000, "content": "a"}), "messages[0].role must be one of"),
-        (chat({"role": "user", "content": [{"type": "text", "text": "a"}]}), "got list; join the texts of its parts into one"),
-        (chat({"role": "user", "content": {"text": "a"}}), "messages[0].content must be a string, got dict"),
-        (chat({"role": "user", "content": 10**1000}), "messages[0].content must be a string, got int"),
-        (chat({"role": "user", "content": False}), "messages[0].content must be a string, got bool"),
-        (chat({"role": "user", "contents": "a"}), "messages[0].content must be a string, got NoneType"),
+        (chat({"role": "user", "content": [{"type": "text", "value": "a"}]}), "messages[0].content[0] must be .* text only"),
+        (chat({"role": "user", "content": [{"text": "x" * 10_000}]}), "messages[0].content[0] must be .* text only"),
+        (chat({"role": "user", "content": {"text": "a"}}), "messages[0].content must be .* of text parts, got dict"),
+        (chat({"role": "user", "content": 10**1000}), "messages[0].content must be .* of text parts, got int"),
+        (chat({"role": "user", "content": False}), "messages[0].content must be .* of text parts, got bool"),
+        (chat({"role": "user", "contents": "a"}), "messages[0].content must be .* of text parts, got NoneType"),
         (chat(USER, ANSWER | {"tool_calls": "f()"}), "messages[1].tool_calls must be a list of objects, got str"),
         (chat(USER, ANSWER | {"tool_calls": CALL}), "messages[1].tool_calls must be a list of objects, got dict"),
         (chat(USER, ANSWER | {"tool_calls": ["f"]}), "messages[1].tool_calls must be a list of objects, got list"),
@@ -106,6 +107,10 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
         (chat(USER, ANSWER, tools={"name": "f"}), "tools must be a list of objects, .* got dict"),
         (chat(USER, ANSWER, tools=[None]), "tools must be a list of objects, .* got list"),
         (chat(USER, ANSWER, tools=False), "tools must be a list of objects, .* got bool"),
+        (chat(USER, ANSWER, documents="a"), "documents must be a list of objects, .* got str"),
+        (chat(USER, ANSWER, documents={"text": "a"}), "documents must be a list of objects, .* got dict"),
+        (chat(USER, ANSWER, chat_template_kwargs="{}"), "chat_template_kwargs must be an object, got str"),
+        (chat(USER, ANSWER, chat_template_kwargs=False), "chat_template_kwargs must be an object, got bool"),
         (chat(USER, ANSWER | {"\ud800": 1}), "half a surrogate pair"),
         (chat(USER, ANSWER, tools=[{"name": "\udfff"}]), "half a surrogate pair"),
         (chat(None), "messages[0] is not an object"),
@@ -125,7 +130,7 @@ def test_objects_as_deep_as_they_can_be_read(tmp_path: Path) -> None:
     """json writes less deeply than it reads."""
     for depth in range(800, 1000):
         deep = '{"a":' * depth + "1" + "}" * depth
-        (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a", "x": ' + deep + "}]}")
+        (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a", "x": ' + deep + "}]}")
         try:
             list(usable_conversations(iter_conversations(tmp_path / "a.jsonl"), ["<|end|>"]))
         except ConfigError as error:
@@ -139,7 +144,10 @@ def test_no_content_is_an_empty_one(tmp_path: Path, role: str) -> None:
         (tmp_path / "a.jsonl").write_text(json.dumps(chat(USER, {"role": role, "content": content}, ANSWER)))
         [found] = iter_conversations(tmp_path / "a.jsonl")
         assert found.messages == [USER, {"role": role, "content": ""}, ANSWER]
-        assert bool(list(usable_conversations([found], []))) == (role != "assistant")
+        if role != "assistant":
+            assert list(usable_conversations([found], [])) == [found]
+        else:
+            assert "with an empty assistant turn" in refusal(usable_conversations, [found], [])
 
 
 def test_conversations_that_are_taken_for_text(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_refuses_to_overwrite(tmp_path, text, tokenizer, capsys):
     "changed, message",
     [
         ({"--input": "missing.txt"}, "missing.txt does not exist"),
-        ({"--tokenizer": "missing"}, "missing is not a folder"),
+        ({"--tokenizer": "missing"}, "tokenizer missing does not exist; name a folder"),
         ({"--input": "a" * 300}, "File name too long"),
         ({"--valid-fraction": "1.5"}, "must be in [0, 1)"),
     ],
@@ -109,10 +109,14 @@ def test_chat(tmp_path, chat_folder, capsys):
     ("lines", "changed", "message"),
     [
         ('{"text": "a"}', {}, 'chat.jsonl:1 is not an object with a list "messages"'),
-        ('{"messages": [{"role": "user", "content": "a"}]}', {}, "there is no document to write"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            {},
+            "there is no conversation to learn from: 1 without an assistant turn",
+        ),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', {"--valid-fraction": "0.5"}, "is not cut"),
         ("", {"--tokenizer": "{plain}"}, "has no chat template"),
-        ("", {"--chat-template": "missing.jinja"}, "chat template missing.jinja cannot be read"),
+        ("", {"--chat-template": "missing.jinja"}, "chat template missing.jinja does not exist; name a file"),
         ("", {"--chat": None, "--chat-template": "a.jinja"}, "--chat-template is for --chat"),
         ("", {"--tokenizer": None, "--train-tokenizer": "300"}, "--chat needs --tokenizer"),
         ('{"messages": []}', {"--chat": None}, "(conversations are read with --chat)"),

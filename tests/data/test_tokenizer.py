@@ -58,7 +58,7 @@ def test_unwritable_folder(tmp_path):
 
 
 def test_missing_folder_and_file(tmp_path):
-    fails("is not a folder", load_tokenizer, tmp_path / "missing")
+    fails("missing does not exist; name a folder that holds tokenizer.json", load_tokenizer, tmp_path / "missing")
     fails("holds no tokenizer.json", load_tokenizer, tmp_path)
 
 

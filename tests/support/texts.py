@@ -1,5 +1,6 @@
 """Texts, the settings of a dataset of them, errors in one line, and a full disk."""
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,3 +53,15 @@ def full_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Permissions bind this process, also where root runs it. Name paths from the working folder: others may be hidden."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)

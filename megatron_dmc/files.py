@@ -1,0 +1,70 @@
+"""Why a path is not what a command needs, in words that follow its name in an error's one line."""
+
+import os
+import stat
+from pathlib import Path
+
+# What :func:`why_no_file` says of a path where there is nothing.
+ABSENT = "does not exist"
+
+_KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def why_no_file(path: Path) -> str | None:
+    """Why a path cannot be read as a file: "does not exist", "is a folder, not a file", "cannot be read: Permission denied".
+
+    A pipe and a device are no files: they may keep a reader waiting, and can be read once only. They are not opened.
+
+    Returns:
+        None where it can be read.
+    """
+    return _why_not(path, is_folder=False)
+
+
+def why_no_folder(path: Path) -> str | None:
+    """:func:`why_no_file` of a folder, which is to be listed."""
+    return _why_not(path, is_folder=True)
+
+
+def why_nothing_new(path: Path) -> str | None:
+    """Why nothing can be made at a path, folders that it lies in included; a whole clause. None where it can."""
+    for parent in path.parents:
+        if os.path.lexists(parent):
+            if not parent.is_dir():
+                return f"{parent} {_is_something_else(parent, 'a folder')}"
+            if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+                return f"{parent} may not be written to"
+            break
+    return None
+
+
+def _why_not(path: Path, *, is_folder: bool) -> str | None:
+    wanted = "a folder" if is_folder else "a file"
+    try:
+        if _kind(path) != wanted:
+            return _is_something_else(path, wanted)
+        if is_folder:
+            os.scandir(path).close()
+        else:
+            path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        return _is_something_else(path, wanted) if path.is_symlink() else ABSENT
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def _is_something_else(path: Path, wanted: str) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    return f"is {_kind(path)}, not {wanted}"
+
+
+def _kind(path: Path) -> str:
+    mode = path.stat().st_mode
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")

@@ -1,0 +1,65 @@
+"""A preprocessing that cannot go on: one line, and what stood under its names before is as it was."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.cli import main
+from tests.support.processes import ROOT, started
+from tests.support.texts import full_disk
+
+TOOL = ROOT / "tools" / "preprocess_data.py"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A split and the tokenizer trained for it, in ``out``: the content of every file."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("".join(f'{{"text": "an earlier text, number {i}"}}\n' for i in range(40)))
+    assert main(preprocessing("a.jsonl")) == 0
+    return contents()
+
+
+def preprocessing(text: str) -> list[str]:
+    options = ["--train-tokenizer", "300", "--valid-fraction", "0.5", "--overwrite"]
+    return ["preprocess", "--input", text, *options, "--output", "out/text"]
+
+
+def contents() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path("out").rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("size", [2_000, 40_000], ids=["tokenizer", "dataset"])
+def test_a_full_disk(earlier: dict[str, bytes], size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("b.jsonl").write_text("".join(f'{{"text": "{"other words " * 40}{i}"}}\n' for i in range(3000)))
+    with full_disk(size):
+        assert main(preprocessing("b.jsonl")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("megatron-dmc: cannot write the ") and said.endswith(": File too large\n")
+    assert contents() == earlier
+    assert sorted(os.listdir("out")) == sorted({Path(name).relative_to("out").parts[0] for name in earlier})
+
+
+def test_a_line_that_is_bad_in_the_held_out_part(earlier: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is met when the training part is whole."""
+    lines = [f'{{"text": "another text, number {i}"}}\n' for i in range(400)]
+    Path("b.jsonl").write_text("".join([*lines, "not json\n"]))
+    assert main(preprocessing("b.jsonl")) == 1
+    assert "b.jsonl:401 is not JSON" in capsys.readouterr().err
+    assert contents() == earlier
+
+
+@pytest.mark.parametrize("seen", [".tmp-", "text_valid.tmp-"], ids=["tokenizer", "held-out part"])
+def test_an_interruption(earlier: dict[str, bytes], seen: str) -> None:
+    Path("b.jsonl").write_text("".join(f'{{"text": "{"other words " * 20}{i}"}}\n' for i in range(20_000)))
+    with started(TOOL, *preprocessing("b.jsonl")[1:]) as process:
+        while process.poll() is None and not any(seen in name for name in os.listdir("out")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "preprocess_data: interrupted" in said and "Traceback" not in said
+    assert contents() == earlier
+    assert sorted(os.listdir("out")) == sorted({Path(name).relative_to("out").parts[0] for name in earlier})
