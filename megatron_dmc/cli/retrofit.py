@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs a recipe on the processes that torchrun or srun started, or on this one alone. On Ctrl-C, SIGUSR1 or SIGTERM it
-    saves after the current step and exits with status 75; the same command goes on from there. A second Ctrl-C stops at
-    once."""
+    """Runs a recipe on the processes that torchrun or srun started, or on this one alone. On Ctrl-C, SIGUSR1, SIGTERM, or when
+    its terminal closes, it saves after the current step and exits with status 75; the same command goes on from there. A
+    second Ctrl-C stops at once."""
     from megatron_dmc.training.signals import STOPPED, stop_request
 
     # Before the other imports, which take seconds.

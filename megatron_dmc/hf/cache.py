@@ -104,13 +104,6 @@ class DMCCache(Cache):
             self.real = torch.cat([before, new], dim=1)
         self.columns += seq
 
-    def leave_inference_mode(self) -> None:
-        """Makes what was taken in under torch.inference_mode() usable outside, where such tensors cannot be written to."""
-        for layer in self.layers:
-            if layer.tokens.is_inference() and not torch.is_inference_mode_enabled():
-                # Selecting every sequence copies all that the layer holds, in the same order.
-                layer.select(torch.arange(len(layer.tokens), device=layer.tokens.device))
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what beam_idx[i] was."""
         for layer in self.layers:

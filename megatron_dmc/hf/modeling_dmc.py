@@ -194,8 +194,6 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        if cache is not None:
-            cache.leave_inference_mode()
         keep_states = bool(output_hidden_states or self.config.output_hidden_states)
         if cache is not None and cache.columns > 0 and cache.batch_size != batch:
             raise ValueError(

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
@@ -76,9 +76,8 @@ class TrainingProgress:
             step = f"step {record.step}/{self._total_steps}"
             self._print(" | ".join([record.phase, step, *values, speed, eta]))
         else:
-            (task,) = self._bar.task_ids
             self._bar.values = "  ".join(values)
-            self._bar.update(task, completed=record.step, phase=record.phase, speed=f"{speed}  {eta}", refresh=True)
+            self._draw(lambda bar: bar.show(record.step, record.phase, f"{speed}  {eta}"))
 
     def message(self, text: str, *, important: bool = False) -> None:
         """Lines for the reader (a checkpoint was saved, an evaluation's result), above the bar."""
@@ -87,15 +86,25 @@ class TrainingProgress:
         if self._bar is None:
             self._print(text)
         else:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._draw(lambda bar: bar.console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+    def _draw(self, draw: Callable[["_Bar"], None]) -> None:
+        """Where the terminal has gone, the bar goes as well."""
+        if self._bar is None:
+            return
+        try:
+            draw(self._bar)
+        except OSError:
+            bar, self._bar = self._bar, None
+            with suppress(OSError):
+                bar.stop()
 
     def _print(self, line: str) -> None:
         with suppress(OSError):
             print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._draw(_Bar.stop)
 
     def __enter__(self) -> "TrainingProgress":
         return self
@@ -147,6 +156,10 @@ class _Bar(Progress):
     """A bar, and a line of values below it."""
 
     values = ""
+
+    def show(self, step: int, phase: str, speed: str) -> None:
+        (task,) = self.task_ids
+        self.update(task, completed=step, phase=phase, speed=speed, refresh=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()

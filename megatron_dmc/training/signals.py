@@ -1,4 +1,7 @@
-"""A wish to stop, sent to a process as a signal: Ctrl-C, SIGUSR1 ahead of a time limit, SIGTERM ahead of preemption."""
+"""A wish to stop, sent to a process as a signal.
+
+Ctrl-C, SIGUSR1 ahead of a time limit, SIGTERM ahead of preemption, SIGHUP when the terminal closes.
+"""
 
 import contextlib
 import os
@@ -43,7 +46,10 @@ def _speaks() -> bool:
 def stop_request() -> Iterator[StopRequest]:
     """Notes the signals that would end the process, for as long as the block runs; in the main thread only."""
     request = StopRequest()
-    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
+    # nohup has it ignored: then a run goes on without its terminal.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request

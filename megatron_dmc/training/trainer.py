@@ -74,9 +74,12 @@ class Trainer(StepRunner):
                 report.saved()
                 plan = plan_step(recipe.phases, recipe.dmc, self.step)
                 result = self._advance(plan, report)
-                if _is_due(self.step, recipe.monitor.eval_interval, self.step == recipe.total_steps):
+                done = self.step == recipe.total_steps
+                # A stop waits for no evaluation: what asked for it may allow a run only seconds to save.
+                if done or (not result.stop and _is_due(self.step, recipe.monitor.eval_interval)):
                     evaluation = self.evaluate(plan)
                     report.evaluation(evaluation, self.step)
+                    result.stop |= evaluation is not None and evaluation.stop
                 self._save(plan, result, last_step, report)
             self.store.wait()
             report.saved()
@@ -124,7 +127,7 @@ class Trainer(StepRunner):
         if done:
             self.store.save_weights("final", self.step, plan.phase_index, ratio)
         self.stopped = result.stop and not done
-        if _is_due(self.step, recipe.checkpoint.save_interval, self.step == last_step or self.stopped):
+        if self.step == last_step or self.stopped or _is_due(self.step, recipe.checkpoint.save_interval):
             # First: a resumed run writes no point before its checkpoint again.
             report.flush()
             self.store.save_full(self.step, plan.phase_index, ratio, self.merge_fraction)
@@ -158,5 +161,5 @@ def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None]:
     return build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out)
 
 
-def _is_due(step: int, interval: int, last: bool) -> bool:
-    return last or (interval > 0 and step % interval == 0)
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -237,6 +237,20 @@ def test_dropped_sequences_and_reset_free_their_bytes(kind):
 
 
 @by_kind
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad], ids=["inference-first", "inference-later"])
+def test_inference_mode_may_be_entered_and_left(kind, first):
+    tokens = make_tokens(Shape(2, 70, 4, 2, 8))
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    cache, outputs, start = LayerCache(*kind), [], 0
+    for mode, cuts in ((first, [30]), (second, [1, 1]), (first, [17, 1]), (second, [20])):
+        with mode():
+            outputs.append(through_cache(tokens.cut(start, start + sum(cuts)), cuts, cache).clone())
+        start += sum(cuts)
+    expected = through_cache(tokens, [30, 1, 1, 17, 1, 20], LayerCache(*kind))
+    assert torch.equal(torch.cat(outputs, dim=1), expected)
+
+
+@by_kind
 def test_bf16_cuts_agree(kind):
     tokens = make_tokens(Shape(1, 120, 4, 2, 64), dtype=torch.bfloat16)
     whole = through_cache(tokens, [120], LayerCache(*kind))

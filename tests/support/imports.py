@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Import:
-    """One module that another one imports, at the top or inside a function.
+    """One module that another one imports: at the top or inside a function, by a statement or by ``import_module("name")``.
 
     Attributes:
         place: the importing file and line, for messages.
@@ -50,6 +50,8 @@ class Modules:
                 origin = self._origin(module, node)
                 whole = [f"{origin}.{alias.name}" for alias in node.names]
                 names = [name if name in self.paths else origin for name in whole]
+            elif isinstance(node, ast.Call):
+                names = self._by_call(module, node)
             else:
                 continue
             for name in dict.fromkeys(names):
@@ -57,12 +59,24 @@ class Modules:
 
     def _origin(self, module: str, node: ast.ImportFrom) -> str:
         """``a.b`` of ``from a.b import``, and of ``from ..b import`` in a module of ``a.c``."""
-        if node.level == 0:
-            return node.module or ""
+        return self._absolute(module, node.module or "", node.level)
+
+    def _by_call(self, module: str, node: ast.Call) -> list[str]:
+        """What a call of ``import_module`` or ``__import__`` imports, if it says so in plain text."""
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+        if called not in ("import_module", "__import__") or not isinstance(name, str):
+            return []
+        relative = name.lstrip(".")
+        return [self._absolute(module, relative, len(name) - len(relative))]
+
+    def _absolute(self, module: str, name: str, level: int) -> str:
+        if level == 0:
+            return name
         is_package = self.paths[module].name == "__init__.py"
         parts = module.split(".")
-        package = parts[: len(parts) - node.level + is_package]
-        return ".".join([*package, *([node.module] if node.module else [])])
+        package = parts[: len(parts) - level + is_package]
+        return ".".join([*package, *([name] if name else [])])
 
     def all_imports(self) -> Iterator[Import]:
         for module in self.paths:

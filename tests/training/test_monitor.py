@@ -290,6 +290,19 @@ def test_bar_on_a_terminal(monkeypatch, columns):
     assert max(map(len, lines)) <= columns
 
 
+def test_a_terminal_that_has_gone_stops_nothing(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = pty.openpty()
+    # Unbuffered, so that nothing is left to fail when the file is closed.
+    terminal = io.TextIOWrapper(os.fdopen(writer, "wb", buffering=0), write_through=True)
+    with terminal, TrainingProgress(3, stream=terminal) as progress:
+        progress.update(record(1))
+        os.close(reader)
+        progress.message("saved")
+        for step in (2, 3):
+            progress.update(record(step))
+
+
 def test_dumb_terminal_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     reader, writer = pty.openpty()

@@ -40,14 +40,27 @@ def wait_for_first_step(process: subprocess.Popen[str]) -> None:
     pytest.fail("".join(lines))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_its_handler_is_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
+    if before == signal.SIG_IGN:
+        pytest.skip("the tests were started with nohup")
     with stop_request() as request:
         assert request.received is None
         os.kill(os.getpid(), number)
         assert request.received == number
     assert signal.getsignal(number) == before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # torchrun hands the second Ctrl-C on as SIGTERM.
@@ -108,6 +121,35 @@ def test_stopped_by_a_signal_and_resumed_equals_not_stopped(data: Path, tmp_path
         assert (trainer.step, trainer.stopped) == (steps + 3, False)
     for tag in ("loss/lm", "compression_ratio/noisy", "train/gradient_norm"):
         assert scalars(stopped, tag) == scalars(whole, tag)
+
+
+class Evaluating(Trainer):
+    """Is asked to stop in its second step, or in the evaluation after it."""
+
+    asked_in = "step"
+
+    def _train_step(self, plan: StepPlan) -> StepResult:
+        self._ask("step", self.step == 1)
+        return super()._train_step(plan)
+
+    def evaluate(self, plan: StepPlan) -> StepResult | None:
+        self._ask("evaluation", self.step == 2)
+        return super().evaluate(plan)
+
+    def _ask(self, place: str, now: bool) -> None:
+        if now and place == self.asked_in:
+            self.stop_request.receive(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(("place", "evaluations"), [("step", [0, 1]), ("evaluation", [0, 1, 2])])
+def test_a_stop_waits_for_no_further_evaluation(data: Path, tmp_path: Path, place: str, evaluations: list[int]) -> None:
+    trainer = Evaluating(load_recipe(recipe(data, tmp_path), ["monitor.eval_interval=1"]))
+    trainer.asked_in = place
+    trainer.run()
+    assert (trainer.step, trainer.stopped) == (2, True)
+    assert read_latest(tmp_path / "checkpoints") == "step_00000002"
+    assert list(scalars(tmp_path, "evaluation/lm_loss")) == evaluations
 
 
 @pytest.mark.usefixtures("one_process")

@@ -101,6 +101,9 @@ class LayerCache:
         new = Tokens(key, value, alpha, omega, cos, sin)
         if self.kept is None:
             self.kept = self._start(new)
+        if self.tokens.is_inference() and not torch.is_inference_mode_enabled():
+            # Nothing can be written to such tensors here. Selecting every sequence copies all of them.
+            self.select(torch.arange(len(self.tokens)))
         if len(key) != len(self.tokens):
             raise ValueError(f"the cache holds {len(self.tokens)} sequences, got {len(key)}; reorder or reset it first")
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
