@@ -24,7 +24,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Each holds one JSON object, and stands in a model's folder or its tokenizer's.
 _OBJECTS = (
     *("config.json", GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+    "chat_template.json",
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
