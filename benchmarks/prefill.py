@@ -26,8 +26,10 @@ class GivenDecisions(DMCInferenceContext):
         super().__init__(dmc, decision_logits.shape[2])
         self.decision_logits = decision_logits
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> Tensor:
-        return super().attend(layer_number, query, key, value, self.decision_logits[layer_number - 1], *rest)
+    def attend(
+        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, _: Tensor, omega: Tensor, **rest: Any
+    ) -> Tensor:
+        return super().attend(layer_number, query, key, value, self.decision_logits[layer_number - 1], omega, **rest)
 
 
 def measure(source: str, options: argparse.Namespace) -> dict:

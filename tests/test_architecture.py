@@ -41,6 +41,18 @@ EXPORT_NEEDS = {"torch", "transformers", "safetensors"}
 # A stand-in for Transformer Engine, which is not on a machine without a GPU, must be found as a package.
 MAY_EDIT_THE_PATH = {"tests.support.scripts", "tests.training.test_transformer_engine_version"}
 
+MOST_POSITIONAL = 6
+# Whoever calls these chose their arguments.
+MAY_HAVE_MORE = {
+    "megatron_dmc.distributed.adam.GroupAdamW.__init__": "apex' FusedAdam, which megatron-core calls",
+    "megatron_dmc.hf.modeling_dmc.DMCLlamaModel.forward": "transformers' LlamaModel",
+    "megatron_dmc.hf.modeling_dmc.DMCLlamaForCausalLM.forward": "transformers' LlamaForCausalLM",
+    "megatron_dmc.model.attention.DMCSelfAttention.forward": "megatron-core's SelfAttention",
+    "megatron_dmc.ops.attention.context_parallel._GatheredAttention.forward": "autograd: States, one by one",
+    "megatron_dmc.ops.attention.slot_attention.SlotAttention.forward": "autograd: States, one by one",
+    "megatron_dmc.ops.decode.layer_cache.LayerCache.attend": "promised to its users",
+}
+
 
 def room(module: str) -> str:
     """``a`` of ``megatron_dmc.a.b``; the package itself is a room, too, and so are all modules that ``python -m`` runs."""
@@ -100,6 +112,26 @@ def ops_without_an_oracle(package: Modules, tests: Modules) -> Iterator[str]:
             yield f"{module} has no test in tests/ops that imports it"
 
 
+def long_calls(package: Modules) -> Iterator[str]:
+    """What travels together is one dataclass or NamedTuple, and what has a default is named by the caller."""
+    for module in package.paths:
+        for name, function in _functions(package.tree(module), module):
+            arguments = [*function.args.posonlyargs, *function.args.args]
+            first = arguments[0].arg if arguments else ""
+            count = len(arguments) - (first in ("self", "cls", "ctx"))
+            if count > MOST_POSITIONAL and name not in MAY_HAVE_MORE:
+                yield f"{package.place(module, function.lineno)}: {name} takes {count} positional arguments"
+
+
+def _functions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for child in ast.iter_child_nodes(node):
+        is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        inner = f"{name}.{child.name}" if is_named else name
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield inner, child
+        yield from _functions(child, inner)
+
+
 def imports_of_tests(tests: Modules) -> Iterator[str]:
     """What two tests share lies in tests/support."""
     for found in tests.all_imports():
@@ -138,7 +170,7 @@ def tests() -> Modules:
 
 
 @pytest.mark.parametrize(
-    "rule", [imports_that_go_up, imports_of_ops, imports_of_an_export], ids=lambda rule: rule.__name__
+    "rule", [imports_that_go_up, imports_of_ops, imports_of_an_export, long_calls], ids=lambda rule: rule.__name__
 )
 def test_the_package_keeps(package: Modules, rule: Callable[[Modules], Iterator[str]]) -> None:
     problems = list(rule(package))
@@ -273,6 +305,23 @@ def test_what_an_export_may_not_need_is_found_however_far(tmp_path: Path) -> Non
     }
     problems = list(imports_of_an_export(made_up(tmp_path, files)))
     assert problems == ["megatron_dmc/ops/pooling/fast.py:2: an export would need omegaconf.base"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(a, b, c, d, e, g, h): ...",
+        "class A:\n    def f(self, a, b, c, d, e, g, h=None): ...",
+        "def f():\n    async def g(a, b, /, c, d, e, g, h, *, i): ...",
+        "if True:\n    class A:\n        @staticmethod\n        def f(ctx, a, b, c, d, e, g, h): ...",
+    ],
+    ids=["function", "method", "inner", "autograd"],
+)
+def test_a_long_call_is_found(tmp_path: Path, text: str) -> None:
+    short = "def f(a, b, c, d, e, g, *, h): ...\nclass A:\n    def f(self, a, b, c, d, e, g, *h): ...\n"
+    package = made_up(tmp_path, {"megatron_dmc/data/good.py": short, "megatron_dmc/data/a.py": text})
+    (found,) = long_calls(package)
+    assert found.startswith("megatron_dmc/data/a.py:") and found.endswith("takes 7 positional arguments")
 
 
 def test_an_op_without_an_oracle_or_a_test_is_found(tmp_path: Path) -> None:

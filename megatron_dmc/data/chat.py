@@ -14,6 +14,8 @@ from megatron_dmc.files import why_no_file
 
 logger = logging.getLogger(__name__)
 
+# What a turn may hold instead of words; the second is OpenAI's older form.
+CALLS = ("tool_calls", "function_call")
 ROLES = ("system", "user", "assistant", "tool")
 # What transformers' apply_chat_template takes beside a template's variables.
 _NOT_VARIABLES = frozenset(
@@ -121,7 +123,7 @@ def _reason_to_skip(conversation: Conversation, special_tokens: tuple[str, ...])
     turns = [message for message in conversation.messages if message["role"] == "assistant"]
     if not turns:
         return _NO_TURN
-    if not all(text_of(turn["content"]).strip() or turn.get("tool_calls") for turn in turns):
+    if not all(text_of(turn["content"]).strip() or any(map(turn.get, CALLS)) for turn in turns):
         return _EMPTY_TURN
     # A template writes other fields (the arguments of a tool's call) as JSON.
     read = [conversation.messages, conversation.tools, conversation.documents, conversation.variables]
@@ -141,6 +143,11 @@ def _conversation(value: Any, place: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise ConfigError(
             f'{place} is not an object with a list "messages" that is not empty; every line must be{_line_hint(value)}'
+        )
+    if not _is_empty(value.get("functions")):
+        raise ConfigError(
+            f'{place} holds "functions", OpenAI\'s older form, which no chat template gets: write "tools" instead, a list of '
+            '{"type": "function", "function": {...}}'
         )
     messages = [_message(message, f"{place} messages[{number}]") for number, message in enumerate(messages)]
     tools, documents, variables = (

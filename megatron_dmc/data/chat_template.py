@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.data.chat import Conversation, text_of
+from megatron_dmc.data.chat import CALLS, Conversation, text_of
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.files import why_no_file
 
@@ -299,9 +299,9 @@ def _without_one_thing(conversation: Conversation) -> Iterator[tuple[str, Conver
     if conversation.documents is not None:
         yield 'the line\'s "documents"', replace(conversation, documents=None)
     for number, message in enumerate(conversation.messages):
-        if message.get("tool_calls"):
-            other = {name: field for name, field in message.items() if name != "tool_calls"}
-            yield f"messages[{number}].tool_calls", _exchange(conversation, number, other)
+        for call in filter(message.get, CALLS):
+            other = {name: field for name, field in message.items() if name != call}
+            yield f"messages[{number}].{call}", _exchange(conversation, number, other)
         if message["role"] == "tool":
             # other text, because many templates refuse a call without a result
             content = message["content"]

@@ -48,6 +48,7 @@ class DMCInferenceContext:
         value: Tensor,
         decision_logits: Tensor,
         omega: Tensor,
+        *,
         angles: Tensor,
     ) -> Tensor:
         """One layer's attention, which DMCSelfAttention calls.

@@ -82,6 +82,7 @@ class DMCCoreAttention(MegatronModule):
         pooled_key: Tensor | None = None,
         pooled_value: Tensor | None = None,
         merge_logits: Tensor | None = None,
+        *,
         documents: Documents | None = None,
     ) -> Tensor:
         settings: dict[str, Any] = {"softmax_scale": self.softmax_scale}
@@ -194,7 +195,9 @@ class DMCSelfAttention(SelfAttention):
                 query, key = clear_channel(query), clear_channel(key)
             if inference_context is not None:
                 # The angles are those of all positions: the context knows which are the tokens'.
-                out = inference_context.attend(self.layer_number, query, key, value, decision_logits, omega, angles)
+                out = inference_context.attend(
+                    self.layer_number, query, key, value, decision_logits, omega, angles=angles
+                )
             else:
                 merge_logits = self._merge_logits(decision_logits, attention_mask, places)
                 alpha = torch.sigmoid(merge_logits)

@@ -92,6 +92,7 @@ def step_time(
     layout: Layout,
     gpu: GPU,
     mfu: float,
+    *,
     footprints: Footprints,
 ) -> StepTime:
     """The slowest stage's micro-batch, m times, and what comes on top.

@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, footprints: Footprints | None = 
         learned=learned,
         work=step_work(recipe),
         traffic=stage_traffic(recipe, stages, layout, footprints),
-        time=step_time(recipe, layers, messages, layout, cluster.gpu, cluster.mfu, footprints),
+        time=step_time(recipe, layers, messages, layout, cluster.gpu, cluster.mfu, footprints=footprints),
         checkpoint_weights=width * saved,
         checkpoint_full=width * saved + (12 if recipe.training.bf16 else 8) * learned,
     )

@@ -129,7 +129,7 @@ def _estimate(recipe: Recipe, cluster: Cluster, weights: int, learned: int, foot
     gradients = 4 * learned // (stages * parallel.tensor_model_parallel_size)
     even = StageMemory(0, layers, 0, 0, 0, gradients, 0, 0, 0)
     message = data_messages(recipe, even, layout)
-    time = step_time(recipe, [layers] * stages, [message], layout, cluster.gpu, cluster.mfu, footprints)
+    time = step_time(recipe, [layers] * stages, [message], layout, cluster.gpu, cluster.mfu, footprints=footprints)
     one = replace(recipe, training=replace(recipe.training, micro_batch_size=1))
     ran = [footprints.chunk(one, kind, count) for kind, count in zip(chunk_kinds(recipe, 0), layers, strict=True)]
     kept = most_kept([chunk.kept for chunk in ran], 0, stages, layout.micro_batches)

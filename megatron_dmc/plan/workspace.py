@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def flash_attention_2(
-    batch: int, queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, itemsize: int = 2
+    batch: int, queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, *, itemsize: int = 2
 ) -> int:
     """Bytes that torch's FlashAttention 2 allocates for one backward pass.
 
@@ -40,7 +40,7 @@ def attention_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     itemsize = grad_out.element_size()
     mask: Tensor | None = kwargs.get("attn_mask")
     if mask is not None and mask.shape[-2] > 1:  # the band of a local window, not a bias per key
-        return flash_attention_2(1, windowed_tokens, windowed_tokens, heads, kv_heads, channels, itemsize)
+        return flash_attention_2(1, windowed_tokens, windowed_tokens, heads, kv_heads, channels, itemsize=itemsize)
     head_dim = _up(channels, 8)
     copies = 0
     if mask is not None:
@@ -49,7 +49,7 @@ def attention_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         free = head_dim == channels
         rows = batch * (queries * heads + keys * kv_heads)
         copies = itemsize * rows * (2 * head_dim if free else 4 * (head_dim - channels))
-    return copies + flash_attention_2(batch, queries, keys, heads, kv_heads, head_dim, itemsize)
+    return copies + flash_attention_2(batch, queries, keys, heads, kv_heads, head_dim, itemsize=itemsize)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -66,6 +66,7 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
             "content must be a string or a list of text parts, got NoneType",
         ),
         (GOOD.strip()[:-1] + ', "tools": "f(x)"}', "tools must be a list of objects"),
+        (GOOD.strip()[:-1] + ', "functions": [{"name": "f"}]}', 'holds "functions", .* write "tools"'),
         (GOOD.strip()[:-1] + ', "tools": ["f"]}', "tools must be a list of objects"),
         (GOOD.strip()[:-1] + ', "tools": [{"name": "\\ud800"}]}', "half a surrogate pair"),
         (GOOD.strip()[:-1] + ', "documents": ["text"]}', "documents must be a list of objects"),
@@ -116,10 +117,16 @@ def test_leaves_out_what_teaches_nothing_and_says_so(tmp_path, caplog):
 
 def test_what_a_template_may_read_is_kept(tmp_path):
     calls = message("assistant", "a") | {"tool_calls": [{"name": "f"}]}
-    line = {"messages": [calls, calls | {"content": None}], "tools": [{"name": "f"}], "source": "web"}
+    older = message("assistant", "") | {"function_call": {"name": "f"}}
+    line = {
+        "messages": [calls, calls | {"content": None}, older],
+        "tools": [{"name": "f"}],
+        "source": "web",
+        "functions": [],
+    }
     (tmp_path / "chat.jsonl").write_text(json.dumps(line))
     [chat] = usable_conversations(read(tmp_path / "chat.jsonl"), {"<|im_end|>"})
-    assert chat.messages == [calls, calls | {"content": ""}]
+    assert chat.messages == [calls, calls | {"content": ""}, older]
     assert chat.tools == line["tools"]
 
 

@@ -77,6 +77,7 @@ def test_written_as_transformers_writes_it(tmp_path: Path, templates: dict[str, 
 
 CALL_IN_WORDS = [CHAT[0], {**CHAT[1], "content": "I ask."}]
 DESCRIBES = TOOL_USE.replace("c in m.tool_calls or []", "c in []")
+OLDER_CALL = [PLAIN_CHAT[0], {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]
 NO_RESULTS = DEFAULT.replace("in messages", "in messages if m.role != 'tool'")
 
 
@@ -86,9 +87,10 @@ NO_RESULTS = DEFAULT.replace("in messages", "in messages if m.role != 'tool'")
         (DEFAULT, PLAIN_CHAT, TOOLS, r'the line\'s "tools"'),
         (DEFAULT, CALL_IN_WORDS, None, r"messages\[1\]\.tool_calls"),
         (DESCRIBES, CALL_IN_WORDS, TOOLS, r"messages\[1\]\.tool_calls"),
+        (DEFAULT, OLDER_CALL, None, r"messages\[1\]\.function_call"),
         (NO_RESULTS, [*PLAIN_CHAT, CHAT[2], CHAT[3]], None, r"messages\[2\], which is a tool's"),
     ],
-    ids=["descriptions", "call", "call-alone", "result"],
+    ids=["descriptions", "call", "call-alone", "older-call", "result"],
 )
 def test_a_template_that_leaves_them_out_is_refused(
     tmp_path: Path, source: str, chat: list[dict[str, Any]], tools: Any, what: str

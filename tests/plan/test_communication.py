@@ -76,7 +76,7 @@ def test_time_of_a_step() -> None:
     messages = [data_messages(recipe, stage, layout)] * 2
     assert messages[0] == (0, 0)
     h100 = GPUS["h100"]
-    time = step_time(recipe, [(2,), (2,)], messages, layout, h100, 0.5, Footprints())
+    time = step_time(recipe, [(2,), (2,)], messages, layout, h100, 0.5, footprints=Footprints())
     last = (layer_work(recipe) * 2 + output_work(recipe)).model
     assert time.compute == pytest.approx(8 * last / (0.5 * h100.peak_flops))
     assert time.pipeline == pytest.approx(8 * 128 * 64 * 2 / (0.8 * h100.link))
@@ -85,6 +85,6 @@ def test_time_of_a_step() -> None:
     interleaved = replace(
         recipe, parallel=ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     )
-    halves = step_time(interleaved, [(1, 1), (1, 1)], messages, layout, h100, 0.5, Footprints())
+    halves = step_time(interleaved, [(1, 1), (1, 1)], messages, layout, h100, 0.5, footprints=Footprints())
     assert halves.bubble == pytest.approx(halves.compute / 16)
     assert halves.pipeline == 0
