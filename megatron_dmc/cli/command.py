@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from megatron_dmc.cli import (
     cluster_check,
@@ -31,7 +31,7 @@ from megatron_dmc.cli import (
 )
 from megatron_dmc.cli.version import ShowVersions
 from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, shortened
 
 # Exit statuses as a shell gives them: 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
@@ -69,27 +69,35 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shortens what it refuses as every error is shortened."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """``megatron-dmc``. Returns its exit status.
 
     0: done. 1: bad input, or a run that cannot go on, after one line on stderr; ``plan`` ends in 2 there. 2: wrong flags.
     75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed.
     """
-    parser = argparse.ArgumentParser(
-        prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core."
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
     parser.add_argument("--version", action=ShowVersions)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        # Without a help argument argparse does not list it.
-        added = commands.add_parser(name, help=command.HELP) if command.HELP else commands.add_parser(name)
-        _add_to(added, command)
+        if command.HELP:
+            _add_to(commands.add_parser(name, help=command.HELP), command)
+        elif name in arguments:
+            # A part of another command. argparse would list it to somebody who mistypes a name.
+            _add_to(commands.add_parser(name), command)
     return _run("megatron-dmc", _parse(parser, arguments))
 
 
 def run_alone(command: Command, program: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own, such as ``python tools/preprocess_data.py``. Returns its exit status."""
-    parser = argparse.ArgumentParser(prog=program)
+    parser = _Parser(prog=program)
     _add_to(parser, command)
     return _run(program.removesuffix(".py"), _parse(parser, arguments))
 

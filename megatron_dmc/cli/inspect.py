@@ -2,8 +2,8 @@
 
 import argparse
 
-from megatron_dmc.cli.common import add_checkpoint
-from megatron_dmc.config import ConfigError
+from megatron_dmc.cli.common import add_checkpoint, check_checkpoint
+from megatron_dmc.config import MOST, Range
 
 HELP = "compression ratio of every layer and head on a text"
 
@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved. For a
     run's folder it lists the checkpoints, with the ratios they were saved at."""
-    if options.tokens is not None and options.tokens < 2:
-        raise ConfigError(f"--tokens must be >= 2, got {options.tokens}")
+    if options.tokens is not None:
+        Range(2, MOST).check("--tokens", options.tokens)
+    check_checkpoint(options.checkpoint)
     from megatron_dmc.distributed.world import single_process
     from megatron_dmc.evaluation import inspect
 

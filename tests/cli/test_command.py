@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,21 @@ def test_help_needs_no_torch() -> None:
     assert done.stderr == "False\n"
 
 
+def test_a_wrong_name_is_told_the_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bogus"])
+    named = re.findall(r"'?([\w-]+)'?(?:, |\))", capsys.readouterr().err.partition("choose from ")[2])
+    assert named == [name for name, command in COMMANDS.items() if command.HELP]
+
+
+def test_a_runs_folder_points_to_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / "final").mkdir(parents=True)
+    for command in (["inspect"], ["generate", "--prompt", "a"]):
+        assert main([*command, str(tmp_path)]) == 1
+        line = f"megatron-dmc: {tmp_path} is a run's folder; name {tmp_path}/checkpoints, or one checkpoint in it\n"
+        assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -87,6 +103,26 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     [
         (["retrofit"], 2, "the following arguments are required: recipe"),
         (["bogus"], 2, "invalid choice: 'bogus'"),
+        (["inspect", "x", "--tokens", "9" * 400], 1, "--tokens must be <= 2147483647, got 9999999999... (400 digits)"),
+        (["inspect", "x", "--tokens", "9" * 5000], 2, "invalid int value: '9999999999... (5000 digits)'"),
+        (
+            ["inspect", str(RECIPE)],
+            1,
+            f"megatron-dmc: {RECIPE} is a file, not a checkpoint's folder; name one checkpoint",
+        ),
+        (["generate", str(RECIPE), "--prompt", "a"], 1, f"megatron-dmc: {RECIPE} is a file, not a checkpoint's folder"),
+        (
+            ["generate", "x", "--prompt", "a", "--temperature", "nan"],
+            1,
+            "--temperature (other than 0, which is greedy) must",
+        ),
+        (["generate", "x", "--prompt", "a", "--temperature", "1e308"], 1, "must be <= 1000, got 1e+308"),
+        (["plan", str(RECIPE), "--nodes", "9" * 30], 2, "megatron-dmc: --nodes must be <= 1000000, got "),
+        (
+            ["plan", str(RECIPE), "--nodes", "1", "--mfu", "nan"],
+            2,
+            "megatron-dmc: --mfu must be a finite number, got nan",
+        ),
         (["inspect", "x", "--banana"], 2, "unrecognized arguments: --banana"),
         (["retrofit", str(RECIPE), "banana"], 1, "override 'banana' must read section.field=value"),
         (["retrofit", "x.yaml"], 1, "megatron-dmc: recipe x.yaml does not exist"),
