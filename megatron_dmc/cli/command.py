@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from megatron_dmc.cli import (
     cluster_check,
@@ -29,10 +29,12 @@ from megatron_dmc.cli import (
     recipes,
     retrofit,
 )
+from megatron_dmc.cli.common import Parser
 from megatron_dmc.cli.version import ShowVersions
 from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
-from megatron_dmc.errors import DMCError, shortened
+from megatron_dmc.errors import DMCError
 
+WRONG_FLAGS = 2
 # Exit statuses as a shell gives them: 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -69,13 +71,6 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Shortens what it refuses as every error is shortened."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(shortened(message))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """``megatron-dmc``. Returns its exit status.
 
@@ -83,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
+    parser = Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
     parser.add_argument("--version", action=ShowVersions)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -97,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_alone(command: Command, program: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own, such as ``python tools/preprocess_data.py``. Returns its exit status."""
-    parser = _Parser(prog=program)
+    parser = Parser(prog=program)
     _add_to(parser, command)
     return _run(program.removesuffix(".py"), _parse(parser, arguments))
 
@@ -145,8 +140,10 @@ def _run(program: str, options: argparse.Namespace) -> int:
             return PIPE_CLOSED
         raise
     except (DMCError, OSError) as error:
-        report_failure(f"{program}: {_line(error)}", of_this_rank=isinstance(error, ThisRankError))
-        return int(options.failed)
+        line = _line(error)
+        report_failure(f"{program}: {line}", of_this_rank=isinstance(error, ThisRankError))
+        # What begins with a flag's name refuses the flag.
+        return WRONG_FLAGS if line.startswith("--") else int(options.failed)
 
 
 def _line(error: DMCError | OSError) -> str:

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from megatron_dmc.cli.common import output_folder
+from megatron_dmc.config import ConfigError
+
 HELP = "the whole job on a small model: pretrain, retrofit, compare, export, generate"
 
 
@@ -10,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="a folder, .txt or .jsonl; by default the sources of Python's standard library")
     parser.add_argument("--smoke", action="store_true", help="everything at toy size")
     parser.add_argument(
-        "--output", type=Path, help="the run's folder (default: runs/quickstart, with --smoke runs/quickstart-smoke)"
+        "--output",
+        type=output_folder,
+        help="the run's folder (default: runs/quickstart, with --smoke runs/quickstart-smoke)",
     )
 
 
@@ -19,5 +24,7 @@ def run(options: argparse.Namespace) -> None:
     done again."""
     from megatron_dmc.experiments.quickstart.run import run_quickstart
 
+    if options.data is not None and not options.data.strip():
+        raise ConfigError("--data is empty; name a folder, a .txt or a .jsonl file")
     folder = options.output or Path("runs", "quickstart-smoke" if options.smoke else "quickstart")
     run_quickstart(folder, options.data, options.smoke)

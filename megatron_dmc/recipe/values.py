@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.sections import Recipe
 
@@ -17,8 +17,6 @@ FALSE_WORDS = ("false", "no", "off")
 WORDS = (*NULL_WORDS, *TRUE_WORDS, *FALSE_WORDS)
 # Beyond this a float no longer holds every whole number.
 MOST_EXACT = 2**53
-# Bytes, on Linux: NAME_MAX, and PATH_MAX without its closing NUL.
-LONGEST_NAME, LONGEST_PATH = 255, 4095
 # Unicode's control characters, halves of surrogate pairs, and line and paragraph separators.
 _ODD_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
 

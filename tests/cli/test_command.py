@@ -103,7 +103,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     [
         (["retrofit"], 2, "the following arguments are required: recipe"),
         (["bogus"], 2, "invalid choice: 'bogus'"),
-        (["inspect", "x", "--tokens", "9" * 400], 1, "--tokens must be <= 2147483647, got 9999999999... (400 digits)"),
+        (["inspect", "x", "--tokens", "9" * 400], 2, "--tokens must be <= 2147483647, got 9999999999... (400 digits)"),
         (["inspect", "x", "--tokens", "9" * 5000], 2, "invalid int value: '9999999999... (5000 digits)'"),
         (
             ["inspect", str(RECIPE)],
@@ -113,10 +113,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["generate", str(RECIPE), "--prompt", "a"], 1, f"megatron-dmc: {RECIPE} is a file, not a checkpoint's folder"),
         (
             ["generate", "x", "--prompt", "a", "--temperature", "nan"],
-            1,
+            2,
             "--temperature (other than 0, which is greedy) must",
         ),
-        (["generate", "x", "--prompt", "a", "--temperature", "1e308"], 1, "must be <= 1000, got 1e+308"),
+        (["generate", "x", "--prompt", "a", "--temperature", "1e308"], 2, "must be <= 1000, got 1e+308"),
         (["plan", str(RECIPE), "--nodes", "9" * 30], 2, "megatron-dmc: --nodes must be <= 1000000, got "),
         (
             ["plan", str(RECIPE), "--nodes", "1", "--mfu", "nan"],
@@ -126,10 +126,23 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["inspect", "x", "--banana"], 2, "unrecognized arguments: --banana"),
         (["retrofit", str(RECIPE), "banana"], 1, "override 'banana' must read section.field=value"),
         (["retrofit", "x.yaml"], 1, "megatron-dmc: recipe x.yaml does not exist"),
-        (["inspect", "x", "--tokens", "1"], 1, "megatron-dmc: --tokens must be >= 2, got 1"),
-        (["generate", "x", "--prompt", "a", "--max-new-tokens", "0"], 1, "megatron-dmc: --max-new-tokens must be >= 1"),
+        (["inspect", "x", "--tokens", "1"], 2, "megatron-dmc: --tokens must be >= 2, got 1"),
+        (["generate", "x", "--prompt", "a", "--max-new-tokens", "0"], 2, "megatron-dmc: --max-new-tokens must be >= 1"),
         (["convert-to-hf", "x", "y", "--max-shard-size", "5 apples"], 2, "5GB, 300MB"),
         (["cluster-check", "--layouts", "TP3"], 2, "argument --layouts: invalid choice: 'TP3'"),
+        *(
+            ([*words, folder], 2, message)
+            for words in (["cluster-check", "--folder"], ["quickstart", "--output"], ["recipes", "--output"])
+            for folder, message in (
+                ("", f"argument {words[1]}: it is empty; name a folder; see megatron-dmc {words[0]} --help"),
+                (str(RECIPE), f"{RECIPE} is a file; name a folder"),
+                (str(RECIPE / "below"), f"{RECIPE} is a file; name a folder"),
+                ("/dev/null", "/dev/null is a file; name a folder"),
+                ("x" * 256, "xx... is too long for the name of a folder"),
+                ("x/" * 2100, "x/... is too long for the name of a folder"),
+            )
+        ),
+        (["quickstart", "--data", " "], 2, "megatron-dmc: --data is empty; name a folder, a .txt or a .jsonl file"),
         (["plan", str(RECIPE), "--nodes", "0"], 2, "megatron-dmc: --nodes must be >= 1, got 0"),
         (["plan", str(RECIPE), "--nodes", "1", "--gpu", "h20"], 2, "megatron-dmc: --gpu must be one of"),
         (["plan", str(RECIPE), "--nodes", "1", "--gpus-per-node", "3"], 2, "must divide the number of GPUs"),
@@ -144,7 +157,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 def test_what_is_refused_is_refused_before_torch_is_imported(arguments: list[str], status: int, message: str) -> None:
     done = answers_without_torch(*arguments)
     assert done.returncode == status and message in done.stderr
-    assert done.stderr.startswith("usage: ") or "\n" not in done.stderr
+    assert "\n" not in done.stderr
 
 
 def test_versions() -> None:
