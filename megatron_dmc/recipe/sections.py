@@ -8,7 +8,8 @@ from megatron_dmc.model.model_config import MISSING, ModelConfig
 
 PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-Rate = Annotated[float, Range(0, 1000)]
+# A rate that is far too high ends in an error of the training itself, which says what to lower.
+Rate = Annotated[float, Range(0, 1e30)]
 # Of a mean over steps; at 1 Adam would divide by zero.
 Decay = Annotated[float, Range(0, 0.999999)]
 Processes = Annotated[int, Range(1, 1_000_000)]
