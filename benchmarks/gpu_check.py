@@ -17,7 +17,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import common
 import torch
@@ -25,6 +24,9 @@ from gpu import summary
 from gpu.environment import card, environment
 from gpu.run import ROWS, DeviceLostError, Part, Run
 from gpu.sizes import FULL, TOY
+
+from megatron_dmc.cli.common import Parser, output_folder
+from megatron_dmc.config import ConfigError, Range
 
 
 def later(module: str, function: str) -> Callable[[Run], None]:
@@ -47,6 +49,7 @@ PARTS = (
 TOY_PARTS = 20  # a part takes so many times less at toy size
 # A kernel that never returns can not be interrupted: the process is ended so many seconds after the budget.
 PATIENCE = 60
+MOST_SECONDS = 7 * 24 * 3600
 
 
 def run_parts(run: Run, parts: Sequence[Part]) -> list[Part]:
@@ -94,15 +97,19 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
 
 def _options(arguments: Sequence[str] | None, parts: Sequence[Part]) -> argparse.Namespace:
     names = [part.name for part in parts]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, help="where rows.jsonl and summary.json go (default: a new folder in results/)"
+        "--out", type=output_folder, help="where rows.jsonl and summary.json go (default: a new folder in results/)"
     )
     parser.add_argument("--budget", type=float, default=240, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--parts", type=lambda x: x.split(","), metavar="NAME,NAME", help=f"of: {','.join(names)}")
     parser.add_argument("--toy", action="store_true", help="on the CPU at toy size")
     parser.add_argument("--go-on", action="store_true", help="add to the rows that --out holds")
     options = parser.parse_args(arguments)
+    try:
+        Range(0, MOST_SECONDS).check("--budget", options.budget)
+    except ConfigError as error:
+        parser.error(str(error))
     if unknown := sorted(set(options.parts or ()) - set(names)):
         parser.error(f"--parts {','.join(unknown)}: no such part; there are {','.join(names)}")
     if options.out is None:
@@ -121,4 +128,8 @@ def _go_on(options: argparse.Namespace, parts: Sequence[Part], seconds: float) -
 if __name__ == "__main__":
     # Whoever stops it gets the summary of what was done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("gpu-check: interrupted", file=sys.stderr)
+        sys.exit(130)

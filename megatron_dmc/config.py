@@ -1,8 +1,10 @@
 """The one configuration of Dynamic Memory Compression that every part of the package reads."""
 
 import math
+import types
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_dmc.errors import DMCError
 
@@ -20,6 +22,59 @@ def is_same_setting(a: Any, b: Any) -> bool:
     if numbers and (isinstance(a, float) or isinstance(b, float)):
         return math.isclose(a, b, rel_tol=2**-24)
     return bool(a == b)
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, both ends included: ``steps: Annotated[int, Range(1, 10)]``.
+
+    Every number of a configuration has one. Its ends keep what is computed from it finite in float32 and within the
+    integers that torch and numpy count with; nobody means a number beyond them.
+    """
+
+    least: float
+    most: float
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError for anything but a finite number within the range."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # math.isfinite does not take whole numbers beyond those of a float.
+        if not is_number or (isinstance(value, float) and not math.isfinite(value)):
+            raise ConfigError(f"{name} must be a finite number, got {value!r}")
+        if value < self.least:
+            raise ConfigError(f"{name} must be >= {_plain(self.least)}, got {_plain(value)}")
+        if value > self.most:
+            raise ConfigError(f"{name} must be <= {_plain(self.most)}, got {_plain(value)}")
+
+
+def ranges(section: type) -> Iterator[tuple[str, Range]]:
+    """The numbers of a dataclass by name, each with its range."""
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        for part in (kind, *(get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ())):
+            if get_origin(part) is Annotated:
+                yield from ((name, mark) for mark in get_args(part) if isinstance(mark, Range))
+
+
+def check_ranges(section: Any, place: str = "") -> None:
+    """Raises ConfigError for the first number of a dataclass's instance that is out of its range; None is none.
+
+    Args:
+        place: the section's name in a recipe, for the message.
+    """
+    for name, allowed in ranges(type(section)):
+        value = getattr(section, name)
+        if value is not None:
+            allowed.check(f"{place}.{name}" if place else name, value)
+
+
+# Bytes of a name and of a path, on Linux: NAME_MAX, and PATH_MAX without its closing NUL.
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+# An interval, a size or a number of things: megatron-core and numpy count with int32 here and there.
+MOST = 2**31 - 1
+Count = Annotated[int, Range(1, MOST)]
+CountOrZero = Annotated[int, Range(0, MOST)]
+# More tokens per slot than any sequence could use.
+Ratio = Annotated[float, Range(1, 10_000)]
 
 
 @dataclass(frozen=True)
@@ -46,42 +101,27 @@ class DMCConfig:
         seed: of the decisions' noise; in [0, 2^63).
     """
 
-    target_compression_ratio: float = 4.0
+    target_compression_ratio: Ratio = 4.0
     decision_source: DecisionSource = "projection"
-    decision_bias: float = 5.0
-    decision_scale: float = 1.0
-    temperature: float = 0.1
-    local_window: int = 0
+    decision_bias: Annotated[float, Range(0, 10_000)] = 5.0
+    decision_scale: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    temperature: Annotated[float, Range(1e-6, 1000)] = 0.1
+    local_window: CountOrZero = 0
     operation: Operation = "merge"
-    window_size: int | None = None
+    window_size: Count | None = None
     per_layer: bool = False
-    loss_coefficient: float = 1.0
-    seed: int = 1234
+    loss_coefficient: Annotated[float, Range(0, 1e6)] = 1.0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
 
     def __post_init__(self) -> None:
         for name, choices in (("decision_source", DecisionSource), ("operation", Operation)):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
-        _at_least("target_compression_ratio", self.target_compression_ratio, 1.0)
-        _at_least("decision_bias", self.decision_bias, 0.0)
-        _at_least("loss_coefficient", self.loss_coefficient, 0.0)
-        for name in ("temperature", "decision_scale"):
-            _at_least(name, getattr(self, name), 0.0)
-            if getattr(self, name) == 0.0:
-                raise ConfigError(f"{name} must be > 0, got 0")
         for name, kind in (("local_window", int), ("window_size", int), ("seed", int), ("per_layer", bool)):
             value = getattr(self, name)
             if type(value) is not kind and not (name == "window_size" and value is None):
                 raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
-        if self.window_size is not None and self.window_size < 1:
-            raise ConfigError(
-                f"window_size must be null (the exact scan) or >= 1, got {self.window_size}; "
-                "the authors' checkpoints use 12"
-            )
-        if self.local_window < 0:
-            raise ConfigError(
-                f"local_window must be >= 0 (0: decisions take effect at once, as in the paper), got {self.local_window}"
-            )
+        check_ranges(self)
         if self.evicts and self.local_window == 0:
             raise ConfigError(
                 "operation evict needs local_window >= 1, got 0: a token would be gone before it is seen; set local_window "
@@ -91,8 +131,6 @@ class DMCConfig:
             raise ConfigError(
                 f"window_size must be null for operation evict (nothing is merged), got {self.window_size}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be in [0, 2^63), got {self.seed}")
 
     @property
     def uses_key_channel(self) -> bool:
@@ -131,8 +169,6 @@ class DMCConfig:
         return cls(**values)
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    if value < least:
-        raise ConfigError(f"{name} must be >= {least:g}, got {value:g}")
+def _plain(number: float) -> str:
+    """A number for a message: a float with few digits, a whole number with all."""
+    return f"{number:g}" if isinstance(number, float) else str(number)

@@ -1,8 +1,21 @@
 """The base class of every error that a user can mend."""
 
+import re
+
+# Longer than any number that a person writes or a path holds.
+_MOST_DIGITS = 60
+
 
 class DMCError(Exception):
     """Bad settings, bad files, or a run that cannot go on. The message is one line: what, where, and what to do.
 
     The command prints only the message, without a traceback (``megatron_dmc.cli``).
     """
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
+
+
+def shortened(message: str) -> str:
+    """A message in which a number of very many digits stands by its first ones."""
+    return re.sub(rf"\d{{{_MOST_DIGITS + 1},}}", lambda found: f"{found[0][:10]}... ({len(found[0])} digits)", message)

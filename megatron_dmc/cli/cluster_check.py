@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_dmc.cli.common import output_folder
 from megatron_dmc.cluster_check.case import CASES, FP8
 from megatron_dmc.cluster_check.layouts import CPU_PROCESSES, MOST_GPUS, all_layouts
 
@@ -13,7 +14,7 @@ HEADING = "## Every layout computes the same"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=output_folder,
         default=Path("runs/cluster_check"),
         help="where runs and results go (default: %(default)s)",
     )
@@ -35,6 +36,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _page(text: str) -> Path:
     page = Path(text)
-    if not (page.is_file() and HEADING in page.read_text(encoding="utf-8").splitlines()):
+    if not (page.is_file() and HEADING in page.read_text(encoding="utf-8", errors="replace").splitlines()):
         raise argparse.ArgumentTypeError(f"{text} is no page with a line {HEADING!r}")
     return page

@@ -29,6 +29,7 @@ from megatron_dmc.cli import (
     recipes,
     retrofit,
 )
+from megatron_dmc.cli.common import Parser
 from megatron_dmc.cli.version import ShowVersions
 from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
 from megatron_dmc.errors import DMCError
@@ -75,21 +76,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: bad input, or a run that cannot go on, after one line on stderr; ``plan`` ends in 2 there. 2: wrong flags.
     75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed.
     """
-    parser = argparse.ArgumentParser(
-        prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core."
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
     parser.add_argument("--version", action=ShowVersions)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        # Without a help argument argparse does not list it.
-        added = commands.add_parser(name, help=command.HELP) if command.HELP else commands.add_parser(name)
-        _add_to(added, command)
+        if command.HELP:
+            _add_to(commands.add_parser(name, help=command.HELP), command)
+        elif name in arguments:
+            # A part of another command. argparse would list it to somebody who mistypes a name.
+            _add_to(commands.add_parser(name), command)
     return _run("megatron-dmc", _parse(parser, arguments))
 
 
 def run_alone(command: Command, program: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own, such as ``python tools/preprocess_data.py``. Returns its exit status."""
-    parser = argparse.ArgumentParser(prog=program)
+    parser = Parser(prog=program)
     _add_to(parser, command)
     return _run(program.removesuffix(".py"), _parse(parser, arguments))
 

@@ -2,6 +2,19 @@
 
 import argparse
 import os
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
+from megatron_dmc.errors import shortened
+from megatron_dmc.files import why_no_folder, why_nothing_new
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what it refuses in one line, as every error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {shortened(message)}; see {self.prog} --help\n")
 
 
 def path(text: str) -> str:
@@ -30,6 +43,25 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """``checkpoint`` and ``base``."""
     parser.add_argument("checkpoint", type=path, help="a checkpoint folder")
     add_base(parser)
+
+
+def output_folder(text: str) -> Path:
+    """The type of a flag that names a folder to write to; refuses, before any work, what can be none."""
+    folder = Path(path(text))
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts) or len(os.fsencode(folder)) > LONGEST_PATH:
+        raise argparse.ArgumentTypeError(f"{text[:30]}... is too long for the name of a folder")
+    if (problem := why_nothing_new(folder / "any")) is not None:
+        raise argparse.ArgumentTypeError(f"{problem}; name another folder")
+    return folder
+
+
+def check_checkpoint(name: str) -> None:
+    """Raises ConfigError for a path that cannot be a checkpoint's, with what it is; before torch is imported."""
+    folder = Path(name)
+    if (problem := why_no_folder(folder)) is not None:
+        raise ConfigError(f"checkpoint {folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final")
+    if (folder / "checkpoints").is_dir() and not (folder / "dmc.json").exists():
+        raise ConfigError(f"{folder} is a run's folder; name {folder / 'checkpoints'}, or one checkpoint in it")
 
 
 def add_base(parser: argparse._ActionsContainer) -> None:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from megatron_dmc.cli.common import add_checkpoint
-from megatron_dmc.config import ConfigError
+from megatron_dmc.cli.common import add_checkpoint, check_checkpoint
+from megatron_dmc.config import MOST, ConfigError, Range
 
 HELP = "continue a text"
 
@@ -34,13 +34,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be >= 1, got {options.max_new_tokens}")
-    if options.temperature != 0 and not 1e-3 <= options.temperature < float("inf"):
-        raise ConfigError(f"--temperature must be 0 (greedy) or a number >= 0.001, got {options.temperature:g}")
-    if not 0 <= options.seed < 2**63:
-        raise ConfigError(f"--seed must be in [0, 2^63), got {options.seed}")
+    Range(1, MOST).check("--max-new-tokens", options.max_new_tokens)
+    if options.temperature != 0:
+        Range(1e-3, 1000).check("--temperature (other than 0, which is greedy)", options.temperature)
+    Range(0, 2**63 - 1).check("--seed", options.seed)
     try:
         options.prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError("--prompt is not UTF-8 text") from None
+    check_checkpoint(options.checkpoint)

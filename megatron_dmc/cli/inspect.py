@@ -2,15 +2,15 @@
 
 import argparse
 
-from megatron_dmc.cli.common import add_checkpoint
-from megatron_dmc.config import ConfigError
+from megatron_dmc.cli.common import add_checkpoint, check_checkpoint, path
+from megatron_dmc.config import MOST, Range
 
 HELP = "compression ratio of every layer and head on a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument("--text", help="a text file; by default Python's own sources")
+    parser.add_argument("--text", type=path, help="a text file; by default Python's own sources")
     parser.add_argument("--tokens", type=int, help="tokens to read (default: 2048, or the model's positions if fewer)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved. For a
     run's folder it lists the checkpoints: the target and the ratio that each was saved at."""
-    if options.tokens is not None and options.tokens < 2:
-        raise ConfigError(f"--tokens must be >= 2, got {options.tokens}")
+    if options.tokens is not None:
+        Range(2, MOST).check("--tokens", options.tokens)
+    check_checkpoint(options.checkpoint)
     from megatron_dmc.distributed.world import single_process
     from megatron_dmc.evaluation import inspect
 

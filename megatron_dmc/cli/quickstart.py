@@ -3,14 +3,20 @@
 import argparse
 from pathlib import Path
 
+from megatron_dmc.cli.common import output_folder, path
+
 HELP = "the whole job on a small model: pretrain, retrofit, compare, export, generate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="a folder, .txt or .jsonl; by default the sources of Python's standard library")
+    parser.add_argument(
+        "--data", type=path, help="a folder, .txt or .jsonl; by default the sources of Python's standard library"
+    )
     parser.add_argument("--smoke", action="store_true", help="everything at toy size")
     parser.add_argument(
-        "--output", type=Path, help="the run's folder (default: runs/quickstart, with --smoke runs/quickstart-smoke)"
+        "--output",
+        type=output_folder,
+        help="the run's folder (default: runs/quickstart, with --smoke runs/quickstart-smoke)",
     )
 
 

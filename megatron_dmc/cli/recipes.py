@@ -3,13 +3,15 @@
 import argparse
 from pathlib import Path
 
+from megatron_dmc.cli.common import output_folder
+
 HELP = "ways to the same ratio side by side, on a small model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="three rows at toy size; no page is written")
     parser.add_argument(
-        "--output", type=Path, help="the run's folder (default: runs/recipes, with --smoke runs/recipes-smoke)"
+        "--output", type=output_folder, help="the run's folder (default: runs/recipes, with --smoke runs/recipes-smoke)"
     )
 
 

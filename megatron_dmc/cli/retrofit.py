@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         from megatron_dmc.distributed.world import world
         from megatron_dmc.training.trainer import Trainer
 
-        with world(recipe.parallel):
+        with world(recipe.parallel, must_stop=lambda: request.received is not None):
             trainer = Trainer(recipe, request)
             trainer.run()
         return STOPPED if trainer.stopped else 0

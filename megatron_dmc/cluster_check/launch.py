@@ -1,5 +1,6 @@
 """Starts the processes of a cluster check, once for all layouts; again without a layout that broke them."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -96,8 +97,19 @@ def _start(
     command += [*worker, str(folder), "--most-processes", str(most_processes)]
     command += ["--layouts", *(layout.name for layout in layouts), "--cases", *(case.name for case in cases)]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
-    with open(log, "a") as file:
-        return subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    # A group of its own: Ctrl-C reaches torchrun through this process alone, once.
+    with (
+        open(log, "a") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file, process_group=0) as torchrun,
+    ):
+        try:
+            return torchrun.wait()
+        except KeyboardInterrupt:
+            # torchrun ends its workers on SIGTERM; killed, it would leave them running.
+            torchrun.terminate()
+            with contextlib.suppress(KeyboardInterrupt):
+                torchrun.wait()
+            raise
 
 
 def _reason(run: Path, log: Path) -> str:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import MOST, ConfigError, Range
+
+# Python reads no number of thousands of digits; SLURM writes ten at most.
+_MOST_DIGITS = 100
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,15 @@ class Task:
     port: int
     agent_listens: bool = False
 
+    def __post_init__(self) -> None:
+        # torch counts processes with int32.
+        Range(1, MOST).check("the number of processes (WORLD_SIZE, SLURM_STEP_NUM_TASKS)", self.world_size)
+
 
 def number(environment: Mapping[str, str], name: str, reason: str, remedy: str) -> int:
     """A variable that a launcher sets; ``reason`` says why it must be there, and begins the error's line."""
     value = environment.get(name)
-    if value is None or not (value.isascii() and value.isdecimal()):
+    if value is None or not (value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS):
         is_now = "not set" if value is None else f"{value!r}, not a number"
         raise ConfigError(f"{reason}, but {name} is {is_now}; {remedy}")
     return int(value)

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import socket
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -18,10 +20,19 @@ from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, o
 from megatron_dmc.distributed.task import Task
 from megatron_dmc.recipe import ParallelConfig, divisors
 
+# Processes that a launcher starts meet within seconds.
+SECONDS_BEFORE_HINT = 20.0
+# Counts the tasks that have come, in their store.
+_CAME = "megatron_dmc/came"
+_ALONE = "unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS"
+
 
 @contextlib.contextmanager
 def world(
-    parallel: ParallelConfig | None = None, *, rendezvous_timeout: timedelta = timedelta(minutes=10)
+    parallel: ParallelConfig | None = None,
+    *,
+    rendezvous_timeout: timedelta = timedelta(minutes=10),
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Joins the processes that torchrun or srun started (this one alone otherwise) and lays a model out over them.
 
@@ -29,10 +40,12 @@ def world(
 
     Args:
         rendezvous_timeout: how long the processes wait for one another.
+        must_stop: whether this process was asked to end; it then waits no longer.
 
     Raises:
         ConfigError: the layout does not fit the number of processes, what the environment says of them is not whole, or
             they did not meet.
+        KeyboardInterrupt: it was asked to end before all had come.
     """
     # megatron-core calls these two by the names that torch had for them before 2.13.
     warnings.filterwarnings(
@@ -44,7 +57,7 @@ def world(
         with _laid_out(parallel):
             yield
     else:
-        with _group(own_task(os.environ), rendezvous_timeout), _laid_out(parallel):
+        with _group(own_task(os.environ), rendezvous_timeout, must_stop), _laid_out(parallel):
             yield
 
 
@@ -105,7 +118,9 @@ def seed_weights(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _group(task: Task | None, timeout: timedelta = timedelta(0)) -> Iterator[None]:
+def _group(
+    task: Task | None, timeout: timedelta = timedelta(0), must_stop: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """The default process group of the processes that ``task`` is one of; None: of this one alone."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     local_rank = 0 if task is None else task.local_rank
@@ -120,7 +135,7 @@ def _group(task: Task | None, timeout: timedelta = timedelta(0)) -> Iterator[Non
         # A store in memory: one process needs no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        meet(backend, task, timeout)
+        meet(backend, task, timeout, must_stop)
     try:
         yield
     finally:
@@ -138,32 +153,67 @@ def _use_device(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def meet(backend: str, task: Task, timeout: timedelta) -> None:
-    """Makes the default process group of all tasks.
+def meet(backend: str, task: Task, timeout: timedelta, must_stop: Callable[[], bool] = lambda: False) -> None:
+    """Makes the default process group of all tasks. See :func:`world` for ``must_stop``.
 
     Raises:
         ConfigError: not all came to ``task.host`` and ``task.port`` in time, or rank 0 cannot listen there.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     store: dist.Store
+    # One process that is started by hand in a shell where an earlier launcher left its variables looks the same.
+    hint = threading.Timer(
+        SECONDS_BEFORE_HINT,
+        print,
+        [
+            f"rank 0 of {task.world_size} waits for the others at {task.host}:{task.port}, at most "
+            f"{timeout.total_seconds():g} s; if this process is to run alone, {_ALONE}"
+        ],
+        {"file": sys.stderr, "flush": True},
+    )
+    hint.daemon = True
+    if task.rank == 0:
+        hint.start()
     try:
         if task.agent_listens:
             store = next(dist.rendezvous("env://", task.rank, task.world_size, timeout=timeout))[0]
         else:
-            _wait_for_address(task, deadline)
+            _wait_for_address(task, deadline, must_stop)
             left = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
-            store = dist.TCPStore(task.host, task.port, task.world_size, is_master=task.rank == 0, timeout=left)
+            # torch's own wait for the workers answers no signal.
+            store = dist.TCPStore(
+                *(task.host, task.port, task.world_size), is_master=task.rank == 0, timeout=left, wait_for_workers=False
+            )
+            _wait_for_all(store, task, deadline, must_stop)
         dist.init_process_group(backend, store=store, rank=task.rank, world_size=task.world_size)
     except (RuntimeError, OSError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise ConfigError(
             f"rank {task.rank} of {task.world_size} did not meet the others at {task.host}:{task.port} within "
             f"{timeout.total_seconds():g} s; see why other tasks ended, or export MASTER_ADDR and MASTER_PORT for another "
-            f"address ({reason})"
+            f"address, or to run alone, {_ALONE} ({reason})"
         ) from None
+    finally:
+        hint.cancel()
 
 
-def _wait_for_address(task: Task, deadline: float) -> None:
+def _wait_for_all(store: dist.Store, task: Task, deadline: float, must_stop: Callable[[], bool]) -> None:
+    """Returns when every task has called this, else raises RuntimeError."""
+    came = store.add(_CAME, 1)
+    while came < task.world_size:
+        if time.monotonic() >= deadline:
+            raise RuntimeError(f"{came} of {task.world_size} came")
+        _pause(must_stop)
+        came = store.add(_CAME, 0)
+
+
+def _pause(must_stop: Callable[[], bool]) -> None:
+    if must_stop():
+        raise KeyboardInterrupt("before all processes had come")
+    time.sleep(0.1)
+
+
+def _wait_for_address(task: Task, deadline: float, must_stop: Callable[[], bool]) -> None:
     """Returns when somebody listens there, or, on rank 0, which will, when the host's name is known; else raises OSError.
 
     torch would wait as well, and write pages about it.
@@ -178,7 +228,7 @@ def _wait_for_address(task: Task, deadline: float) -> None:
         except OSError:
             if time.monotonic() >= deadline:
                 raise
-            time.sleep(0.2)
+            _pause(must_stop)
 
 
 def _check_size(parallel: ParallelConfig) -> None:

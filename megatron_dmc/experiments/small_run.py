@@ -18,6 +18,8 @@ VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
 # Held-out tokens that the cache is measured on.
 CACHE_TOKENS = 2048
+# Marks text that is being written: what lies beside it is a run's own.
+UNFINISHED = "unfinished"
 
 TOY_SIZES = [
     "data.sequence_length=128",
@@ -57,8 +59,9 @@ class SmallRun:
         """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets.
 
         Raises:
-            ConfigError: the folder holds a run on other text, or the text is too short.
+            ConfigError: the folder holds other files or a run on other text, or the text is too short.
         """
+        self._check_folder()
         wanted = {"text": self._digest(), "vocabulary": VOCABULARY, "smoke": self.smoke}
         done = self.folder / "data" / "done.json"
         if done.exists():
@@ -67,6 +70,16 @@ class SmallRun:
             return
         self.timed("text, tokenizer, datasets", self._write_text)
         write_whole(done, json.dumps(wanted))
+        (self.folder / "data" / UNFINISHED).unlink()
+
+    def _check_folder(self) -> None:
+        """Raises ConfigError for a folder with anything but such a run: its files could be taken for results, or removed."""
+        data = self.folder / "data"
+        is_ours = (data / "done.json").exists() or (data / UNFINISHED).exists()
+        if not is_ours and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ConfigError(
+                f"--output {self.folder} holds other files than such a run's; name a new folder, or remove them"
+            )
 
     def _documents(self) -> Iterator[str]:
         from megatron_dmc.data import iter_documents, standard_library_documents
@@ -85,9 +98,11 @@ class SmallRun:
         from megatron_dmc.data.tokenizer import train_tokenizer
 
         folder = self.folder / "data"
-        # What a stopped run left half-done.
-        shutil.rmtree(folder, ignore_errors=True)
+        if (folder / UNFINISHED).exists():
+            # What a stopped run left half-done.
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
+        (folder / UNFINISHED).touch()
         train, valid = split_documents(self._documents(), HELDOUT_FRACTION)
         tokenizer = train_tokenizer(train, VOCABULARY, folder / "tokenizer")
         for name, part in (("train", train), ("valid", valid)):

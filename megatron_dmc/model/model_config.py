@@ -1,9 +1,9 @@
 """Sizes of the Llama-like decoder, whole-model numbers under megatron-core's names."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, Count, Range, check_ranges
 
 # OmegaConf's marker of a value that must be given. This module also serves where OmegaConf is not installed.
 MISSING: Any = "???"
@@ -16,18 +16,21 @@ class ModelConfig:
     A recipe with ``checkpoint.load_base`` takes from the base what it does not give itself.
     """
 
-    num_layers: int = MISSING  # decoder layers
-    hidden_size: int = MISSING  # channels of the residual stream
-    ffn_hidden_size: int = MISSING  # channels inside the SwiGLU
-    num_attention_heads: int = MISSING  # query heads
-    num_query_groups: int = MISSING  # KV heads
-    vocab_size: int = MISSING  # tokens; rows of the embedding
-    max_position_embeddings: int = MISSING  # tokens, the longest sequence
-    kv_channels: int | None = None  # head dimension; null: hidden_size / num_attention_heads
-    rotary_base: float = 10000.0  # theta of the rotary embedding
-    rotary_scaling_factor: float | None = None  # Llama 3's frequency scaling (8.0 in 3.1, 32.0 in 3.2); null: plain
-    norm_epsilon: float = 1e-5  # of RMSNorm
-    init_method_std: float = 0.02  # standard deviation of weights that no checkpoint brings
+    num_layers: Annotated[int, Range(1, 2048)] = MISSING  # decoder layers
+    hidden_size: Annotated[int, Range(1, 2**20)] = MISSING  # channels of the residual stream
+    ffn_hidden_size: Annotated[int, Range(1, 2**24)] = MISSING  # channels inside the SwiGLU
+    num_attention_heads: Annotated[int, Range(1, 2**16)] = MISSING  # query heads
+    num_query_groups: Annotated[int, Range(1, 2**16)] = MISSING  # KV heads
+    vocab_size: Annotated[int, Range(1, 2**28)] = MISSING  # tokens; rows of the embedding
+    max_position_embeddings: Count = MISSING  # tokens, the longest sequence
+    # head dimension; null: hidden_size / num_attention_heads
+    kv_channels: Annotated[int, Range(1, 2**16)] | None = None
+    rotary_base: Annotated[float, Range(1, 1e30)] = 10000.0  # theta of the rotary embedding
+    # Llama 3's frequency scaling (8.0 in 3.1, 32.0 in 3.2); null: plain
+    rotary_scaling_factor: Annotated[float, Range(1e-3, 1e6)] | None = None
+    norm_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-5  # of RMSNorm
+    # standard deviation of weights that no checkpoint brings
+    init_method_std: Annotated[float, Range(1e-30, 1000)] = 0.02
     share_embeddings_and_output_weights: bool = False  # the output layer is the embedding
 
     @property
@@ -36,9 +39,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises ConfigError for sizes that do not fit together. (Reading a recipe finds missing values.)"""
-        for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool) and value <= 0:
-                raise ConfigError(f"model.{name} must be > 0, got {value}")
+        check_ranges(self, "model")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model.hidden_size ({self.hidden_size}) must be divisible by model.num_attention_heads "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, Range
 from megatron_dmc.plan.gpus import GPU
 from megatron_dmc.recipe import Recipe, check_batch
 
@@ -22,10 +22,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
-            if value < 1:
-                raise ConfigError(f"{name} must be >= 1, got {value}")
-        if not 0 < self.mfu <= 1:
-            raise ConfigError(f"--mfu must be in (0, 1], got {self.mfu:g}")
+            Range(1, 1_000_000).check(name, value)
+        Range(1e-3, 1).check("--mfu", self.mfu)
 
     @property
     def gpus(self) -> int:

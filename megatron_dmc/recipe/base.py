@@ -14,6 +14,8 @@ from megatron_dmc.recipe.values import SectionReader
 FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
 # Megatron pads a vocabulary to a multiple of 128 per tensor-parallel rank. A difference beyond that is another model's.
 MOST_ADDED_TOKENS = 1024
+# An error names so many settings that differ.
+SHOWN_DIFFERENCES = 3
 
 
 def has_base(folder: str) -> bool:
@@ -42,10 +44,12 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"checkpoint.load_base: {path} is damaged, it lacks {', '.join(reader.missing)}")
     model = replace(saved, **typed)
     padded = replace(saved, vocab_size=saved.vocab_size + added_tokens(saved.vocab_size, model.vocab_size))
-    differences = model_differences(asdict(padded), asdict(model), there=f"in checkpoint.load_base {folder}")
+    differences = model_differences(asdict(padded), asdict(model))
     if differences:
+        more = len(differences) - SHOWN_DIFFERENCES
         raise ConfigError(
-            f"{'; '.join(differences)}; remove what differs from the model section (it is taken from the base), or name "
+            f"the model section is not that of checkpoint.load_base {folder}: {'; '.join(differences[:SHOWN_DIFFERENCES])}"
+            f"{f'; and {more} more' if more > 0 else ''}; leave the section out (it is then taken from the base), or name "
             "another base"
         )
     return model
@@ -93,11 +97,11 @@ def added_tokens(of_base: int, size: int) -> int:
     return size - of_base if of_base < size < of_base + MOST_ADDED_TOKENS else 0
 
 
-def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any], there: str = "there") -> list[str]:
+def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
     """What makes two model sections (plain values) two models, one phrase for each setting."""
     saved, mine = _with_head_dim(saved), _with_head_dim(mine)
     return [
-        f"model.{name} is {saved.get(name)!r} {there}, {mine.get(name)!r} here"
+        f"model.{name} is {saved.get(name)!r} there, {mine.get(name)!r} here"
         for name in sorted({*saved, *mine} - FREE_SETTINGS)
         if not is_same_setting(saved.get(name), mine.get(name))
     ]

@@ -1,6 +1,9 @@
 """Reads a recipe: YAML, then ``section.field=value`` overrides, then types, then the base's model, then all checks."""
 
+import os
 import re
+import select
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,10 +30,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: one line: the file or field, the value, and what to do.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"recipe {path} does not exist; examples/ holds recipes to start from")
+    text = _text(path)
     try:
-        values = _parsed(path)
+        values = _parsed(text)
         for override in overrides:
             _apply(values, override)
         return _build(_resolved(values), from_person=True)
@@ -70,14 +72,37 @@ def _where_from(missing: Sequence[str], base: str | None) -> str:
     )
 
 
+# How long a pipe may take to bring its first bytes.
+SECONDS_TO_WRITE = 10
+# A recipe has about a hundred settings. Aliases of aliases can spread to more than memory holds.
+MOST_ENTRIES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
-    """Leaves every plain word as text, for the type of its setting to read, and refuses a key that is given twice."""
+    """Leaves every plain word as text, for the type of its setting to read; refuses tags, and a key that is given twice."""
 
     # Merge keys and nothing at all are what they are in YAML.
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         "<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))],
         "": [("tag:yaml.org,2002:null", re.compile("^$"))],
     }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            written = tag.replace("tag:yaml.org,2002:", "!!")
+            raise ConfigError(
+                f"line {event.start_mark.line + 1}: {written} is a YAML tag, a recipe has none; write the value alone"
+            )
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_ENTRIES:
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: << merges more than {MOST_ENTRIES} settings; write fewer"
+            )
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -89,13 +114,36 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> bytes:
+    """What a recipe holds; raises ConfigError that says what else than a readable file a path names."""
     try:
-        values = _copied(_yaml(path.read_bytes()))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"it cannot be read: {_one_line(error)}") from None
-    except RecursionError:
-        raise ConfigError("it cannot be read: it holds itself, or is nested too deeply") from None
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.read_bytes()
+        if stat.S_ISFIFO(mode):
+            return _piped(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"recipe {path} does not exist; examples/ holds recipes to start from") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+    what = "a folder; name the YAML file in it" if stat.S_ISDIR(mode) else "a device or a socket; name a YAML file"
+    raise ConfigError(f"recipe {path} is {what}")
+
+
+def _piped(path: Path) -> bytes:
+    """What is written into a pipe, such as a shell's ``<(sed ... recipe.yaml)``; raises ConfigError when nothing comes."""
+    # Opened plainly, a pipe without a writer would block for good.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
+        if not select.select([pipe], [], [], SECONDS_TO_WRITE)[0]:
+            raise ConfigError(
+                f"recipe {path} is a pipe, and nobody wrote into it within {SECONDS_TO_WRITE} s; name a YAML file"
+            )
+        os.set_blocking(pipe.fileno(), True)
+        return pipe.read()
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    values = _yaml(text)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"it must hold sections (model, data, phases, ...), got {shown(values):.80}")
@@ -109,16 +157,33 @@ def _copied(value: Any) -> Any:
     return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
+def _entries(value: Any, known: dict[int, int]) -> int:
+    """How many values there would be without aliases; ``known`` remembers the lists and dicts that were counted."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_entries(part, known) for part in parts)
+    return known[id(value)]
+
+
 def _yaml(text: str | bytes) -> Any:
-    """Nested lists, dicts and text; raises ConfigError with the line, and YAMLError for what is no text at all."""
+    """Nested lists, dicts and text, none of it shared; raises ConfigError, with the line where there is one."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        if _entries(value, {}) > MOST_ENTRIES:
+            raise ConfigError(f"its aliases spread to more than {MOST_ENTRIES} entries; write what is meant")
+        return _copied(value)
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "not understood"
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         if "'\\t'" in problem:
             problem = "a tab stands where only spaces may; indent with spaces"
         raise ConfigError(f"it is not YAML: {place}{problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"it cannot be read: {_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError("it cannot be read: it holds itself, or is nested too deeply") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -128,8 +193,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} must read section.field=value")
     try:
         _set(values, re.sub(r"\[(\d+)\]", r".\1", key).split("."), _yaml(text))
-    except (ConfigError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"override {override!r}: {_one_line(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
 
 
 def _set(values: Any, path: Sequence[str], value: Any, place: str = "") -> None:

@@ -1,12 +1,18 @@
 """The typed sections of a recipe: every setting of a run, with its type, its default and its meaning."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import Count, CountOrZero, DMCConfig, Range, Ratio
 from megatron_dmc.model.model_config import MISSING, ModelConfig
 
 PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+# A rate that is far too high ends in an error of the training itself, which says what to lower.
+Rate = Annotated[float, Range(0, 1e30)]
+# Of a mean over steps; at 1 Adam would divide by zero.
+Decay = Annotated[float, Range(0, 0.999999)]
+Processes = Annotated[int, Range(1, 1_000_000)]
 
 
 # The comment of a setting, after it or above it, is its line in docs/settings.md. A type says what may be written.
@@ -19,9 +25,9 @@ class DataConfig:
     train: list[str] = MISSING  # path prefixes of .bin/.idx pairs
     valid: list[str] = field(default_factory=list)  # path prefixes of held-out .bin/.idx pairs; []: no evaluation
     tokenizer: str = MISSING  # a folder with tokenizer.json
-    sequence_length: int = MISSING  # tokens of a sample
+    sequence_length: Annotated[int, Range(2, 2**22)] = MISSING  # tokens of a sample
     cache: str = MISSING  # a folder for the dataset indices
-    seed: int = 1234  # of the order of the samples; in [0, 2^32)
+    seed: Seed = 1234  # of the order of the samples; in [0, 2^32)
     reset_at_documents: bool = False  # positions, attention and merging begin anew at every packed document
 
 
@@ -32,12 +38,12 @@ class PhaseConfig:
     # pretrain: no decisions. zero_out (neuron only): frees the channel that decisions are read from. compress: the target
     # ratio rises to dmc.target_compression_ratio. solidify: it stays there.
     kind: PhaseKind = MISSING
-    steps: int = MISSING  # optimizer steps
-    lr: float = 3e-5  # peak learning rate
-    min_lr: float | None = None  # learning rate at the end; null: lr (constant)
+    steps: Count = MISSING  # optimizer steps
+    lr: Rate = 3e-5  # peak learning rate
+    min_lr: Rate | None = None  # learning rate at the end; null: lr (constant)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"  # from lr to min_lr, after the warmup
-    lr_warmup_steps: int = 0  # steps over which the learning rate rises from 0 to lr
-    start_compression_ratio: float = 1.0  # of kind compress: the target rises from here
+    lr_warmup_steps: CountOrZero = 0  # steps over which the learning rate rises from 0 to lr
+    start_compression_ratio: Ratio = 1.0  # of kind compress: the target rises from here
 
     @property
     def merges(self) -> bool:
@@ -49,13 +55,13 @@ class PhaseConfig:
 class DistillationConfig:
     """A loss that the base model teaches: (1 - weight) LM loss + weight KL, see ``distillation_loss``."""
 
-    weight: float = 0.0  # in [0, 1]. 0: no teacher; 1: only the teacher
+    weight: Annotated[float, Range(0, 1)] = 0.0  # in [0, 1]. 0: no teacher; 1: only the teacher
     # A base's checkpoint folder; null: checkpoint.load_base. An adapter is taught by its own base: null.
     teacher: str | None = None
     # forward: KL(teacher || student); reverse: KL(student || teacher)
     direction: Literal["forward", "reverse"] = "forward"
-    temperature: float = 1.0  # divides the logits of both
-    top_k: int | None = None  # of the teacher's likeliest tokens; null: the whole vocabulary
+    temperature: Annotated[float, Range(1e-3, 1000)] = 1.0  # divides the logits of both
+    top_k: Count | None = None  # of the teacher's likeliest tokens; null: the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,31 +69,31 @@ class TrainingConfig:
     """What is trained, and the optimizer (Adam)."""
 
     train: Literal["full", "adapter"] = "full"  # adapter: the base is frozen, only the decisions' projection learns
-    micro_batch_size: int = 1  # samples that a replica of the model computes at a time
-    global_batch_size: int = MISSING  # samples of one optimizer step, over all replicas
+    micro_batch_size: Count = 1  # samples that a replica of the model computes at a time
+    global_batch_size: Count = MISSING  # samples of one optimizer step, over all replicas
     bf16: bool = True  # compute in bfloat16; the optimizer keeps float32 weights
     fp8: Literal["e4m3", "hybrid"] | None = None  # of the linear layers, by Transformer Engine; hybrid: e5m2 gradients
-    seed: int = 1234  # of initial weights; in [0, 2^32)
-    weight_decay: float = 0.1  # AdamW's
-    adam_beta1: float = 0.9  # decay of the gradient's mean
-    adam_beta2: float = 0.95  # decay of the gradient's mean square
-    adam_eps: float = 1e-8  # Adam's epsilon
-    clip_grad: float = 1.0  # largest norm of the gradient; 0: no limit
+    seed: Seed = 1234  # of initial weights; in [0, 2^32)
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.1  # AdamW's
+    adam_beta1: Decay = 0.9  # decay of the gradient's mean
+    adam_beta2: Decay = 0.95  # decay of the gradient's mean square
+    adam_eps: Annotated[float, Range(1e-30, 1)] = 1e-8  # Adam's epsilon
+    clip_grad: Annotated[float, Range(0, 1e30)] = 1.0  # largest norm of the gradient; 0: no limit
     # Activations computed again in the backward pass, which saves memory. selective: attention's; full: every layer's.
     recompute: Literal["none", "selective", "full"] = "none"
     # What computes linear layers and norms; auto: Transformer Engine where it is installed, else megatron-core's own.
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    exit_after_steps: int | None = None  # stop (and save) after this many steps of this process
+    exit_after_steps: Count | None = None  # stop (and save) after this many steps of this process
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the model is divided among processes. What is left of their number are data-parallel replicas."""
 
-    tensor_model_parallel_size: int = 1  # processes that share every layer
-    pipeline_model_parallel_size: int = 1  # processes that hold a part of the layers each
-    virtual_pipeline_model_parallel_size: int | None = None  # interleaved stages of each process; null: one
-    context_parallel_size: int = 1  # processes that share the tokens of a sequence
+    tensor_model_parallel_size: Processes = 1  # processes that share every layer
+    pipeline_model_parallel_size: Processes = 1  # processes that hold a part of the layers each
+    virtual_pipeline_model_parallel_size: Count | None = None  # interleaved stages of each process; null: one
+    context_parallel_size: Processes = 1  # processes that share the tokens of a sequence
     cp_comm_type: Literal["all_gather", "a2a"] = (
         "all_gather"  # exchange under context parallelism; a2a: heads for tokens
     )
@@ -108,8 +114,8 @@ class CheckpointConfig:
     directory: str = MISSING  # the run's own folder of checkpoints; a run that finds its own there resumes
     # A checkpoint folder of this project: the run starts from its weights, and takes the model section from it.
     load_base: str | None = None
-    save_interval: int = 500  # steps between full checkpoints; 0: only at the end
-    keep_last: int = 2  # full checkpoints kept
+    save_interval: CountOrZero = 500  # steps between full checkpoints; 0: only at the end
+    keep_last: Count = 2  # full checkpoints kept
     async_save: bool = False  # written while training goes on, from a copy in the host's memory
     save_every_integer_ratio: bool = True  # weights as cr_2, cr_3, ... when the target ratio reaches them
 
@@ -119,10 +125,11 @@ class MonitorConfig:
     """What a run shows while it goes on."""
 
     tensorboard: str | None = None  # a folder for TensorBoard's files; null: none are written
-    log_interval: int = 10  # steps between logged numbers
-    heatmap_interval: int = 100  # steps; a heatmap waits for the next logged step, the last step has one; 0: none
-    eval_interval: int = 0  # steps between evaluations; 0: only before the first step and after the last
-    eval_samples: int = 32  # samples of data.valid in an evaluation, in whole global batches; one at least
+    log_interval: Count = 10  # steps between logged numbers
+    # steps; a heatmap waits for the next logged step, the last step has one; 0: none
+    heatmap_interval: CountOrZero = 100
+    eval_interval: CountOrZero = 0  # steps between evaluations; 0: only before the first step and after the last
+    eval_samples: CountOrZero = 32  # samples of data.valid in an evaluation, in whole global batches; one at least
     progress_bar: bool = True  # a bar on the terminal
 
 

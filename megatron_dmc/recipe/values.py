@@ -3,10 +3,11 @@
 import difflib
 import re
 import types
+import unicodedata
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.sections import Recipe
 
@@ -16,6 +17,8 @@ FALSE_WORDS = ("false", "no", "off")
 WORDS = (*NULL_WORDS, *TRUE_WORDS, *FALSE_WORDS)
 # Beyond this a float no longer holds every whole number.
 MOST_EXACT = 2**53
+# Unicode's control characters, halves of surrogate pairs, and line and paragraph separators.
+_ODD_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
 
 Section = TypeVar("Section")
 
@@ -102,7 +105,22 @@ class SectionReader:
             raise ConfigError(
                 f"{place} must be the name of a folder or file, got {value}{or_null} (./{value} is a folder of that name)"
             )
+        if problem := _no_path(value):
+            raise ConfigError(f"{place} cannot be the name of a folder or file: {problem}{or_null}")
         return value
+
+
+def _no_path(text: str) -> str | None:
+    """Why no folder or file can have this name; None: one can. Line breaks are refused too: a message is one line."""
+    odd = next((character for character in text if unicodedata.category(character) in _ODD_CATEGORIES), None)
+    if odd is not None:
+        return f"it holds the character U+{ord(odd):04X}; remove it"
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if longest > LONGEST_NAME or len(text.encode()) > LONGEST_PATH:
+        return (
+            f"{text[:30]}... has {len(text)} characters; one name may have {LONGEST_NAME} bytes, a path {LONGEST_PATH}"
+        )
+    return None
 
 
 _MEANINGS = {bool: "true or false", int: "a whole number in decimal digits", float: "a number in decimal digits"}

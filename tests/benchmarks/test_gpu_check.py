@@ -30,6 +30,29 @@ def measure(gpu_check: ModuleType) -> ModuleType:
     return importlib.import_module("gpu.measure")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--budget", "nan", "--budget must be a finite number, got nan"),
+        ("--budget", "inf", "--budget must be a finite number, got inf"),
+        ("--budget", "-1", "--budget must be >= 0, got -1"),
+        ("--budget", "1e300", "--budget must be <= 604800, got 1e+300"),
+        ("--budget", "", "argument --budget: invalid float value: ''"),
+        ("--out", "", "argument --out: an empty path; name a file or a folder"),
+        ("--out", "/dev/null", "argument --out: /dev/null is a device, not a folder; name another folder"),
+        ("--parts", "", "--parts : no such part; there are environment,numbers,"),
+        ("--parts", "banana", "--parts banana: no such part; there are environment,numbers,"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_in_one_line(
+    gpu_check: ModuleType, flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--toy", f"{flag}={value}"])
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
 def part(gpu_check: ModuleType, name: str, function: Callable[[Any], None], least: float = 0.0) -> Any:
     return gpu_check.Part(name, function, least)
 

@@ -37,7 +37,7 @@ def test_an_empty_path_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith(f"argument {option}: an empty path; name a file or a folder (. is the working folder)")
+    assert f"argument {option}: an empty path; name a file or a folder (. is the working folder); see " in last
     assert not list(tmp_path.iterdir())
 
 

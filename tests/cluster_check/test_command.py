@@ -1,5 +1,10 @@
 """What the command refuses before anything runs, and what it says it did not run."""
 
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,9 +12,10 @@ import pytest
 from megatron_dmc.cli import cluster_check, run_alone
 from megatron_dmc.cli.cluster_check import HEADING
 from megatron_dmc.cluster_check.cases import CASES, cases_here, cases_not_here
-from megatron_dmc.cluster_check.launch import LOG, CheckError, clear_folder
+from megatron_dmc.cluster_check.launch import LOG, WORKER, CheckError, clear_folder
 from megatron_dmc.cluster_check.layouts import REFERENCE, all_layouts
 from megatron_dmc.cluster_check.report import is_good, make_report, remarks
+from tests.support.processes import PRODUCT, started
 
 
 def test_other_peoples_files_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +29,39 @@ def test_other_peoples_files_stay(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == message
     with pytest.raises(CheckError, match="cannot be written"):
         clear_folder(kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_check_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    """torchrun's workers have sessions of their own: ended with torchrun alone, they would run on."""
+    folder = tmp_path / "check"
+
+    def workers() -> list[int]:
+        texts = {path.parent.name: path for path in Path("/proc").glob("[0-9]*/cmdline")}
+        found = []
+        for process, path in texts.items():
+            with contextlib.suppress(OSError):
+                if f"{WORKER[-1]}\0{folder}".encode() in path.read_bytes():
+                    found.append(int(process))
+        return found
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert condition()
+
+    with started(*PRODUCT, "cluster-check", "--folder", folder, "--layouts", "TP2") as process:
+        try:
+            # torchrun itself names the folder as well.
+            wait_until(lambda: len(workers()) > 2)
+            process.send_signal(number)
+            assert process.stdout is not None
+            assert process.stdout.read() == "megatron-dmc: interrupted\n" and process.wait() == 130
+            wait_until(lambda: not workers())
+        finally:
+            for left in workers():
+                os.kill(left, signal.SIGKILL)
 
 
 def test_an_earlier_check_is_replaced(tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def test_weights_of_another_size(save_llama: Callable[..., Path], tmp_path: Path
     folder = save_llama()
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"num_hidden_layers": 10**9}, "missing from the weights: model.layers.2"),
+        ({"num_hidden_layers": 2048}, "missing from the weights: model.layers.2"),
+        ({"num_hidden_layers": 10**9}, "model.num_layers must be <= 2048, got 1000000000"),
         ({"num_hidden_layers": 1}, "in the weights, but not in the model: model.layers.1"),
         ({"intermediate_size": 64}, r"gate_proj.weight has shape \[48, 32\], config.json asks for \[64, 32\]"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),

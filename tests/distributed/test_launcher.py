@@ -4,6 +4,7 @@ alone, and what all ranks would say is said once."""
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 from megatron_dmc.config import ConfigError
 from megatron_dmc.distributed.launcher import check_runs_alone, own_task, speaks_for_its_node, threads_per_process
 from megatron_dmc.distributed.task import Task
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, meeting_place, started
+from tests.support.toy import recipe_values, write_recipe
 
 MEETING = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4321"}
 RANK = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", **MEETING}
@@ -224,6 +226,36 @@ def test_nobody_to_meet_is_one_line(rank: str, host: str) -> None:
         rf"rank {rank} of 2 did not meet the others at {re.escape(host)}:{port} within 1 s; .*export MASTER_ADDR.*\n",
         ended.stderr,
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("9" * 30, "must be <= 2147483647, got 9999"), ("9" * 5000, "9999999999... (5000 digits)', not a number; start")],
+)
+def test_more_processes_than_can_be_counted(size: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        own_task({**RANK, "RANK": "0", "WORLD_SIZE": size})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_waits_for_others_says_so_and_can_be_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    """One process, started by hand in a shell where an earlier launcher left its variables."""
+    recipe = write_recipe(tmp_path, recipe_values(tmp_path, tmp_path, [{"kind": "compress", "steps": 2}]))
+    hasty = "from megatron_dmc.distributed import world; world.SECONDS_BEFORE_HINT = 0.0"
+    program = f"import sys; {hasty}; from megatron_dmc.cli import main; sys.exit(main())"
+    place = meeting_place()
+    with started("-c", program, "retrofit", recipe, RANK="0", WORLD_SIZE="2", **place) as process:
+        assert process.stdout is not None
+        lines = (line for line in process.stdout if "waits for the others" in line)
+        said = next(lines)
+        process.send_signal(number)
+        rest = process.stdout.read()
+        status = process.wait()
+    where = f"{place['MASTER_ADDR']}:{place['MASTER_PORT']}"
+    assert said.startswith(
+        f"rank 0 of 2 waits for the others at {where}, at most 600 s; if this process is to run alone, unset"
+    )
+    assert (status, rest.splitlines()[-1]) == (130, "megatron-dmc: interrupted, before all processes had come")
 
 
 @pytest.mark.distributed

@@ -29,6 +29,31 @@ def test_another_text_under_the_same_name_is_noticed(tmp_path: Path, capsys: pyt
         SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()
 
 
+def test_other_peoples_files_stay(tmp_path: Path) -> None:
+    """``data`` is a common name: a folder that is no run of this kind is not touched."""
+    kept = tmp_path / "project" / "data" / "thesis.tex"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years of work")
+    for folder in (kept.parent, kept.parents[1]):
+        with pytest.raises(
+            ConfigError, match=f"--output {folder} holds other files than such a run's; name a new folder"
+        ):
+            SmallRun(folder, None, smoke=True).prepare_text()
+    assert [path.name for path in kept.parents[1].rglob("*")] == ["data", "thesis.tex"]
+    assert kept.read_text() == "years of work"
+
+
+def test_a_run_that_was_stopped_begins_anew(tmp_path: Path) -> None:
+    data = tmp_path / "text"
+    data.mkdir()
+    (data / "a.txt").write_text("The cat sat on the mat. " * 20)
+    run = SmallRun(tmp_path / "run", str(data), smoke=True)
+    # Too short: the text is written, and then refused.
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"name about .* times as much text"):
+            run.prepare_text()
+
+
 def test_the_toy_sizes_make_a_valid_run() -> None:
     base = load_recipe(
         ROOT / "examples" / "quickstart" / "base.yaml", [*TOY_SIZES, f"phases.0.steps={TOY_STEPS['base'][0]}"]

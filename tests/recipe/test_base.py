@@ -69,12 +69,12 @@ def test_what_does_not_change_the_weights_may_differ(tmp_path: Path, base: Path)
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"hidden_size": 256}, "model.hidden_size is 128 in checkpoint.load_base {base}, 256 here; "),
-        ({"rotary_base": 10000.0}, "model.rotary_base is 500000.0 in checkpoint.load_base {base}, 10000.0 here; "),
-        ({"norm_epsilon": 1e-5}, "model.norm_epsilon is 1e-06 in checkpoint.load_base {base}, 1e-05 here; "),
-        ({"kv_channels": 64}, "model.kv_channels is 32 in checkpoint.load_base {base}, 64 here; "),
-        ({"share_embeddings_and_output_weights": True}, "is False in checkpoint.load_base {base}, True here; "),
-        ({"rotary_scaling_factor": 8.0}, "model.rotary_scaling_factor is None in checkpoint.load_base {base}, 8.0 here; "),
+        ({"hidden_size": 256}, "model.hidden_size is 128 there, 256 here; "),
+        ({"rotary_base": 10000.0}, "model.rotary_base is 500000.0 there, 10000.0 here; "),
+        ({"norm_epsilon": 1e-5}, "model.norm_epsilon is 1e-06 there, 1e-05 here; "),
+        ({"kv_channels": 64}, "model.kv_channels is 32 there, 64 here; "),
+        ({"share_embeddings_and_output_weights": True}, "is False there, True here; "),
+        ({"rotary_scaling_factor": 8.0}, "model.rotary_scaling_factor is None there, 8.0 here; "),
     ],
 )  # fmt: skip
 def test_another_model_than_the_bases_is_refused(
@@ -82,8 +82,21 @@ def test_another_model_than_the_bases_is_refused(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, base, **model)
-    assert message.format(base=base) in str(caught.value) and "\n" not in str(caught.value)
-    assert "remove what differs from the model section (it is taken from the base)" in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert f"the model section is not that of checkpoint.load_base {base}: " in str(caught.value)
+    assert "leave the section out (it is then taken from the base), or name another base" in str(caught.value)
+
+
+def test_many_differences_are_counted(tmp_path: Path, base: Path) -> None:
+    """A recipe for a large model with a small base."""
+    sizes = {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32}
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, base, **sizes, num_query_groups=32, vocab_size=32000, norm_epsilon=1e-5)
+    said = str(caught.value).partition(f"load_base {base}: ")[2]
+    assert said == (
+        "model.ffn_hidden_size is 352 there, 11008 here; model.hidden_size is 128 there, 4096 here; model.kv_channels is 32 "
+        "there, 128 here; and 5 more; leave the section out (it is then taken from the base), or name another base"
+    )
 
 
 def test_a_rounding_to_float32_is_no_difference(tmp_path: Path, base: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe import Recipe, load_recipe, recipe_from_dict
 from tests.support.processes import ROOT
+from tests.support.settings import settings_of
 
 BASE = ROOT / "examples" / "quickstart" / "base.yaml"
 
@@ -168,7 +170,11 @@ def test_overrides_merge_into_sections_and_replace_lists() -> None:
         ("  bf16: false\n", "  bf16: false\n  micro_batch_size: 4\n", "micro_batch_size is given twice (first in line"),
         ("monitor:", "data:\n  seed: 1\nmonitor:", "data is given twice (first in line 11); remove one"),
         ("  bf16", "\tbf16", "it is not YAML: line 22, column 1: a tab stands where only spaces may"),
-        ("bf16: false", "bf16: !!python/name:os.system x", "could not determine a constructor"),
+        (
+            "bf16: false",
+            "bf16: !!python/name:os.system x",
+            "line 22: !!python/name:os.system is a YAML tag, a recipe has none; write the value alone",
+        ),
         ("data:", "data: [", "it is not YAML: line 13, column 3: "),
     ],
     ids=["twice", "section twice", "tab", "tag", "bracket"],
@@ -180,6 +186,69 @@ def test_a_damaged_file_is_refused_by_line(tmp_path: Path, before: str, after: s
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
     assert f"recipe {path}: " in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+TAGS = (
+    *("!!int x", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a: b]", "!!str x", "!!null x"),
+    *("!!python/object:os.system {}", "!!python/object/apply:os.system [ls]", "!own x", "! x", "!<tag:x> y"),
+)
+
+
+@pytest.mark.parametrize("text", TAGS)
+@pytest.mark.parametrize("name", ["model.hidden_size", "data.cache", "training.fp8"])
+def test_tags_construct_nothing(tmp_path: Path, name: str, text: str) -> None:
+    for error in read_both(tmp_path, name, text):
+        assert isinstance(error, ConfigError), f"{name} was taken for {setting(error, name)!r}"
+        assert "is a YAML tag, a recipe has none; write the value alone" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        ("[{}]", "its aliases spread to more than 100000 entries"),
+        ("{{<<: [{}]}}", "line 7: << merges more than 100000 settings"),
+    ],
+)
+def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path: Path, link: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    names = "abcdefghijkl"
+    lines = [f"{after}: &{after} {link.format(','.join([f'*{name}'] * 9))}" for name, after in pairwise(names)]
+    path.write_text("\n".join(["a: &a {x: 1}", *lines]))
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+PATHS = [name for name, _, _ in settings_of(str)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (r'"a\0b"', "holds the character U+0000; remove it"),
+        (r'"a\nb"', "holds the character U+000A; remove it"),
+        (r'"a\e[31mb"', "holds the character U+001B; remove it"),
+        (r'"a\ud800b"', "holds the character U+D800; remove it"),
+        (r'"a\Lb"', "holds the character U+2028; remove it"),
+        ("x" * 256, "has 256 characters; one name may have 255 bytes, a path 4095"),
+        ("é" * 128, "has 128 characters; one name may have 255 bytes, a path 4095"),
+        ("ab/" * 1500, "has 4500 characters; one name may have 255 bytes, a path 4095"),
+    ],
+    ids=["NUL", "line break", "escape", "surrogate", "separator", "long name", "long in bytes", "long path"],
+)
+@pytest.mark.parametrize("name", PATHS)
+def test_what_no_path_can_hold_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    assert {"data.cache", "data.train", "monitor.tensorboard", "distillation.teacher"} <= {*PATHS}
+    is_list = name in ("data.train", "data.valid")
+    for error in read_both(tmp_path, name, f"[{text}]" if is_list else text):
+        assert isinstance(error, ConfigError)
+        assert f"{name}{'[0]' * is_list} cannot be the name of a folder or file: " in str(error)
+        assert message in str(error) and str(error).isprintable()
+
+
+@pytest.mark.parametrize("text", ["x" * 255, "Ünï cødé/日本/\u200d", "a b", "$HOME", "~/x", "a:b"])
+def test_unusual_paths_are_taken(tmp_path: Path, text: str) -> None:
+    for recipe in read_both(tmp_path, "data.cache", text):
+        assert isinstance(recipe, Recipe) and recipe.data.cache == text
 
 
 def test_anchors_share_text_but_not_overrides(tmp_path: Path) -> None:
