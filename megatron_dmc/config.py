@@ -98,7 +98,7 @@ class DMCConfig:
             exact scan.
         per_layer: DMC-C: all heads of a layer take one decision, by the mean of their logits.
         loss_coefficient: lambda of the one-sided compression loss.
-        seed: of the decisions' noise; in [0, 2^63).
+        seed: of the decisions' noise.
     """
 
     target_compression_ratio: Ratio = 4.0

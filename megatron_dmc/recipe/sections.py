@@ -27,7 +27,7 @@ class DataConfig:
     tokenizer: str = MISSING  # a folder with tokenizer.json
     sequence_length: Annotated[int, Range(2, 2**22)] = MISSING  # tokens of a sample
     cache: str = MISSING  # a folder for the dataset indices
-    seed: Seed = 1234  # of the order of the samples; in [0, 2^32)
+    seed: Seed = 1234  # of the order of the samples
     reset_at_documents: bool = False  # positions, attention and merging begin anew at every packed document
 
 
@@ -55,7 +55,7 @@ class PhaseConfig:
 class DistillationConfig:
     """A loss that the base model teaches: (1 - weight) LM loss + weight KL, see ``distillation_loss``."""
 
-    weight: Annotated[float, Range(0, 1)] = 0.0  # in [0, 1]. 0: no teacher; 1: only the teacher
+    weight: Annotated[float, Range(0, 1)] = 0.0  # 0: no teacher; 1: only the teacher
     # A base's checkpoint folder; null: checkpoint.load_base. An adapter is taught by its own base: null.
     teacher: str | None = None
     # forward: KL(teacher || student); reverse: KL(student || teacher)
@@ -73,7 +73,7 @@ class TrainingConfig:
     global_batch_size: Count = MISSING  # samples of one optimizer step, over all replicas
     bf16: bool = True  # compute in bfloat16; the optimizer keeps float32 weights
     fp8: Literal["e4m3", "hybrid"] | None = None  # of the linear layers, by Transformer Engine; hybrid: e5m2 gradients
-    seed: Seed = 1234  # of initial weights; in [0, 2^32)
+    seed: Seed = 1234  # of initial weights
     weight_decay: Annotated[float, Range(0, 1000)] = 0.1  # AdamW's
     adam_beta1: Decay = 0.9  # decay of the gradient's mean
     adam_beta2: Decay = 0.95  # decay of the gradient's mean square

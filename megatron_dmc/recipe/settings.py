@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from io import StringIO
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.sections import Recipe
@@ -33,7 +33,7 @@ settings that it names; an override of a list replaces the list.
 - `true`, `yes` and `on` are true; `false`, `no` and `off` are false. Numbers may be written as `100`, `1_000`, `1e-4`.
 - `${oc.env:NAME}` is the environment variable NAME, `${oc.env:NAME,DEFAULT}` gives a default, `${training.seed}` names another
   setting.
-- *required*: the setting has no default.
+- *required*: the setting has no default. Ranges include both ends.
 """
 _NOTES = {
     "model": "With `checkpoint.load_base`, this section may be left out: what it does not give is taken from the base's "
@@ -58,7 +58,7 @@ def settings_page() -> str:
 
 
 def _rows(section: Any) -> Iterator[str]:
-    hints, defaults = get_type_hints(section), vars(section())
+    hints, defaults = get_type_hints(section, include_extras=True), vars(section())
     for name, meaning in meanings_of(section).items():
         default = "*required*" if defaults[name] == MISSING else f"`{_plain(defaults[name])}`"
         yield f"| {' | '.join((f'`{name}`', _type_name(hints[name]), default, meaning.replace('|', BAR)))} |"
@@ -106,10 +106,22 @@ def _type_name(kind: Any) -> str:
         return " or ".join(_type_name(part) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    if get_origin(kind) is Annotated:
+        number, allowed = get_args(kind)
+        return f"{_type_name(number)}, {_limit(allowed.least)} to {_limit(allowed.most)}"
     if get_origin(kind) is list:
         return f"list of {_type_name(get_args(kind)[0])}s"
     names = {bool: "true or false", int: "whole number", float: "number", str: "path", types.NoneType: "null"}
     return names[kind]
+
+
+def _limit(number: float) -> str:
+    """A limit for a reader: a large power of two as one, a large round number with its exponent."""
+    for less in (0, 1):
+        power = int(number).bit_length() - 1 + less
+        if power >= 20 and number == 2**power - less:
+            return f"2^{power}" + (f" - {less}" if less else "")
+    return str(number) if isinstance(number, int) and number <= 1_000_000 else f"{number:g}"
 
 
 def _plain(value: Any) -> str:
