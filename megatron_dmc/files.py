@@ -43,6 +43,32 @@ def why_nothing_new(path: Path) -> str | None:
     return None
 
 
+def why_no_checkpoint(folder: Path) -> str | None:
+    """Why a path is not one checkpoint's folder, and what to do; None where it is one. What it holds is not checked."""
+    if (problem := why_no_folder(folder)) is not None:
+        return f"{problem}; name the folder of one checkpoint, such as DIRECTORY/final"
+    if os.path.lexists(folder / "dmc.json"):
+        return None
+    if (folder / "config.json").is_file():
+        return (
+            "is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf "
+            f"{folder} BASE first, and name BASE"
+        )
+    checkpoint = checkpoint_below(folder) or checkpoint_below(folder / "checkpoints")
+    if checkpoint is not None:
+        return f"is the folder of a run; name one of its checkpoints, such as {checkpoint}"
+    return (
+        "is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
+        "name one checkpoint, such as DIRECTORY/final"
+    )
+
+
+def checkpoint_below(folder: Path) -> Path | None:
+    """A checkpoint of those in a folder, ``final`` if it is there; None where there is none."""
+    found = sorted(path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith("."))
+    return folder / "final" if folder / "final" in found else next(reversed(found), None)
+
+
 def _why_not(path: Path, *, is_folder: bool) -> str | None:
     wanted = "a folder" if is_folder else "a file"
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dmc.errors import DMCError
-from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
+from megatron_dmc.files import ABSENT, why_no_checkpoint, why_no_file
 
 FORMAT_VERSION = 1
 
@@ -54,7 +54,8 @@ class CheckpointInfo:
 
 def read_info(folder: Path) -> CheckpointInfo:
     """``dmc.json`` of a checkpoint; raises CheckpointError for anything but a description this version understands."""
-    _must_be_a_checkpoint(folder)
+    if (problem := why_no_checkpoint(folder)) is not None:
+        raise CheckpointError(f"{folder} {problem}")
     path = folder / "dmc.json"
     values = read_json(path)
     version = values.pop("format_version", None)
@@ -88,36 +89,6 @@ def read_info(folder: Path) -> CheckpointInfo:
             f"{path} has vocabulary {tokens!r}, it must be an integer from 1 to the model's vocab_size ({rows!r}), or null"
         )
     return info
-
-
-def _must_be_a_checkpoint(folder: Path) -> None:
-    """Raises CheckpointError unless the folder holds ``dmc.json``: what it is, and what to do with that."""
-    problem = why_no_folder(folder)
-    if problem == ABSENT:
-        raise CheckpointError(f"checkpoint {folder} does not exist")
-    if problem is not None:
-        raise CheckpointError(
-            f"checkpoint {folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final"
-        )
-    if os.path.lexists(folder / "dmc.json"):
-        return
-    if (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf {folder} "
-            "BASE first, and name BASE"
-        )
-    if (checkpoint := checkpoint_below(folder)) is not None:
-        raise CheckpointError(f"{folder} is the folder of a run; name one of its checkpoints, such as {checkpoint}")
-    raise CheckpointError(
-        f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
-        "name one checkpoint, such as DIRECTORY/final"
-    )
-
-
-def checkpoint_below(folder: Path) -> Path | None:
-    """A checkpoint in a run's folder, ``final`` if it is there; None for any other folder."""
-    found = sorted(path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith("."))
-    return folder / "final" if folder / "final" in found else next(reversed(found), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
 from megatron_dmc.errors import shortened
-from megatron_dmc.files import why_no_folder, why_nothing_new
+from megatron_dmc.files import checkpoint_below, why_no_checkpoint, why_nothing_new
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,13 +55,16 @@ def output_folder(text: str) -> Path:
     return folder
 
 
-def check_checkpoint(name: str) -> None:
-    """Raises ConfigError for a path that cannot be a checkpoint's, with what it is; before torch is imported."""
+def check_checkpoint(name: str, *, or_several: bool = False) -> None:
+    """Raises ConfigError for a path that is no checkpoint's, with what it is; before torch is imported.
+
+    Args:
+        or_several: whether a folder of checkpoints will do.
+    """
     folder = Path(name)
-    if (problem := why_no_folder(folder)) is not None:
-        raise ConfigError(f"checkpoint {folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final")
-    if (folder / "checkpoints").is_dir() and not (folder / "dmc.json").exists():
-        raise ConfigError(f"{folder} is a run's folder; name {folder / 'checkpoints'}, or one checkpoint in it")
+    problem = why_no_checkpoint(folder)
+    if problem is not None and not (or_several and checkpoint_below(folder) is not None):
+        raise ConfigError(f"{folder} {problem}")
 
 
 def add_base(parser: argparse._ActionsContainer) -> None:

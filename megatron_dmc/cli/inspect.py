@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
     run's folder it lists the checkpoints: the target and the ratio that each was saved at."""
     if options.tokens is not None:
         Range(2, MOST).check("--tokens", options.tokens)
-    check_checkpoint(options.checkpoint)
+    check_checkpoint(options.checkpoint, or_several=True)
     from megatron_dmc.distributed.world import single_process
     from megatron_dmc.evaluation import inspect
 

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             flush_to_disk(path)
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         # Replaces an empty folder, and nothing else.
         temporary.rename(target)
         flush_to_disk(target.parent)

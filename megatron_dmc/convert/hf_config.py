@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint.folder import checkpoint_below
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
+from megatron_dmc.files import ABSENT, checkpoint_below, why_no_file, why_no_folder
 from megatron_dmc.model.model_config import ModelConfig
 
 DMC_MODEL_TYPE = "dmc_llama"

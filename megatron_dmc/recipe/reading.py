@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.files import why_no_checkpoint
 from megatron_dmc.model.model_config import MISSING
-from megatron_dmc.recipe.base import has_base, model_of_base
+from megatron_dmc.recipe.base import model_of_base
 from megatron_dmc.recipe.checks import check_recipe
 from megatron_dmc.recipe.sections import Recipe
 from megatron_dmc.recipe.values import SectionReader, shown
@@ -50,7 +51,9 @@ def _build(values: dict[str, Any], *, from_person: bool) -> Recipe:
     recipe = reader.section(values, Recipe)
     missing, base = reader.missing, recipe.checkpoint.load_base
     # A saved recipe is whole, and its base may be gone.
-    if from_person and base is not None and has_base(base):
+    if from_person and base is not None and Path(base).exists():
+        if (problem := why_no_checkpoint(Path(base))) is not None:
+            raise ConfigError(f"checkpoint.load_base: {base} {problem}")
         given = [name for name, value in (values.get("model") or {}).items() if value != MISSING]
         recipe = replace(recipe, model=model_of_base(base, {name: getattr(recipe.model, name) for name in given}))
         missing = [name for name in missing if not name.startswith("model.")]

@@ -62,5 +62,5 @@ def test_many_more_tokens_are_another_models(folder: Path, tmp_path: Path) -> No
     values = recipe_values(folder, tmp_path, [{"kind": "compress", "steps": 1, "lr": 1e-3}])
     values["model"] |= {"vocab_size": 3040, "max_position_embeddings": 128}
     values["checkpoint"]["load_base"] = str(folder / "base")
-    with pytest.raises(ConfigError, match=r"model\.vocab_size is 301 in checkpoint\.load_base .*, 3040 here"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 301 there, 3040 here"):
         load_recipe(write_recipe(tmp_path, values))

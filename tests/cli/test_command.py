@@ -82,10 +82,12 @@ def test_a_wrong_name_is_told_the_commands_of_the_help(capsys: pytest.CaptureFix
 
 
 def test_a_runs_folder_points_to_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "checkpoints" / "final").mkdir(parents=True)
+    final = tmp_path / "checkpoints" / "final"
+    final.mkdir(parents=True)
+    (final / "dmc.json").touch()
     for command in (["inspect"], ["generate", "--prompt", "a"]):
         assert main([*command, str(tmp_path)]) == 1
-        line = f"megatron-dmc: {tmp_path} is a run's folder; name {tmp_path}/checkpoints, or one checkpoint in it\n"
+        line = f"megatron-dmc: {tmp_path} is the folder of a run; name one of its checkpoints, such as {final}\n"
         assert capsys.readouterr().err == line
 
 
@@ -108,9 +110,9 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (
             ["inspect", str(RECIPE)],
             1,
-            f"megatron-dmc: checkpoint {RECIPE} is a file, not a folder; name the folder of one checkpoint",
+            f"megatron-dmc: {RECIPE} is a file, not a folder; name the folder of one checkpoint",
         ),
-        (["generate", str(RECIPE), "--prompt", "a"], 1, f"megatron-dmc: checkpoint {RECIPE} is a file, not a folder"),
+        (["generate", str(RECIPE), "--prompt", "a"], 1, f"megatron-dmc: {RECIPE} is a file, not a folder"),
         (
             ["generate", "x", "--prompt", "a", "--temperature", "nan"],
             1,

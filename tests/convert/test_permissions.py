@@ -38,3 +38,9 @@ def test_a_file_of_weights(tmp_path: Path, umask: int) -> None:
     """An adapter's, say."""
     save_tensors({"weight": torch.ones(2)}, tmp_path / "adapter.safetensors")
     assert stat.S_IMODE((tmp_path / "adapter.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+def test_an_empty_folder_keeps_its_own(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir(mode=0o710)
+    import_hf(save_llama(), tmp_path / "megatron")
+    assert oct(stat.S_IMODE((tmp_path / "megatron").stat().st_mode)) == oct(0o710)

@@ -57,7 +57,7 @@ def test_a_hugging_face_folder_where_a_checkpoint_belongs(capsys: pytest.Capture
 def test_a_file_where_a_folder_belongs(capsys: pytest.CaptureFixture[str]) -> None:
     Path("model.pt").write_text("weights")
     assert fails(["convert-to-hf", "model.pt", "new"], capsys) == (
-        "checkpoint model.pt is a file, not a folder; name the folder of one checkpoint, such as DIRECTORY/final"
+        "model.pt is a file, not a folder; name the folder of one checkpoint, such as DIRECTORY/final"
     )
     assert fails(["convert-from-hf", "hf/config.json", "new"], capsys) == (
         "hf/config.json is a file, not a folder; name the folder of a Hugging Face model"

@@ -123,6 +123,25 @@ def test_without_a_base_the_model_is_written_out(tmp_path: Path, base: Path) -> 
     assert "num_layers" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "sizes", [{}, yaml.safe_load((QUICKSTART / "base.yaml").read_text())["model"]], ids=["taken", "given"]
+)
+def test_what_is_no_base_is_said_to_be_what_it_is(tmp_path: Path, base: Path, sizes: dict[str, Any]) -> None:
+    hugging_face = tmp_path / "llama"
+    hugging_face.mkdir()
+    (hugging_face / "config.json").write_text("{}")
+    for wrong, what in (
+        (
+            hugging_face,
+            f"is a Hugging Face model, .*: run megatron-dmc convert-from-hf {hugging_face} BASE first, and name BASE",
+        ),
+        (hugging_face / "config.json", "is a file, not a folder; name the folder of one checkpoint"),
+        (base.parent, f"is the folder of a run; name one of its checkpoints, such as {base.parent}/"),
+    ):
+        with pytest.raises(ConfigError, match=f"checkpoint.load_base: {wrong} {what}"):
+            read(tmp_path, wrong, **sizes)
+
+
 def test_a_base_elsewhere_needs_the_model_written_out(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
