@@ -44,21 +44,27 @@ def why_nothing_new(path: Path) -> str | None:
 
 
 def why_no_checkpoint(folder: Path) -> str | None:
-    """Why a path is not one checkpoint's folder, and what to do; None where it is one. What it holds is not checked."""
-    if (problem := why_no_folder(folder)) is not None:
-        return f"{problem}; name the folder of one checkpoint, such as DIRECTORY/final"
+    """Why a path is not one checkpoint's folder, and what to do; a whole clause. None where it is one.
+
+    What the folder holds is not checked.
+    """
+    problem = why_no_folder(folder)
+    if problem == ABSENT:
+        return f"checkpoint {folder} {problem}"
+    if problem is not None:
+        return f"{folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final"
     if os.path.lexists(folder / "dmc.json"):
         return None
     if (folder / "config.json").is_file():
         return (
-            "is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf "
-            f"{folder} BASE first, and name BASE"
+            f"{folder} is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf {folder} "
+            "BASE first, and name BASE"
         )
     checkpoint = checkpoint_below(folder) or checkpoint_below(folder / "checkpoints")
     if checkpoint is not None:
-        return f"is the folder of a run; name one of its checkpoints, such as {checkpoint}"
+        return f"{folder} is the folder of a run; name one of its checkpoints, such as {checkpoint}"
     return (
-        "is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
+        f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
         "name one checkpoint, such as DIRECTORY/final"
     )
 

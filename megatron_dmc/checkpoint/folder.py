@@ -55,7 +55,7 @@ class CheckpointInfo:
 def read_info(folder: Path) -> CheckpointInfo:
     """``dmc.json`` of a checkpoint; raises CheckpointError for anything but a description this version understands."""
     if (problem := why_no_checkpoint(folder)) is not None:
-        raise CheckpointError(f"{folder} {problem}")
+        raise CheckpointError(problem)
     path = folder / "dmc.json"
     values = read_json(path)
     version = values.pop("format_version", None)

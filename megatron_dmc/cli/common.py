@@ -64,7 +64,7 @@ def check_checkpoint(name: str, *, or_several: bool = False) -> None:
     folder = Path(name)
     problem = why_no_checkpoint(folder)
     if problem is not None and not (or_several and checkpoint_below(folder) is not None):
-        raise ConfigError(f"{folder} {problem}")
+        raise ConfigError(problem)
 
 
 def add_base(parser: argparse._ActionsContainer) -> None:

@@ -1,9 +1,10 @@
 """``megatron-dmc generate``."""
 
 import argparse
+import math
 
 from megatron_dmc.cli.common import add_checkpoint, check_checkpoint
-from megatron_dmc.config import MOST, ConfigError, Range
+from megatron_dmc.config import ConfigError, Range
 
 HELP = "continue a text"
 
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    Range(1, MOST).check("--max-new-tokens", options.max_new_tokens)
+    # The model's positions are the upper end.
+    Range(1, math.inf).check("--max-new-tokens", options.max_new_tokens)
     if options.temperature != 0:
         Range(1e-3, 1000).check("--temperature (other than 0, which is greedy)", options.temperature)
     Range(0, 2**63 - 1).check("--seed", options.seed)

@@ -53,7 +53,7 @@ def _build(values: dict[str, Any], *, from_person: bool) -> Recipe:
     # A saved recipe is whole, and its base may be gone.
     if from_person and base is not None and Path(base).exists():
         if (problem := why_no_checkpoint(Path(base))) is not None:
-            raise ConfigError(f"checkpoint.load_base: {base} {problem}")
+            raise ConfigError(f"checkpoint.load_base: {problem}")
         given = [name for name, value in (values.get("model") or {}).items() if value != MISSING]
         recipe = replace(recipe, model=model_of_base(base, {name: getattr(recipe.model, name) for name in given}))
         missing = [name for name in missing if not name.startswith("model.")]
