@@ -1,6 +1,7 @@
-"""What all tests share: one thread per process, and megatron-core in this process alone."""
+"""What all tests share: one thread per process, Ctrl-C as in a terminal, and megatron-core in this one process."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # The tests are the CPU's, also where there is a GPU (make gpu-check is the GPU's). Before torch is imported.
@@ -15,6 +16,13 @@ from megatron_dmc.convert.single_process import single_process
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_interrupts() -> None:
+    """A shell's job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
