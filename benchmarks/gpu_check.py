@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
     if (options.out / ROWS).exists() and not options.go_on:
         print(f"gpu-check: --out {options.out} holds the rows of another check; name another folder", file=sys.stderr)
         return 2
+    if options.out.is_dir() and any(options.out.iterdir()) and not (options.out / ROWS).exists():
+        print(f"gpu-check: --out {options.out} holds other files than a check's; name a new folder", file=sys.stderr)
+        return 2
     device, sizes = ("cpu", TOY) if options.toy else ("cuda", FULL)
     if options.toy:
         parts = [Part(part.name, part.function, part.least / TOY_PARTS) for part in parts]

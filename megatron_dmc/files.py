@@ -55,6 +55,8 @@ def why_no_checkpoint(folder: Path) -> str | None:
         return f"{folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final"
     if os.path.lexists(folder / "dmc.json"):
         return None
+    if (folder / "adapter.safetensors").is_file():
+        return f"{folder} is an adapter that was exported; name the checkpoint that it was made from"
     if (folder / "config.json").is_file():
         return (
             f"{folder} is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf {folder} "

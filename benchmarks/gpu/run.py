@@ -50,7 +50,10 @@ class Run:
         self._started = time.monotonic()
         self._end, self._part = self._started + seconds, ""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ROWS).touch()
+        with open(folder / ROWS, "ab+") as file:
+            # A row that was being written when an earlier process was killed has no line end.
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
     def left(self) -> float:
         """Seconds of the budget; negative after its end."""

@@ -127,7 +127,7 @@ class SavedModel:
         if base.digest != self.info.base["digest"]:
             raise CheckpointError(
                 f"{self.folder} is an adapter of another base than {os.path.normpath(base.folder)}; put its own back, or "
-                "name where it is now with --base"
+                "name where it is now (checkpoint.load_base of a recipe, --base of a command)"
             )
         return base
 
@@ -136,7 +136,7 @@ class SavedModel:
             if dist.get_rank() == 0 and not folder.exists():
                 raise CheckpointError(
                     f"{self.folder} is an adapter, and its base {os.path.normpath(folder)} is not there; put it back, or "
-                    "name where it is now with --base (inspect, generate and megatron_to_hf.py have it)"
+                    "name where it is now with --base (inspect, generate and convert-to-hf have it)"
                 )
         return SavedModel.open(folder)
 

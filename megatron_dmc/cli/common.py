@@ -30,6 +30,8 @@ def prefix(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{text} names a folder; add a name for the files in it, such as {os.path.join(text, 'train')}"
         )
+    if os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is a device or a pipe; name files that can be written beside others")
     return text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dmc.checkpoint import SavedModel, copy_tokenizer
+from megatron_dmc.checkpoint import CheckpointError, SavedModel, copy_tokenizer
 from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import (
@@ -87,6 +87,7 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
         ConfigError, CheckpointError: as :func:`export_hf`; and a checkpoint that is no adapter.
     """
     with _export(checkpoint, output, dtype, must_be_adapter=True) as (source, model, temporary):
+        _check_fits_its_base(source)
         dmc = source.dmc
         network = empty_model(model, dmc, source.dtype)
         wanted = only_decisions(model_state([network]))
@@ -97,6 +98,18 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
                 parts = row.split(network.get_parameter(row.megatron).detach(), model)
                 tensors |= zip(row.hugging_face, (part.to(dtype or source.dtype) for part in parts), strict=True)
         save_tensors(tensors, temporary / ADAPTER_FILE)
+
+
+def _check_fits_its_base(adapter: SavedModel) -> None:
+    """Raises ConfigError for an adapter with tokens that its base lacks, as far as the base is here to be asked."""
+    base = None
+    with contextlib.suppress(CheckpointError):
+        base = adapter.base
+    if base is not None and base.vocabulary != adapter.vocabulary:
+        raise ConfigError(
+            f"{adapter.folder} has {adapter.vocabulary} tokens, its base {base.vocabulary}: by itself the adapter would fit "
+            "no Llama; export it without --adapter"
+        )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import os
+import re
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -30,6 +31,33 @@ def check_writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"checkpoint.directory {folder} cannot be written ({existing} is no folder to write in)")
+
+
+def check_nothing_is_lost(recipe: Recipe) -> None:
+    """Raises ConfigError where the run's checkpoints would replace what is not theirs; called before anything is built."""
+    root = Path(recipe.checkpoint.directory)
+    for setting, folder in (
+        ("checkpoint.load_base", recipe.checkpoint.load_base),
+        ("distillation.teacher", recipe.distillation.teacher),
+    ):
+        place = None if folder is None else Path(folder).resolve()
+        if place is not None and (place == root.resolve() or (place.parent == root.resolve() and _is_ours(place))):
+            raise ConfigError(
+                f"{setting} {folder} lies in checkpoint.directory {root}, where this run's checkpoints would replace it; name "
+                "another checkpoint.directory"
+            )
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if _is_ours(path) and not is_empty and not (path / "dmc.json").exists():
+            raise ConfigError(
+                f"{path} is no checkpoint, and this run would replace it with one; move it away, or name another "
+                "checkpoint.directory"
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a run's checkpoint could have this name."""
+    return re.fullmatch(r"final|cr_\d+|step_\d+", path.name) is not None
 
 
 @dataclass(frozen=True)

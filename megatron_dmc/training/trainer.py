@@ -17,7 +17,7 @@ from megatron_dmc.training.build import check_machine
 from megatron_dmc.training.monitor import StepRecord
 from megatron_dmc.training.optimizer import phase_scheduler, restart_optimizer
 from megatron_dmc.training.report import Report, show_finished, show_start, step_record
-from megatron_dmc.training.run_state import RunStore, check_writable
+from megatron_dmc.training.run_state import RunStore, check_nothing_is_lost, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.signals import StopRequest
 from megatron_dmc.training.step import StepResult, StepRunner
@@ -39,6 +39,7 @@ class Trainer(StepRunner):
         self.stopped = False
         check_machine(recipe)
         check_writable(Path(recipe.checkpoint.directory))
+        check_nothing_is_lost(recipe)
         start, teacher = _open_checkpoints(recipe)
         train_data, valid_data = _checked_data(recipe)
         seed_weights(recipe.training.seed)

@@ -199,6 +199,22 @@ def test_rows_of_another_check_are_left_alone(
     assert "name another folder" in capsys.readouterr().err
 
 
+def test_other_peoples_files_are_left_alone(
+    gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text("mine")
+    for more in ([], ["--go-on"]):
+        assert gpu_check.main(["--toy", "--out", str(tmp_path), *more]) == 2
+        assert "holds other files than a check's; name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "summary.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_it_goes_on_after_a_row_that_was_cut(gpu_check: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"t": 0, "part": "first", "kind": "note"}\n{"t": 1, "pa')
+    assert gpu_check.main(["--toy", "--go-on", "--out", str(tmp_path)], [part(gpu_check, "look", note)]) == 0
+    assert ("first", "note") in kinds(tmp_path) and ("look", "note") in kinds(tmp_path)
+
+
 def test_an_unknown_part_is_refused(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_check.main(["--toy", "--parts", "noise,nosie"])

@@ -125,6 +125,11 @@ def test_tokens_that_the_runs_tokenizer_adds_are_exported(
     export_hf(final, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 300
     adapter = retrofit(texts, tmp_path / "adapter", tmp_path / "base", "adapter", 300)
+    with pytest.raises(ConfigError, match=r"has 300 tokens, its base 298: .*; export it without --adapter"):
+        export_adapter(adapter, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
+    # Where the base has gone, the loader says it.
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
     export_adapter(adapter, tmp_path / "alone")
     with pytest.raises(ValueError, match="its vocab_size is 298, the adapter's is 300"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "alone", base=folder, trust_remote_code=True)

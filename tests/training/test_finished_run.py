@@ -47,6 +47,15 @@ def test_finished_run_does_nothing_again(data: Path, finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_does_not_replace_its_base(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = finished.parents[1] / "base" / "checkpoints"
+    before = (base / "final" / "dmc.json").read_text()
+    assert main(["retrofit", str(finished.parent / "recipe.yaml"), f"checkpoint.directory={base}"]) == 1
+    line = f"megatron-dmc: checkpoint.load_base {base}/final lies in checkpoint.directory {base}, where this run's"
+    assert capsys.readouterr().err.startswith(line)
+    assert (base / "final" / "dmc.json").read_text() == before
+
+
 def test_inspect_shows_every_layer_and_head(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(finished / "final"), "--tokens", "200", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

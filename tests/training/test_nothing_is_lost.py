@@ -1,0 +1,58 @@
+"""A run replaces its own checkpoints, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.recipe import load_recipe
+from megatron_dmc.training.run_state import check_nothing_is_lost
+from tests.support.settings import EVERYTHING
+
+
+def check(folder: Path, directory: str, *overrides: str) -> None:
+    (folder / "recipe.yaml").write_text(EVERYTHING)
+    recipe = load_recipe(folder / "recipe.yaml", [f"checkpoint.directory={directory}", *overrides])
+    check_nothing_is_lost(recipe)
+
+
+@pytest.mark.parametrize("name", ["final", "cr_2", "step_00000002"])
+@pytest.mark.parametrize("content", ["folder", "file", "link"])
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    if content == "file":
+        path.write_text("thesis")
+    else:
+        folder = path if content == "folder" else tmp_path / "precious"
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+        if content == "link":
+            path.symlink_to(folder)
+    with pytest.raises(ConfigError, match=f"{path} is no checkpoint, and this run would replace it"):
+        check(tmp_path, str(path.parent))
+
+
+def test_other_names_empty_folders_and_own_checkpoints_are_let_be(tmp_path: Path) -> None:
+    for place in ("notes", "final-draft", "cr_x", "step_00000004"):
+        (tmp_path / "run" / place).mkdir(parents=True)
+        (tmp_path / "run" / place / ("dmc.json" if place.startswith("step") else "thesis.txt")).touch()
+    (tmp_path / "run" / "final").mkdir()
+    check(tmp_path, str(tmp_path / "run"))
+    check(tmp_path, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("setting", ["checkpoint.load_base", "distillation.teacher"])
+def test_a_base_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("run")
+    for base, directory in (
+        ("run/final", "run"),
+        ("run/step_00000004", "./run/"),
+        ("link/final", "run"),
+        ("run", "run"),
+    ):
+        with pytest.raises(ConfigError, match=f"{setting} {base} lies in checkpoint.directory .*; name another"):
+            check(tmp_path, directory, f"{setting}={base}")
+    for base, directory in (("run/base", "run"), ("run/final", "run/more"), ("elsewhere/final", "run")):
+        check(tmp_path, directory, f"{setting}={base}")
