@@ -220,7 +220,7 @@ def check_dataset(prefix: str, tokenizer: Tokenizer, sequence_length: int) -> Da
     if index.tokens < sequence_length + 1:
         raise ConfigError(
             f"dataset {prefix} has {index.tokens} tokens, too few for one sample of data.sequence_length "
-            f"{sequence_length} (+ 1); shorten it or add text"
+            f"{sequence_length} (+ 1); lower that, or add text (of a held-out part: a larger --valid-fraction of preprocess)"
         )
     counts = read_counts(prefix, index)
     if counts is None:

@@ -125,12 +125,12 @@ class MonitorConfig:
     """What a run shows while it goes on."""
 
     tensorboard: str | None = None  # a folder for TensorBoard's files; null: none are written
-    log_interval: Count = 10  # steps between logged numbers
+    log_interval: Count = 10  # steps between points of TensorBoard's curves
     # steps; a heatmap waits for the next logged step, the last step has one; 0: none
     heatmap_interval: CountOrZero = 100
     eval_interval: CountOrZero = 0  # steps between evaluations; 0: only before the first step and after the last
     eval_samples: CountOrZero = 32  # samples of data.valid in an evaluation, in whole global batches; one at least
-    progress_bar: bool = True  # a bar on the terminal
+    progress_bar: bool = True  # what a run says: bar or lines, banner, held-out losses; false: only warnings
 
 
 @dataclass(frozen=True)
