@@ -1,5 +1,6 @@
 """Why a path is not what a command needs, in words that follow its name in an error's one line."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -71,10 +72,20 @@ def why_no_checkpoint(folder: Path) -> str | None:
     )
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by name."""
+    return sorted(path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith("."))
+
+
 def checkpoint_below(folder: Path) -> Path | None:
     """A checkpoint of those in a folder, ``final`` if it is there; None where there is none."""
-    found = sorted(path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith("."))
+    found = checkpoints_in(folder)
     return folder / "final" if folder / "final" in found else next(reversed(found), None)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space: the disk's, a quota's, or a limit of the process."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _why_not(path: Path, *, is_folder: bool) -> str | None:

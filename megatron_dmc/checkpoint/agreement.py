@@ -1,7 +1,6 @@
 """One outcome on all ranks: what fails on one fails on every one, in one line."""
 
 import contextlib
-import errno
 import pickle
 import re
 import shutil
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dmc.checkpoint.folder import CheckpointError
+from megatron_dmc.files import is_full_disk
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def on_all_ranks(
     # torch's CheckpointException, which carries the failures of all ranks, is not an Exception.
     except (Exception, CheckpointException) as error:
         message, cause = f"{what}: {one_line(error)}", error
-        if needed is not None and root is not None and _is_full_disk(error):
+        if needed is not None and root is not None and is_full_disk(_root_cause(error)):
             with contextlib.suppress(OSError):
                 message += f" ({size_text(needed)} needed, {size_text(shutil.disk_usage(root).free)} free)"
             message += "; earlier checkpoints are untouched"
@@ -86,8 +86,3 @@ def _root_cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException) and error.failures:
         return _root_cause(next(iter(error.failures.values()))[0])
     return error
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    error = _root_cause(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -223,6 +223,17 @@ def prune(root: str | Path, keep_last: int) -> list[str]:
     return deleted
 
 
+def kept_ratio(name: str) -> int | None:
+    """N of ``cr_N``, which is kept because the schedule's target passed N; None for any other name."""
+    match = re.fullmatch(r"cr_(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run could save a checkpoint under this name, and replace what has it."""
+    return name == "final" or kept_ratio(name) is not None or _step(name) is not None
+
+
 def _step(name: str) -> int | None:
     match = re.fullmatch(r"step_(\d+)", name)
     return int(match[1]) if match else None

@@ -6,7 +6,6 @@ called: help and wrong flags answer at once.
 
 import argparse
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -33,6 +32,7 @@ from megatron_dmc.cli.common import Parser
 from megatron_dmc.cli.version import ShowVersions
 from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
 from megatron_dmc.errors import DMCError
+from megatron_dmc.files import is_full_disk
 
 # Exit statuses as a shell gives them: 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
@@ -149,7 +149,7 @@ def _line(error: DMCError | OSError) -> str:
         return str(error)
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full_disk(error):
         return f"{error.strerror}; free some space, or write to another disk"
     raise error
 

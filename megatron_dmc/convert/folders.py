@@ -1,7 +1,6 @@
 """Output folders that appear whole or not at all, and the special tokens that travel with a model."""
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -18,10 +17,9 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.errors import DMCError
-from megatron_dmc.files import ABSENT, why_no_file, why_nothing_new
+from megatron_dmc.files import ABSENT, is_full_disk, why_no_file, why_nothing_new
 
 GENERATION_CONFIG = "generation_config.json"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Each holds one JSON object, and transformers reads it with a model or its tokenizer.
 _OBJECTS = (
     *("config.json", GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -59,7 +57,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, DMCError):
             raise type(error)(str(error).replace(str(temporary), str(target))) from None
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        if isinstance(error, OSError) and is_full_disk(error):
             # It may name the file that was read.
             raise ConfigError(
                 f"cannot write {target}: {error.strerror}; nothing was written, free some space or name another disk"

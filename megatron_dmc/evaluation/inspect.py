@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_dmc.checkpoint.folder import CheckpointInfo, read_info
+from megatron_dmc.checkpoint.folder import CheckpointInfo, kept_ratio, read_info
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documents
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
+from megatron_dmc.files import checkpoints_in
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.messages import REACHED
@@ -42,8 +43,8 @@ def run(
         if tokens < TOKENS:
             print(f"reads {tokens} tokens, which is all of the model's positions", file=sys.stderr)
     size = measure_cache(loaded, read_tokens(loaded.tokenizer, text, tokens))
-    folder, info = Path(checkpoint), read_info(Path(checkpoint))
-    target = target_at_step(folder.name, recipe_from_dict(info.recipe), info)
+    folder = Path(checkpoint)
+    target = target_at_step(folder.name, loaded.recipe, read_info(folder))
     if as_json:
         saved = {"saved_at_compression_ratio": loaded.compression_ratio, "saved_at_target": target}
         print(json.dumps({**report(size), **saved}))
@@ -61,10 +62,9 @@ def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
     folder = Path(folder)
     if (folder / "dmc.json").exists():
         return []
-    places = [path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith(".")]
     rows = []
     for name, info in sorted(
-        ((place.name, read_info(place)) for place in places), key=lambda row: (row[1].step, row[0])
+        ((place.name, read_info(place)) for place in checkpoints_in(folder)), key=lambda row: (row[1].step, row[0])
     ):
         recipe = recipe_from_dict(info.recipe)
         rows.append(
@@ -87,9 +87,8 @@ def target_at_step(name: str, recipe: Recipe, info: CheckpointInfo) -> float | N
     """
     if not recipe.merges or not 0 < info.step <= recipe.total_steps:
         return None
-    kept_for = name.removeprefix("cr_")
-    if kept_for != name and kept_for.isdecimal():
-        return float(kept_for)
+    if (kept := kept_ratio(name)) is not None:
+        return float(kept)
     return plan_step(recipe.phases, recipe.dmc, info.step - 1).target_compression_ratio
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc.checkpoint.folder import kept_ratio
 from megatron_dmc.data import heldout_windows
 from megatron_dmc.evaluation.cache_size import measure_cache
 from megatron_dmc.evaluation.perplexity import evaluate
@@ -36,8 +37,8 @@ def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
     if result.layer_head_ratio is None:
         return row
     size = measure_cache(loaded, heldout_windows("data/valid", CACHE_TOKENS, loaded.tokenizer)[0]["tokens"])
-    dmc, name = loaded.recipe.dmc, Path(checkpoint).name
-    target = int(name.removeprefix("cr_")) if name.startswith("cr_") else dmc.target_compression_ratio
+    dmc = loaded.recipe.dmc
+    target = kept_ratio(Path(checkpoint).name) or dmc.target_compression_ratio
     return row | {
         "decision_source": dmc.decision_source,
         "operation": dmc.operation,

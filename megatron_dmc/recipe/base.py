@@ -73,7 +73,9 @@ def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def vocabulary_of_base(folder: str) -> int:
     """Tokens that a base knows, without the rows that pad its embedding; of a recipe that was read with it."""
     model, values = _description(Path(folder) / "dmc.json")
-    return int(values.get("vocabulary") or model["vocab_size"])
+    known = values.get("vocabulary")
+    # A damaged one is refused when the weights are loaded.
+    return known if type(known) is int and known > 0 else int(model["vocab_size"])
 
 
 def vocabulary_line(rows: int, of_base: int, exported: int) -> str | None:

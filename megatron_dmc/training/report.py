@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dmc.checkpoint import CheckpointError
-from megatron_dmc.checkpoint.folder import read_info
+from megatron_dmc.checkpoint.folder import kept_ratio, read_info
 from megatron_dmc.model.compression_loss import merge_fraction_target
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import vocabulary_line
@@ -87,9 +87,7 @@ class Report:
         """Reports the checkpoints that are completely written by now."""
         while self._store.saved:
             checkpoint = self._store.saved.popleft()
-            name = checkpoint.name
-            target = float(name.removeprefix("cr_")) if name.startswith("cr_") else None
-            self._progress.message(messages.saved(checkpoint, target))
+            self._progress.message(messages.saved(checkpoint, kept_ratio(checkpoint.name)))
 
     def stopped(self, step: int) -> None:
         self._progress.message(messages.stopped(step), important=True)

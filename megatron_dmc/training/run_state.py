@@ -1,7 +1,6 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import os
-import re
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, publish, read_latest
 from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
+from megatron_dmc.checkpoint.folder import is_checkpoint_name
 from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
 from megatron_dmc.checkpoint.saved_model import must_be_seen
 from megatron_dmc.checkpoint.vocabulary import known_tokens
@@ -41,23 +41,20 @@ def check_nothing_is_lost(recipe: Recipe) -> None:
         ("distillation.teacher", recipe.distillation.teacher),
     ):
         place = None if folder is None else Path(folder).resolve()
-        if place is not None and (place == root.resolve() or (place.parent == root.resolve() and _is_ours(place))):
+        if place is not None and (
+            place == root.resolve() or (place.parent == root.resolve() and is_checkpoint_name(place.name))
+        ):
             raise ConfigError(
                 f"{setting} {folder} lies in checkpoint.directory {root}, where this run's checkpoints would replace it; name "
                 "another checkpoint.directory"
             )
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         is_empty = path.is_dir() and not any(path.iterdir())
-        if _is_ours(path) and not is_empty and not (path / "dmc.json").exists():
+        if is_checkpoint_name(path.name) and not is_empty and not (path / "dmc.json").exists():
             raise ConfigError(
                 f"{path} is no checkpoint, and this run would replace it with one; move it away, or name another "
                 "checkpoint.directory"
             )
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a run's checkpoint could have this name."""
-    return re.fullmatch(r"final|cr_\d+|step_\d+", path.name) is not None
 
 
 @dataclass(frozen=True)

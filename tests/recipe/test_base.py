@@ -11,7 +11,7 @@ import yaml
 from megatron_dmc.__main__ import main
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe import Recipe, load_recipe, recipe_from_dict
-from megatron_dmc.recipe.base import model_differences
+from megatron_dmc.recipe.base import model_differences, vocabulary_of_base
 from tests.support.processes import ROOT
 
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -173,3 +173,12 @@ def test_a_damaged_description_is_refused(tmp_path: Path, base: Path, content: s
         read(tmp_path, base)
     assert f"checkpoint.load_base: {base}/dmc.json " in str(caught.value) and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("noted", "known"), [(None, 2048), (2000, 2000), ("abc", 2048), (True, 2048), ([1], 2048), (-1, 2048)]
+)
+def test_a_damaged_number_of_tokens_is_left_to_the_loading(base: Path, noted: Any, known: int) -> None:
+    values = json.loads((base / "dmc.json").read_text())
+    (base / "dmc.json").write_text(json.dumps(values | {"vocabulary": noted}))
+    assert vocabulary_of_base(str(base)) == known
