@@ -4,6 +4,7 @@ Sample ``i`` of a run is always ``dataset[i]``: a function of the files, the see
 total number of samples. A run resumes from its number of consumed samples and nothing else.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -14,11 +15,17 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from megatron_dmc.config import ConfigError
 from megatron_dmc.data.index_cache import index_cache
 from megatron_dmc.data.indexed_dataset import DatasetIndex, check_dataset
 from megatron_dmc.data.packing import PackedDataset
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.recipe import DataConfig
+
+# Of the index that megatron-core builds on rank 0, for every sample and for every document in every pass over the text.
+_BYTES_PER_SAMPLE, _BYTES_PER_DOCUMENT = 16, 20
+# 17 GB.
+_MOST_INDEX_BYTES = 2**34
 
 
 class SampleDataset(Protocol):
@@ -47,8 +54,8 @@ def build_datasets(
         (training samples, validation samples or None), each with at least the asked number.
 
     Raises:
-        ConfigError: for anything :func:`check_dataset` finds, before anything is built, and a cache folder that cannot
-            be written.
+        ConfigError: for anything :func:`check_dataset` finds and an index too large to build, before anything is built,
+            and a cache folder that cannot be written.
     """
     train = [(prefix, check_dataset(prefix, tokenizer, data.sequence_length)) for prefix in data.train]
     valid = [(prefix, check_dataset(prefix, tokenizer, data.sequence_length)) for prefix in data.valid]
@@ -86,6 +93,8 @@ def _build_split(
     weights = [index.tokens / total for index in indices]
     # A blend may take a sample more of a part than its share: megatron-core's margin, a share alone, is too small.
     sizes = [samples] if len(parts) == 1 else [int(samples * weight * 1.005) + 2 for weight in weights]
+    for (prefix, index), size in zip(parts, sizes, strict=True):
+        _check_index(prefix, index, size, data.sequence_length)
     datasets = []
     for (prefix, index), size in zip(parts, sizes, strict=True):
         per_split = [size if one is split else 0 for one in Split]
@@ -99,6 +108,18 @@ def _build_split(
         config = replace(config, path_to_cache=cache)
         return BlendedMegatronDatasetBuilder.build_generic_dataset(
             BlendedDataset, _on_every_rank, True, datasets, weights, samples, config
+        )
+
+
+def _check_index(prefix: str, index: DatasetIndex, samples: int, sequence_length: int) -> None:
+    """Raises ConfigError where text is repeated so often that the index would fill the host's memory."""
+    passes = math.ceil((samples * sequence_length + 1) / index.tokens)
+    needed = _BYTES_PER_SAMPLE * samples + _BYTES_PER_DOCUMENT * passes * index.documents
+    # A single pass is as large as the text is.
+    if passes > 1 and needed > _MOST_INDEX_BYTES:
+        raise ConfigError(
+            f"dataset {prefix} would be repeated {passes} times for {samples} samples, and its index would need "
+            f"{needed / 1e9:.0f} GB of the host's memory; train on more text, or ask for fewer steps or samples"
         )
 
 

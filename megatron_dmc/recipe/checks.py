@@ -7,10 +7,12 @@ from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.layout import check_layout
 from megatron_dmc.recipe.sections import PhaseConfig, Recipe
 
-# megatron-core holds an index of all of a run's samples in memory.
-MOST_SAMPLES = 2**31 - 1
-# Kernels count the tokens of a micro-batch with int32.
-MOST_TOKENS = 2**31 - 1
+# megatron-core builds an index of all of a run's samples in the host's memory, so many bytes of each.
+INDEX_BYTES = 16
+# 4.3 GB.
+MOST_SAMPLES = 2**28
+# Of a micro-batch, 28 bytes each in the host's memory, and once more while its samples are joined: 0.9 GB.
+MOST_TOKENS = 2**24
 # What the sizes of an FP8 matrix product must be multiples of.
 FP8_MULTIPLE = 16
 
@@ -67,12 +69,14 @@ def check_recipe(recipe: Recipe) -> None:
         )
     check_layout(recipe)
     _check_phases(phases, recipe.dmc)
-    if recipe.total_steps * training.global_batch_size > MOST_SAMPLES:
+    samples = recipe.total_steps * training.global_batch_size
+    if samples > MOST_SAMPLES:
         most = MOST_SAMPLES // recipe.total_steps
         remedy = f"at these steps it must be <= {most}" if most else "give the phases fewer steps"
         raise ConfigError(
             f"training.global_batch_size ({training.global_batch_size}) x {recipe.total_steps} steps are more than "
-            f"{MOST_SAMPLES} samples; {remedy}"
+            f"{MOST_SAMPLES} samples, whose index would need {samples * INDEX_BYTES / 1e9:.0f} GB of the host's memory; "
+            f"{remedy}"
         )
     if training.fp8 is not None:
         _check_fp8(recipe)

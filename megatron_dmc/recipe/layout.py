@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe.sections import Recipe
 
+# A rank reads its whole share of a global batch before a step: tokens, labels and positions, and the loss mask in float32.
+BYTES_PER_TOKEN = 3 * 8 + 4
+# 3.8 GB.
+MOST_HELD_TOKENS = 2**27
+
 
 def check_layout(recipe: Recipe) -> None:
     """Everything about a layout but what depends on the number of processes."""
@@ -83,7 +88,7 @@ def _check_context_parallel(recipe: Recipe) -> None:
 
 
 def check_batch(recipe: Recipe, replicas: int) -> None:
-    """Raises ConfigError unless so many data-parallel replicas can share the global batch."""
+    """Raises ConfigError unless so many data-parallel replicas can share the global batch, and hold their shares."""
     training, parallel = recipe.training, recipe.parallel
     round_size = training.micro_batch_size * replicas
     # Interleaved stages take micro-batches in groups as large as the pipeline is long.
@@ -96,6 +101,14 @@ def check_batch(recipe: Recipe, replicas: int) -> None:
             f"training.global_batch_size ({training.global_batch_size}) must be a multiple of micro_batch_size "
             f"({training.micro_batch_size}) x data-parallel replicas ({replicas}){pipeline}; sizes near it that work: "
             f"{_listed([size for size in sizes if size])}"
+        )
+    held = training.global_batch_size // replicas * recipe.data.sequence_length
+    if held > MOST_HELD_TOKENS:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) x data.sequence_length "
+            f"({recipe.data.sequence_length}) / data-parallel replicas ({replicas}) are more than {MOST_HELD_TOKENS} tokens, "
+            f"which need {held * BYTES_PER_TOKEN / 1e9:.0f} GB of each rank's memory at once; make the batch smaller, or use "
+            "more replicas"
         )
 
 

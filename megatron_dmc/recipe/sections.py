@@ -69,8 +69,8 @@ class TrainingConfig:
     """What is trained, and the optimizer (Adam)."""
 
     train: Literal["full", "adapter"] = "full"  # adapter: the base is frozen, only the decisions' projection learns
-    micro_batch_size: Count = 1  # samples that a replica of the model computes at a time
-    global_batch_size: Count = MISSING  # samples of one optimizer step, over all replicas
+    micro_batch_size: Annotated[int, Range(1, 2**16)] = 1  # samples that a replica of the model computes at a time
+    global_batch_size: Annotated[int, Range(1, 2**20)] = MISSING  # samples of one optimizer step, over all replicas
     bf16: bool = True  # compute in bfloat16; the optimizer keeps float32 weights
     fp8: Literal["e4m3", "hybrid"] | None = None  # of the linear layers, by Transformer Engine; hybrid: e5m2 gradients
     seed: Seed = 1234  # of initial weights
@@ -129,7 +129,8 @@ class MonitorConfig:
     # steps; a heatmap waits for the next logged step, the last step has one; 0: none
     heatmap_interval: CountOrZero = 100
     eval_interval: CountOrZero = 0  # steps between evaluations; 0: only before the first step and after the last
-    eval_samples: CountOrZero = 32  # samples of data.valid in an evaluation, in whole global batches; one at least
+    # samples of data.valid in an evaluation, in whole global batches; one at least
+    eval_samples: Annotated[int, Range(0, 2**20)] = 32
     progress_bar: bool = True  # what a run says: bar or lines, banner, held-out losses; false: only warnings
 
 

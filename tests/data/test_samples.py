@@ -179,3 +179,14 @@ class _Evil:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+def test_an_index_that_fills_the_memory_is_refused(tmp_path, tokenizer, dataset):
+    """Before it is built: a run of so many samples is legal, a text of so few tokens repeated for it is not."""
+    index, samples, length = read_index(dataset), 2**28, 1024
+    passes = -(-(samples * length + 1) // index.tokens)
+    needed = (16 * samples + 20 * passes * index.documents) / 1e9
+    assert needed > 100
+    config = data_config(tmp_path, tokenizer, dataset, sequence_length=length)
+    message = f"repeated {passes} times for {samples} samples, and its index would need {needed:.0f} GB"
+    fails(message, build_datasets, config, tokenizer, samples, 0)

@@ -100,7 +100,9 @@ def test_bad_dmc_settings_name_field_value_and_remedy(settings: dict[str, object
         ("parallel=[2]", r"parallel must hold settings \(name: value\), got \[2\]"),
         ("data.cache=''", "data.cache is empty; name a folder"),
         ("checkpoint.directory=''", "checkpoint.directory is empty; name a folder"),
-        ("training.global_batch_size=1000000000", "are more than 2147483647 samples; at these steps it must be <= "),
+        ("training.global_batch_size=1000000000", "training.global_batch_size must be <= 1048576, got 1000000000"),
+        ("monitor.eval_samples=2147483647", "monitor.eval_samples must be <= 1048576, got 2147483647"),
+        ("training.micro_batch_size=4194303", "training.micro_batch_size must be <= 65536, got 4194303"),
         ("model.num_layers=2039", "numbers of stages that work: 1, 2039"),
     ],
 )

@@ -2,13 +2,14 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from megatron_dmc.config import MOST, ConfigError, DMCConfig, Range, ranges
-from megatron_dmc.recipe import load_recipe
+from megatron_dmc.recipe import check_batch, load_recipe
 from tests.support.settings import EVERYTHING, numbers
 
 BEYOND = ("1e200", "1e308", "-1e308", "1" + "0" * 18, "1" + "0" * 400, ".nan", ".inf", "-.inf")
@@ -80,9 +81,35 @@ def test_a_config_checks_itself(field: str) -> None:
             DMCConfig(**{field: value})  # type: ignore[arg-type]
 
 
-def test_products_are_counted(recipe: Path) -> None:
-    batches = ["training.micro_batch_size=20000000", "training.global_batch_size=20000000"]
-    with pytest.raises(ConfigError, match=r"20000000\) x data.sequence_length \(128\) are more than 2147483647 tokens"):
-        load_recipe(recipe, batches)
-    with pytest.raises(ConfigError, match="samples; give the phases fewer steps"):
-        load_recipe(recipe, [f"phases.0.steps={MOST}"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["training.micro_batch_size=65536", "model.max_position_embeddings=512", "data.sequence_length=512"],
+            r"micro_batch_size \(65536\) x data.sequence_length \(512\) are more than 16777216 tokens",
+        ),
+        (
+            ["phases.0.steps=500000000"],
+            r"\(4\) x 500000005 steps are more than 268435456 samples, whose index would need 32 GB of the host's memory; "
+            "give the phases fewer steps",
+        ),
+        (
+            ["phases.0.steps=67108860"],
+            r"x 67108865 steps .* would need 4 GB of the host's memory; at these steps it must be <= 3$",
+        ),
+        ([f"phases.0.steps={MOST}"], "samples, .* give the phases fewer steps"),
+    ],
+)
+def test_products_that_fill_a_memory_are_refused(recipe: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe, overrides)
+
+
+def test_a_share_of_a_batch_fits_each_replica(recipe: Path) -> None:
+    """A rank holds its whole share; more replicas have smaller ones."""
+    read = load_recipe(recipe, ["training.global_batch_size=1048576", "phases=[{kind: compress, steps: 10}]"])
+    check_batch(read, 2)
+    longer = replace(read, data=replace(read.data, sequence_length=256))
+    with pytest.raises(ConfigError, match=r"more than 134217728 tokens, which need 8 GB of each rank's memory at once"):
+        check_batch(longer, 1)
+    check_batch(longer, 2)
