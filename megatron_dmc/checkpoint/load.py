@@ -19,7 +19,7 @@ from megatron_dmc.checkpoint.agreement import on_all_ranks, one_line
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, must_be_readable, read_info, read_json
 from megatron_dmc.checkpoint.metadata import Entry, UnsafeMetadataError, bytes_per_file, entries, read_metadata
 from megatron_dmc.checkpoint.save import BACKENDS, SHARDED_BACKEND
-from megatron_dmc.recipe.base import model_differences
+from megatron_dmc.recipe.base import listed, model_differences
 
 
 class Stored(NamedTuple):
@@ -104,20 +104,22 @@ def _must_fit(
     expected_model: Mapping[str, Any] | None,
     may_be_missing: Callable[[str], bool] | None,
 ) -> None:
-    differences = model_differences(stored.info.recipe["model"], expected_model) if expected_model else []
-    if not differences:
-        wanted, _ = extract_sharded_base(load_preprocess(sharded_state_dict)[0])
-        for entry in nested_values(wanted):
-            key = _key(entry)
-            if key not in stored.entries:
-                if may_be_missing is None or not may_be_missing(key):
-                    differences.append(f"{key} is missing in the checkpoint")
-                continue
-            shape = stored.entries[key].shape
-            if isinstance(entry, ShardedObject) or entry.allow_shape_mismatch:
-                continue
-            if shape is None or tuple(shape) != tuple(entry.global_shape):
-                differences.append(f"{key} has shape {shape and list(shape)} there, {list(entry.global_shape)} here")
+    settings = model_differences(stored.info.recipe["model"], expected_model) if expected_model else {}
+    if settings:
+        raise CheckpointError(f"checkpoint {folder} is another model's: {listed(settings)}")
+    differences = []
+    wanted, _ = extract_sharded_base(load_preprocess(sharded_state_dict)[0])
+    for entry in nested_values(wanted):
+        key = _key(entry)
+        if key not in stored.entries:
+            if may_be_missing is None or not may_be_missing(key):
+                differences.append(f"{key} is missing in the checkpoint")
+            continue
+        shape = stored.entries[key].shape
+        if isinstance(entry, ShardedObject) or entry.allow_shape_mismatch:
+            continue
+        if shape is None or tuple(shape) != tuple(entry.global_shape):
+            differences.append(f"{key} has shape {shape and list(shape)} there, {list(entry.global_shape)} here")
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise CheckpointError(f"checkpoint {folder} is another model's: {'; '.join(differences[:3])}{more}")

@@ -217,9 +217,14 @@ class SavedModel:
             raise ConfigError(f"{self.folder} is a retrofitted model; name its base in distillation.teacher")
         saved, mine = self.recipe.model.vocab_size, recipe.model.vocab_size
         if saved != mine and not added_tokens(saved, mine):
+            remedy = "name a base with the same tokenizer"
+            if added_tokens(mine, saved):
+                remedy = (
+                    f"if {saved - mine} of its rows pad it, set model.vocab_size={saved}, or name the base without them"
+                )
             raise ConfigError(
                 f"the teacher {self.folder} has a vocabulary of {saved}, model.vocab_size is {mine}: their logits cannot be "
-                "compared; name a base with the same tokenizer"
+                f"compared; {remedy}"
             )
 
     def load_into(self, model_chunks: Sequence[torch.nn.Module], recipe: Recipe | None = None) -> None:

@@ -39,7 +39,7 @@ def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
     """A temporary folder from which transformers loads the base's weights and the adapter's as those of one model.
 
     Args:
-        adapter: a folder that megatron_to_hf.py --adapter wrote.
+        adapter: a folder that ``megatron-dmc convert-to-hf --adapter`` wrote.
         base: a plain Llama's folder, weights as safetensors.
         config_class: of the joined model.
 

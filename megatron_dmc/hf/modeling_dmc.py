@@ -118,7 +118,7 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
         the merged export's folder and gives the same model, to the last bit.
 
         Args:
-            pretrained_model_name_or_path: an export, or an adapter's folder (megatron_to_hf.py --adapter).
+            pretrained_model_name_or_path: an export, or an adapter's folder (megatron-dmc convert-to-hf --adapter).
             base: a plain Llama's folder, for an adapter only.
 
         Raises:

@@ -8,13 +8,13 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError, is_same_setting
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.recipe.values import SectionReader
+from megatron_dmc.recipe.values import SectionReader, shown
 
 # Settings that may differ between a checkpoint and a run: they do not change what the weights mean.
 FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
 # Megatron pads a vocabulary to a multiple of 128 per tensor-parallel rank. A difference beyond that is another model's.
 MOST_ADDED_TOKENS = 1024
-# An error names so many settings that differ.
+# An error gives both values of so many settings that differ, and the names of all.
 SHOWN_DIFFERENCES = 3
 
 
@@ -46,11 +46,9 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
     padded = replace(saved, vocab_size=saved.vocab_size + added_tokens(saved.vocab_size, model.vocab_size))
     differences = model_differences(asdict(padded), asdict(model))
     if differences:
-        more = len(differences) - SHOWN_DIFFERENCES
         raise ConfigError(
-            f"the model section is not that of checkpoint.load_base {folder}: {'; '.join(differences[:SHOWN_DIFFERENCES])}"
-            f"{f'; and {more} more' if more > 0 else ''}; leave the section out (it is then taken from the base), or name "
-            "another base"
+            f"the model section is not that of checkpoint.load_base {folder}: {listed(differences)}; leave "
+            "the section out (it is then taken from the base), or name another base"
         )
     return model
 
@@ -99,14 +97,22 @@ def added_tokens(of_base: int, size: int) -> int:
     return size - of_base if of_base < size < of_base + MOST_ADDED_TOKENS else 0
 
 
-def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """What makes two model sections (plain values) two models, one phrase for each setting."""
+def model_differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, str]:
+    """What makes two model sections (plain values) two models: of each such setting, by full name, both values in a phrase."""
     saved, mine = _with_head_dim(saved), _with_head_dim(mine)
-    return [
-        f"model.{name} is {saved.get(name)!r} there, {mine.get(name)!r} here"
+    return {
+        f"model.{name}": f"{shown(saved.get(name))} there, {shown(mine.get(name))} here"
         for name in sorted({*saved, *mine} - FREE_SETTINGS)
         if not is_same_setting(saved.get(name), mine.get(name))
-    ]
+    }
+
+
+def listed(differences: Mapping[str, str]) -> str:
+    """:func:`model_differences` in one line."""
+    names = list(differences)
+    first, rest = names[:SHOWN_DIFFERENCES], names[SHOWN_DIFFERENCES:]
+    also = f"; {', '.join(rest)} differ{'s' if len(rest) == 1 else ''} too" if rest else ""
+    return "; ".join(f"{name} is {differences[name]}" for name in first) + also
 
 
 def _with_head_dim(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_de
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
 from megatron_dmc.recipe import Recipe
+from megatron_dmc.recipe.base import model_differences
+from megatron_dmc.recipe.values import shown
 from megatron_dmc.training.optimizer import gather_parameters
 from megatron_dmc.training.optimizer_state import OptimizerState
 
@@ -55,6 +57,15 @@ def check_nothing_is_lost(recipe: Recipe) -> None:
                 f"{path} is no checkpoint, and this run would replace it with one; move it away, or name another "
                 "checkpoint.directory"
             )
+
+
+def _must_be(name: str, here: Any, there: Any, folder: Path) -> None:
+    """Raises ConfigError for a setting that has changed since the run saved ``folder``."""
+    if here != there:
+        raise ConfigError(
+            f"{name} is {shown(here)}, but {folder} was trained with {shown(there)}; set {name}={shown(there)} again, or "
+            "start in a new checkpoint.directory with checkpoint.load_base"
+        )
 
 
 @dataclass(frozen=True)
@@ -166,18 +177,15 @@ class RunStore:
         """The data's position is steps x batch: what it depends on must not change under a run."""
         folder, info = checkpoint.folder, checkpoint.info
         mine, saved = self.recipe.to_dict(), checkpoint.recipe.to_dict()
+        changed = [name.removeprefix("model.") for name in model_differences(saved["model"], mine["model"])]
         for section, names in (
+            ("model", tuple(changed)),
             ("training", ("train", "global_batch_size", "bf16")),
             ("data", ("sequence_length", "seed", "train", "reset_at_documents")),
             ("dmc", tuple(mine["dmc"])),
         ):
             for name in names:
-                if saved[section][name] != mine[section][name]:
-                    raise ConfigError(
-                        f"{section}.{name} is {mine[section][name]!r}, but {folder} was trained with "
-                        f"{saved[section][name]!r}; set it back, or start in a new checkpoint.directory with "
-                        "checkpoint.load_base"
-                    )
+                _must_be(f"{section}.{name}", mine[section][name], saved[section][name], folder)
         for prefix, digest in self.datasets.items():
             if info.datasets is not None and info.datasets.get(prefix) != digest:
                 raise ConfigError(
@@ -185,12 +193,13 @@ class RunStore:
                     "start in a new checkpoint.directory with checkpoint.load_base"
                 )
         # Learning rates may change on the way; what decides which phase a step belongs to may not.
-        kept = ("kind", "steps", "start_compression_ratio")
-        plans = [[tuple(phase[name] for name in kept) for phase in recipe["phases"]] for recipe in (saved, mine)]
-        if plans[0] != plans[1]:
+        for i, (here, there) in enumerate(zip(mine["phases"], saved["phases"], strict=False)):
+            for name in ("kind", "steps", "start_compression_ratio"):
+                _must_be(f"phases.{i}.{name}", here[name], there[name], folder)
+        if len(mine["phases"]) != len(saved["phases"]):
             raise ConfigError(
-                f"phases ({', '.join(kept)}) differ from those of {folder}; set them back, or start in a new "
-                "checkpoint.directory with checkpoint.load_base"
+                f"phases are {len(mine['phases'])}, but {folder} was trained with {len(saved['phases'])}; set them back, or "
+                "start in a new checkpoint.directory with checkpoint.load_base"
             )
 
     def save_weights(self, name: str, step: int, phase: int, ratio: float | None) -> None:

@@ -1,5 +1,6 @@
 """Recipes: the examples are valid, overrides are typed, targets and checkpoints follow the phases."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,16 @@ def test_context_parallel_layouts_that_cannot_work_are_refused(overrides: list[s
     sizes = [MODEL, "model.num_query_groups=2", "model.max_position_embeddings=4096", "data.sequence_length=1024"]
     with pytest.raises(ConfigError, match=message):
         load_recipe(EXAMPLES / "quickstart" / "recipe.yaml", [*sizes, "parallel.context_parallel_size=2", *overrides])
+
+
+def test_errors_name_commands_that_are_installed() -> None:
+    """A script of tools/ is there only in a checkout."""
+    named = [
+        f"{path.name}: {text.value}"
+        for path in sorted((ROOT / "megatron_dmc").rglob("*.py"))
+        for error in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(error, ast.Raise)
+        for text in ast.walk(error)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str) and "tools/" in text.value
+    ]
+    assert named == []

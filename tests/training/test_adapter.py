@@ -197,10 +197,16 @@ def test_a_teacher_must_be_a_base_of_the_same_vocabulary(
     other = tmp_path / "other"
     shutil.copytree(final, other)
     info = json.loads((other / "dmc.json").read_text())
-    info["recipe"]["model"]["vocab_size"] = 301
-    (other / "dmc.json").write_text(json.dumps(info))
-    assert main(["retrofit", str(path), f"distillation.teacher={other}"]) == 1
-    assert f"the teacher {other} has a vocabulary of 301, model.vocab_size is 300" in capsys.readouterr().err
+    for size, remedy in (
+        (301, "if 1 of its rows pad it, set model.vocab_size=301, or name the base without them"),
+        (3000, "name a base with the same tokenizer"),
+    ):
+        info["recipe"]["model"]["vocab_size"] = size
+        (other / "dmc.json").write_text(json.dumps(info))
+        assert main(["retrofit", str(path), f"distillation.teacher={other}"]) == 1
+        said = capsys.readouterr().err
+        assert f"the teacher {other} has a vocabulary of {size}, model.vocab_size is 300: " in said
+        assert said.endswith(f"; {remedy}\n")
     train(path, "distillation.weight=0")
     retrofit = tmp_path / "run" / "checkpoints" / "final"
     again = recipe(data, tmp_path / "again", weight=0.5, adapter=False)

@@ -80,15 +80,27 @@ def test_generate_continues_the_prompt(finished: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dmc.temperature=0.2", "dmc.temperature"),
-        ("training.global_batch_size=8", "training.global_batch_size"),
+        ("dmc.temperature=0.2", "dmc.temperature=0.1"),
+        ("training.global_batch_size=8", "training.global_batch_size=4"),
+        ("model.vocab_size=304", "model.vocab_size=300"),
+        ("data.reset_at_documents=true", "data.reset_at_documents=false"),
+        ("phases.1.steps=4", "phases.1.steps=3"),
     ],
 )
 def test_resume_with_other_settings_is_refused(
     finished: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
+    name, _, value = override.partition("=")
     assert main(["retrofit", str(finished.parent / "recipe.yaml"), override]) == 1
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{name} is {value}, but {finished}/step_00000009 was trained with " in said and said.count("\n") == 1
+    assert f"; set {message} again, or start in a new checkpoint.directory with checkpoint.load_base" in said
+
+
+def test_resume_with_other_phases_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(finished.parent / "recipe.yaml")
+    assert main(["retrofit", recipe, "phases=[{kind: compress, steps: 6}]"]) == 1
+    assert f"phases are 1, but {finished}/step_00000009 was trained with 2; set them back" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
