@@ -106,8 +106,10 @@ def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand anywhere after the recipe; argparse by itself takes them from one place only."""
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    takes = hasattr(parsed, "overrides")
+    unknown = [word for word in rest if not takes or word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides += rest
     return parsed

@@ -37,7 +37,7 @@ def prefix(text: str) -> str:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """``recipe`` and ``overrides``."""
-    parser.add_argument("recipe", help="a YAML recipe, see examples/")
+    parser.add_argument("recipe", type=path, help="a YAML recipe, see examples/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings over the recipe's")
 
 

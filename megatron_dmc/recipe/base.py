@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError, is_same_setting
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.recipe.values import SectionReader, shown
+from megatron_dmc.recipe.values import TOO_LONG_NUMBER, SectionReader, shown
 
 # Settings that may differ between a checkpoint and a run: they do not change what the weights mean.
 FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
@@ -62,9 +62,10 @@ def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return values["recipe"]["model"], values
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"checkpoint.load_base: {path} is damaged, it holds no model section "
-            f"({type(error).__name__}: {error}); name another base"
+            f"({'a number of thousands of digits' if TOO_LONG_NUMBER in what else what}); name another base"
         ) from None
 
 

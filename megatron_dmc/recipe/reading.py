@@ -19,7 +19,7 @@ from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.base import model_of_base
 from megatron_dmc.recipe.checks import check_recipe
 from megatron_dmc.recipe.sections import Recipe
-from megatron_dmc.recipe.values import SectionReader, shown
+from megatron_dmc.recipe.values import TOO_LONG_NUMBER, SectionReader, cut, is_null, shown
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -54,7 +54,7 @@ def _build(values: dict[str, Any], *, from_person: bool) -> Recipe:
     if from_person and base is not None and Path(base).exists():
         if (problem := why_no_checkpoint(Path(base))) is not None:
             raise ConfigError(f"checkpoint.load_base: {problem}")
-        given = [name for name, value in (values.get("model") or {}).items() if value != MISSING]
+        given = [name for name, value in values.get("model", {}).items() if value != MISSING]
         recipe = replace(recipe, model=model_of_base(base, {name: getattr(recipe.model, name) for name in given}))
         missing = [name for name in missing if not name.startswith("model.")]
     if missing:
@@ -193,11 +193,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Sets ``section.field=value``; a number in the path counts list entries: ``phases.0.steps=100``."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} must read section.field=value")
+        raise ConfigError(f"override {cut(repr(override))} must read section.field=value")
     try:
         _set(values, re.sub(r"\[(\d+)\]", r".\1", key).split("."), _yaml(text))
     except ConfigError as error:
-        raise ConfigError(f"override {override!r}: {error}") from None
+        raise ConfigError(f"override {cut(repr(override))}: {error}") from None
 
 
 def _set(values: Any, path: Sequence[str], value: Any, place: str = "") -> None:
@@ -205,12 +205,13 @@ def _set(values: Any, path: Sequence[str], value: Any, place: str = "") -> None:
     name, *rest = path
     entry: Any = name
     if isinstance(values, list):
-        if not name.isdecimal() or int(name) >= len(values):
-            raise ConfigError(f"{place} has no entry {name!r}; its {len(values)} entries are counted from 0")
+        # Not int() first: it refuses thousands of digits.
+        if not name.isdecimal() or len(name) > len(str(MOST_ENTRIES)) or int(name) >= len(values):
+            raise ConfigError(f"{place} has no entry {cut(repr(name))}; its {len(values)} entries are counted from 0")
         entry = int(name)
     elif not isinstance(values, dict):
         raise ConfigError(f"{place} is {shown(values)}, it holds no setting {name!r}")
-    elif values.get(name) is None:
+    elif is_null(values.get(name)):
         values[name] = {} if rest else None
     if rest:
         _set(values[entry], rest, value, f"{place}.{name}".removeprefix("."))
@@ -223,6 +224,12 @@ def _set(values: Any, path: Sequence[str], value: Any, place: str = "") -> None:
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
     """The same settings with their ``${...}`` replaced; these may also name settings that have their default."""
     whole = asdict(Recipe())
+    # A section of nothing is none: it has its defaults.
+    values = {
+        name: section
+        for name, section in values.items()
+        if not (isinstance(whole.get(name), dict) and is_null(section))
+    }
     for name, section in values.items():
         both = isinstance(section, dict) and isinstance(whole.get(name), dict)
         whole[name] = {**whole[name], **section} if both else section
@@ -236,7 +243,9 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
                 f"{key} needs the environment variable {unset[1]}, which is not set; set it, or give a default: "
                 f"${{oc.env:{unset[1]},DEFAULT}}"
             ) from None
-        raise ConfigError(f"{key}: {_one_line(error)}") from None
+        if TOO_LONG_NUMBER in str(error):
+            raise ConfigError(f"{key} holds a number of thousands of digits; write a shorter one") from None
+        raise ConfigError(f"{key}: {cut(_one_line(error))}") from None
     return {
         name: {key: resolved[name][key] for key in section} if isinstance(section, dict) else resolved[name]
         for name, section in values.items()

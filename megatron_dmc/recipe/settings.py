@@ -26,7 +26,7 @@ Written by `make settings` from the sources of the sections; change it there.
 
 A recipe is a YAML file with the sections below. Any setting can also be given on the command line, after the recipe:
 `section.field=value`; phases are counted from 0: `phases.0.steps=100`. An override of a section (`dmc={...}`) changes only the
-settings that it names; an override of a list replaces the list.
+settings that it names, `dmc=null` gives it its defaults; an override of a list replaces the list.
 
 - The type of a setting decides what a word means. Where the type says *or null*, `null`, `none`, `~` or nothing at all mean
   null. A folder that has such a name is written `./none`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
+from megatron_dmc.errors import shortened
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.sections import Recipe
 
@@ -17,6 +18,10 @@ FALSE_WORDS = ("false", "no", "off")
 WORDS = (*NULL_WORDS, *TRUE_WORDS, *FALSE_WORDS)
 # Beyond this a float no longer holds every whole number.
 MOST_EXACT = 2**53
+# In Python's own error for a whole number of more than 4300 digits.
+TOO_LONG_NUMBER = "set_int_max_str_digits"
+# Characters of a value in a message.
+LONGEST_SHOWN = 200
 # Unicode's control characters, halves of surrogate pairs, and line and paragraph separators.
 _ODD_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
 
@@ -42,13 +47,15 @@ class SectionReader:
         Raises:
             ConfigError: one line: the setting's full name, its value, and what to write.
         """
-        values = {} if values is None else values
+        values = {} if values is None or (self.from_person and is_null(values)) else values
         if not isinstance(values, dict):
             raise ConfigError(f"{place or 'a recipe'} must hold settings (name: value), got {shown(values)}")
         prefix, hints, settings = f"{place}." if place else "", get_type_hints(kind), {}
         for name in values:
             if name not in hints:
-                raise ConfigError(f"{prefix}{name} is no setting{_suggestion(str(name), prefix, list(hints))}")
+                raise ConfigError(
+                    f"{prefix}{cut(str(name))} is no setting{_suggestion(str(name), prefix, list(hints))}"
+                )
         for setting in fields(kind):  # type: ignore[arg-type]  # every section is a dataclass
             name, hint, value = prefix + setting.name, hints[setting.name], values.get(setting.name, MISSING)
             if is_dataclass(hint):
@@ -66,7 +73,7 @@ class SectionReader:
         """``value`` as the type ``kind`` of a setting; raises ConfigError as :meth:`section` does."""
         may_be_null = get_origin(kind) in (Union, types.UnionType)
         if may_be_null:
-            if value is None or (self.from_person and _is_word(value, NULL_WORDS)):
+            if value is None or (self.from_person and is_null(value)):
                 return None
             (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
         if get_origin(kind) is list:
@@ -126,12 +133,27 @@ def _no_path(text: str) -> str | None:
 _MEANINGS = {bool: "true or false", int: "a whole number in decimal digits", float: "a number in decimal digits"}
 
 
+def is_null(value: Any) -> bool:
+    """Whether a person wrote nothing, or a word for nothing."""
+    return value is None or _is_word(value, NULL_WORDS)
+
+
+def cut(text: str) -> str:
+    """Text for a message: of a very long one its beginning."""
+    text = shortened(text)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:50]}... ({len(text)} characters)"
+
+
 def shown(value: Any) -> str:
-    """A value as YAML writes it, for a message."""
+    """A value as YAML writes it, for a message; of a very long one its beginning."""
+    return cut(_written(value))
+
+
+def _written(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {shown(entry)}' for key, entry in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {_written(entry)}' for key, entry in value.items())}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(_written, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return (

@@ -61,6 +61,14 @@ def test_a_recipe_without_the_section_takes_an_override(tmp_path: Path, base: Pa
     assert load_recipe(path, [f"checkpoint.load_base={base}", "model.init_method_std=0.5"]).model.init_method_std == 0.5
 
 
+def test_a_model_of_nothing_is_taken_from_the_base(tmp_path: Path, base: Path) -> None:
+    """A recipe that writes its model out, and an override that takes it back."""
+    path = write(tmp_path, base, hidden_size=256)
+    for text in ("", "null", "~"):
+        assert load_recipe(path, [f"model={text}"]).model.hidden_size == 128
+        assert load_recipe(path, [f"model={text}", "model.init_method_std=0.5"]).model.init_method_std == 0.5
+
+
 def test_what_does_not_change_the_weights_may_differ(tmp_path: Path, base: Path) -> None:
     model = read(tmp_path, base, max_position_embeddings=4096, init_method_std=0.01, kv_channels=32).model
     assert (model.max_position_embeddings, model.init_method_std, model.kv_channels) == (4096, 0.01, 32)
@@ -162,6 +170,7 @@ def test_a_base_elsewhere_needs_the_model_written_out(
     ("content", "message"),
     [
         ("{", "is damaged, it holds no model section"),
+        (f'{{"step": {"9" * 10000}}}', "is damaged, it holds no model section (a number of thousands of digits)"),
         ('{"recipe": []}', "is damaged, it holds no model section"),
         ('{"recipe": {"model": {"num_layers": 4}}}', "is damaged, it lacks model.hidden_size, model.ffn_hidden_size"),
         ('{"recipe": {"model": {"num_experts": 4}}}', "is not understood by this version: model.num_experts is no setting"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.recipe import Recipe, load_recipe, recipe_from_dict
 from tests.support.processes import ROOT
 from tests.support.settings import settings_of
@@ -42,6 +42,49 @@ def read_both(tmp_path: Path, name: str, text: str) -> list[Recipe | ConfigError
         except ConfigError as error:
             results.append(error)
     return results
+
+
+@pytest.mark.parametrize("text", ["", "null", "None", "~", "{}"])
+def test_a_section_of_nothing_has_its_defaults(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BASE.read_text() + "dmc: {seed: 5}\n")
+    assert load_recipe(path).dmc.seed == 5
+    if text != "{}":  # an override of settings changes those that it names
+        assert load_recipe(path, [f"dmc={text}"]).dmc == DMCConfig()
+        assert load_recipe(path, [f"dmc={text}", "dmc.seed=7"]).dmc.seed == 7
+    path.write_text(BASE.read_text() + f"dmc: {text}\n")
+    assert load_recipe(path).dmc == DMCConfig()
+    assert load_recipe(path, ["dmc.seed=7"]).dmc.seed == 7
+    with pytest.raises(ConfigError, match=r"phases\[0\].kind, phases\[0\].steps must be given"):
+        load_recipe(path, [f"phases=[{text or 'null'}]"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"{name}={'9' * 10000}" for name in ("phases.0.steps", "training.seed", "training.weight_decay", "dmc.seed")),
+        *(f"{name}={'9' * 10000}" for name in ("data.train", "training.train", "training", "phases", "data.tokenizer")),
+        *(f"phases{place}.steps=1" for place in (f".{'9' * 10000}", f"[{'9' * 10000}]")),
+        *(f"training.{'9' * 10000}=1", f"{'9' * 10000}.seed=1", f"data.train=[{'9' * 10000}]", "9" * 10000),
+        *(
+            f"training.seed={'9_' * 5000}9",
+            f"training.bf16={'x' * 10000}",
+            f"training={'[1, 2, ' * 90}",
+            f"{'x' * 10000}",
+        ),
+        *(
+            f"training.{'x' * 10000}=1",
+            f"training.seed=${{oc.decode:{'9' * 10000}}}",
+            f"training.seed=${{{'x' * 10000}}}",
+        ),
+        *(f"training.seed.{'x' * 10000}=1", f"phases={'x' * 10000}", f"phases.0=[{'1, ' * 10000}1]"),
+    ],
+    ids=lambda override: re.sub(r"(.)\1{9,}", r"\1...", override)[:40],
+)
+def test_a_value_of_ten_thousand_characters_is_one_short_line(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(BASE, [override])
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value) and "set_int_max_str" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["None", "none", "null", "Null", "NULL", "~", "", "'null'"])
