@@ -30,10 +30,14 @@ class Range:
 
     Every number of a configuration has one. Its ends keep what is computed from it finite in float32 and within the
     integers that torch and numpy count with; nobody means a number beyond them.
+
+    Attributes:
+        or_zero: 0 may stand below ``least``, for none.
     """
 
     least: float
     most: float
+    or_zero: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raises ConfigError for anything but a finite number within the range."""
@@ -41,8 +45,9 @@ class Range:
         # math.isfinite does not take whole numbers beyond those of a float.
         if not is_number or (isinstance(value, float) and not math.isfinite(value)):
             raise ConfigError(f"{name} must be a finite number, got {value!r}")
-        if value < self.least:
-            raise ConfigError(f"{name} must be >= {_plain(self.least)}, got {_plain(value)}")
+        if value < self.least and not (self.or_zero and value == 0):
+            zero = " or 0" if self.or_zero else ""
+            raise ConfigError(f"{name} must be >= {_plain(self.least)}{zero}, got {_plain(value)}")
         if value > self.most:
             raise ConfigError(f"{name} must be <= {_plain(self.most)}, got {_plain(value)}")
 

@@ -4,6 +4,8 @@ import re
 
 # Longer than any number that a person writes or a path holds.
 _MOST_DIGITS = 60
+# In Python's own error for a whole number of more than 4300 digits.
+TOO_LONG_NUMBER = "set_int_max_str_digits"
 
 
 class DMCError(Exception):

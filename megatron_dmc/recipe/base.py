@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError, is_same_setting
+from megatron_dmc.errors import TOO_LONG_NUMBER
 from megatron_dmc.model.model_config import ModelConfig
-from megatron_dmc.recipe.values import TOO_LONG_NUMBER, SectionReader, shown
+from megatron_dmc.recipe.values import SectionReader, shown
 
 # Settings that may differ between a checkpoint and a run: they do not change what the weights mean.
 FREE_SETTINGS = frozenset({"init_method_std", "max_position_embeddings"})
@@ -47,8 +48,8 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
     differences = model_differences(asdict(padded), asdict(model))
     if differences:
         raise ConfigError(
-            f"the model section is not that of checkpoint.load_base {folder}: {listed(differences)}; leave "
-            "the section out (it is then taken from the base), or name another base"
+            f"the model section is not that of checkpoint.load_base {folder}: {listed(differences)}; leave the section out "
+            "(model=null: it is then taken from the base), or name another base (for a plan, one that is not here will do)"
         )
     return model
 

@@ -89,10 +89,8 @@ def _check_phases(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> None:
     if not phases:
         raise ConfigError("phases is empty; a retrofit has zero_out (neuron only), compress and solidify")
     for i, phase in enumerate(phases):
-        if phase.lr <= 0 or (phase.min_lr is not None and not 0 <= phase.min_lr <= phase.lr):
-            raise ConfigError(
-                f"phases[{i}] needs 0 <= min_lr <= lr and lr > 0, got lr {phase.lr}, min_lr {phase.min_lr}"
-            )
+        if phase.min_lr is not None and phase.min_lr > phase.lr:
+            raise ConfigError(f"phases[{i}].min_lr must be <= lr, got lr {phase.lr}, min_lr {phase.min_lr}")
         if not 0 <= phase.lr_warmup_steps < phase.steps:
             raise ConfigError(f"phases[{i}].lr_warmup_steps must be in [0, steps), got {phase.lr_warmup_steps}")
         if not 1 <= phase.start_compression_ratio <= dmc.target_compression_ratio:

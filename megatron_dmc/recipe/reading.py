@@ -14,12 +14,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.errors import TOO_LONG_NUMBER
 from megatron_dmc.files import why_no_checkpoint
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.base import model_of_base
 from megatron_dmc.recipe.checks import check_recipe
 from megatron_dmc.recipe.sections import Recipe
-from megatron_dmc.recipe.values import TOO_LONG_NUMBER, SectionReader, cut, is_null, shown
+from megatron_dmc.recipe.values import SectionReader, cut, is_null, shown
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

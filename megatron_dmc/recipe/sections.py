@@ -8,8 +8,9 @@ from megatron_dmc.model.model_config import MISSING, ModelConfig
 
 PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-# A rate that is far too high ends in an error of the training itself, which says what to lower.
-Rate = Annotated[float, Range(0, 1e30)]
+# A rate that is far too high ends in an error of the training itself, which says what to lower. One that is far too low ends
+# in nothing: a float32 weight of 1e-4 does not change by a step of 1e-12.
+HIGHEST_RATE = 1e30
 # Of a mean over steps; at 1 Adam would divide by zero.
 Decay = Annotated[float, Range(0, 0.999999)]
 Processes = Annotated[int, Range(1, 1_000_000)]
@@ -39,8 +40,8 @@ class PhaseConfig:
     # ratio rises to dmc.target_compression_ratio. solidify: it stays there.
     kind: PhaseKind = MISSING
     steps: Count = MISSING  # optimizer steps
-    lr: Rate = 3e-5  # peak learning rate
-    min_lr: Rate | None = None  # learning rate at the end; null: lr (constant)
+    lr: Annotated[float, Range(1e-12, HIGHEST_RATE)] = 3e-5  # peak learning rate
+    min_lr: Annotated[float, Range(0, HIGHEST_RATE)] | None = None  # learning rate at the end; null: lr (constant)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"  # from lr to min_lr, after the warmup
     lr_warmup_steps: CountOrZero = 0  # steps over which the learning rate rises from 0 to lr
     start_compression_ratio: Ratio = 1.0  # of kind compress: the target rises from here
@@ -78,7 +79,8 @@ class TrainingConfig:
     adam_beta1: Decay = 0.9  # decay of the gradient's mean
     adam_beta2: Decay = 0.95  # decay of the gradient's mean square
     adam_eps: Annotated[float, Range(1e-30, 1)] = 1e-8  # Adam's epsilon
-    clip_grad: Annotated[float, Range(0, 1e30)] = 1.0  # largest norm of the gradient; 0: no limit
+    # largest norm of the gradient; 0: no limit. What is cut far below adam_eps trains nothing.
+    clip_grad: Annotated[float, Range(1e-6, 1e30, or_zero=True)] = 1.0
     # Activations computed again in the backward pass, which saves memory. selective: attention's; full: every layer's.
     recompute: Literal["none", "selective", "full"] = "none"
     # What computes linear layers and norms; auto: Transformer Engine where it is installed, else megatron-core's own.

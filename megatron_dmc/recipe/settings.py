@@ -108,7 +108,8 @@ def _type_name(kind: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) is Annotated:
         number, allowed = get_args(kind)
-        return f"{_type_name(number)}, {_limit(allowed.least)} to {_limit(allowed.most)}"
+        zero = "0, or " if allowed.or_zero else ""
+        return f"{_type_name(number)}, {zero}{_limit(allowed.least)} to {_limit(allowed.most)}"
     if get_origin(kind) is list:
         return f"list of {_type_name(get_args(kind)[0])}s"
     names = {bool: "true or false", int: "whole number", float: "number", str: "path", types.NoneType: "null"}

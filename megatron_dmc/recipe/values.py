@@ -18,8 +18,6 @@ FALSE_WORDS = ("false", "no", "off")
 WORDS = (*NULL_WORDS, *TRUE_WORDS, *FALSE_WORDS)
 # Beyond this a float no longer holds every whole number.
 MOST_EXACT = 2**53
-# In Python's own error for a whole number of more than 4300 digits.
-TOO_LONG_NUMBER = "set_int_max_str_digits"
 # Characters of a value in a message.
 LONGEST_SHOWN = 200
 # Unicode's control characters, halves of surrogate pairs, and line and paragraph separators.

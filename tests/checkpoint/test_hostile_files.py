@@ -106,3 +106,9 @@ def test_objects_that_would_run_code_are_refused(saved: Path, tmp_path: Path, mo
     assert not (tmp_path / "witness").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_number_of_thousands_of_digits_is_one_short_line(saved: Path) -> None:
+    (saved / "dmc.json").write_text(f'{{"step": {"9" * 10000}}}')
+    with pytest.raises(CheckpointError, match=r"dmc\.json is damaged, it holds a number of thousands of digits$"):
+        SavedModel.open(saved)

@@ -92,7 +92,9 @@ def test_another_model_than_the_bases_is_refused(
         read(tmp_path, base, **model)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert f"the model section is not that of checkpoint.load_base {base}: " in str(caught.value)
-    assert "leave the section out (it is then taken from the base), or name another base" in str(caught.value)
+    assert "leave the section out (model=null: it is then taken from the base), or name another base" in str(
+        caught.value
+    )
 
 
 def test_many_differences_are_all_named(tmp_path: Path, base: Path) -> None:
@@ -104,8 +106,8 @@ def test_many_differences_are_all_named(tmp_path: Path, base: Path) -> None:
     assert said == (
         "model.ffn_hidden_size is 352 there, 11008 here; model.hidden_size is 128 there, 4096 here; model.kv_channels is 32 "
         "there, 128 here; model.norm_epsilon, model.num_attention_heads, model.num_layers, model.num_query_groups, "
-        "model.vocab_size differ too; leave the section out (it is then taken from the base), or name "
-        "another base"
+        "model.vocab_size differ too; leave the section out (model=null: it is then taken from the base), "
+        "or name another base (for a plan, one that is not here will do)"
     )
 
 
@@ -164,6 +166,22 @@ def test_a_base_elsewhere_needs_the_model_written_out(
     assert f"checkpoint.load_base, but {elsewhere}/dmc.json is not on this machine: write the section, or" in error
     sizes = yaml.safe_load((QUICKSTART / "base.yaml").read_text())["model"]
     assert read(tmp_path, elsewhere, **sizes).model.num_layers == 4
+
+
+def test_a_plan_of_another_base_is_refused_as_the_run_is(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in lies where the recipe names its base. What the line advises works."""
+    path = write(tmp_path, base, hidden_size=256, **{"num_layers": 4, "ffn_hidden_size": 352, "num_attention_heads": 4})
+    said = []
+    for command in (["plan", "--nodes", "1", "--gpus-per-node", "1"], ["retrofit"]):
+        assert main([command[0], str(path), *command[1:]]) != 0
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] and "model.hidden_size is 128 there, 256 here" in said[0]
+    assert "for a plan, one that is not here will do" in said[0]
+    assert load_recipe(path, ["model=null"]).model.hidden_size == 128
+    sizes = ["model.num_query_groups=2", "model.vocab_size=2048", "model.max_position_embeddings=2048"]
+    assert load_recipe(path, [f"checkpoint.load_base={tmp_path}/elsewhere", *sizes]).model.hidden_size == 256
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,28 @@ def test_what_is_next_to_nothing_is_nothing_or_refused(recipe: Path, name: str, 
     except ConfigError as error:
         assert "\n" not in str(error)
     else:
-        assert ends(name).least == 0, f"{name} took {text}: {read}"
+        allowed = ends(name)
+        assert allowed.least == 0 or (allowed.or_zero and float(text) == 0), f"{name} took {text}: {read}"
+
+
+@pytest.mark.parametrize(
+    ("override", "least"),
+    [
+        *(
+            (f"phases.0.lr={text}", "phases[0].lr must be >= 1e-12,")
+            for text in ("1e-320", "1e-30", "9e-13", "0", "-1")
+        ),
+        *(
+            (f"training.clip_grad={text}", "training.clip_grad must be >= 1e-06 or 0,")
+            for text in ("1e-40", "9e-7", "-1")
+        ),
+    ],
+)
+def test_a_number_that_trains_nothing_is_refused(recipe: Path, override: str, least: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(least)):
+        load_recipe(recipe, [override])
+    for taken in ("phases.0.lr=1e-12", "phases.0.min_lr=0", "training.clip_grad=1e-6", "training.clip_grad=0"):
+        load_recipe(recipe, [taken])
 
 
 @pytest.mark.parametrize("name", NUMBERS)
