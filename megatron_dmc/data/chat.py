@@ -17,14 +17,27 @@ logger = logging.getLogger(__name__)
 # What a turn may hold instead of words; the second is OpenAI's older form.
 CALLS = ("tool_calls", "function_call")
 ROLES = ("system", "user", "assistant", "tool")
-# What transformers' apply_chat_template takes beside a template's variables.
+# What transformers' apply_chat_template, and what it calls, take beside a template's variables.
 _NOT_VARIABLES = frozenset(
     (
-        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *(
+            "self",
+            "conversation",
+            "conversations",
+            "messages",
+            "tools",
+            "documents",
+            "chat_template",
+            "add_generation_prompt",
+        ),
         *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     )
 )
+# Functions that every template may call: a variable would hide them.
+_FUNCTIONS = frozenset(("raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"))
+# A text part with one of these is not text alone.
+_MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "file")
 # Why a conversation is left out, and what to do where none is left.
 _NO_TURN = "without an assistant turn"
 _EMPTY_TURN = "with an empty assistant turn"
@@ -176,6 +189,10 @@ def _variables(values: Any, place: str) -> dict[str, Any]:
         raise ConfigError(
             f"{place} chat_template_kwargs names {taken[0]}, which is no variable of a template; take it out of the line"
         )
+    if hidden := sorted(_FUNCTIONS & values.keys()):
+        raise ConfigError(
+            f"{place} chat_template_kwargs names {hidden[0]}, which is a function that templates call; take it out of the line"
+        )
     # Exports of tables fill every column.
     return {name: value for name, value in values.items() if value is not None}
 
@@ -210,7 +227,12 @@ def _part(value: Any, place: str) -> dict[str, Any]:
             f'{place} must be {{"type": "text", "text": "..."}}, got {reprlib.repr(value)}; the model reads text only: '
             "correct the line, or leave it out"
         )
-    return {name: field for name, field in value.items() if name == "text" or not _is_empty(field)}
+    part = {name: field for name, field in value.items() if name == "text" or not _is_empty(field)}
+    if media := next((name for name in _MEDIA if name in part), None):
+        raise ConfigError(
+            f'{place} is a text with the field "{media}"; the model reads text only: take the field out, or leave the line out'
+        )
+    return part
 
 
 def _is_empty(field: Any) -> bool:
