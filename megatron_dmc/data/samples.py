@@ -15,7 +15,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_dmc.data.index_cache import index_cache
-from megatron_dmc.data.indexed_dataset import DatasetIndex, check_dataset
+from megatron_dmc.data.indexed_dataset import DatasetIndex, check_dataset, read_index
 from megatron_dmc.data.packing import PackedDataset
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.recipe import DataConfig
@@ -58,6 +58,29 @@ def build_datasets(
     )
 
 
+def distinct_valid_samples(data: DataConfig) -> int:
+    """How many samples of ``data.valid`` :func:`build_datasets` gives before any comes again; 0 without a dataset.
+
+    Raises:
+        ConfigError: as :func:`read_index`.
+    """
+    return _distinct_samples([read_index(prefix).tokens for prefix in data.valid], data.sequence_length)
+
+
+def _distinct_samples(tokens: Sequence[int], sequence_length: int) -> int:
+    """Of a blend in proportion to the tokens. Its first S samples hold at most w (S - 1) + 1 of a part whose share is w."""
+    ones = [_whole_samples(part, sequence_length) for part in tokens]
+    if len(ones) < 2 or 0 in ones:
+        return min(ones, default=0)
+    total = sum(tokens)
+    return min((own - 1) * total // part + 1 for own, part in zip(ones, tokens, strict=True))
+
+
+def _whole_samples(tokens: int, sequence_length: int) -> int:
+    # a sample's labels are its tokens moved by one
+    return max(0, (tokens - 1) // sequence_length)
+
+
 def global_batch(dataset: SampleDataset, samples: Sequence[int]) -> dict[str, torch.Tensor]:
     """The samples with these GLOBAL indices, stacked; b of them, each s tokens long.
 
@@ -86,6 +109,12 @@ def _build_split(
     weights = [index.tokens / total for index in indices]
     # A blend may take a sample more of a part than its share: megatron-core's margin, a share alone, is too small.
     sizes = [samples] if len(parts) == 1 else [int(samples * weight * 1.005) + 2 for weight in weights]
+    if split is Split.valid and samples <= _distinct_samples([index.tokens for index in indices], data.sequence_length):
+        # With that margin, a part may be repeated and shuffled with its repetition.
+        sizes = [
+            min(size, _whole_samples(index.tokens, data.sequence_length))
+            for size, index in zip(sizes, indices, strict=True)
+        ]
     datasets = []
     for (prefix, index), size in zip(parts, sizes, strict=True):
         per_split = [size if one is split else 0 for one in Split]

@@ -101,6 +101,23 @@ def saved(checkpoint: SavedCheckpoint, target: float | None) -> str:
     return f"saved {checkpoint.name}{reached} ({size_text(checkpoint.size)}, {checkpoint.seconds:.1f} s)"
 
 
+def few_samples(recipe: Recipe, valid_samples: int) -> str | None:
+    """A warning where an evaluation reads fewer samples than ``monitor.eval_samples``, or some again; None where all is well.
+
+    Args:
+        valid_samples: how many different ones ``data.valid`` has.
+    """
+    wanted, batch = recipe.monitor.eval_samples, recipe.training.global_batch_size
+    if not recipe.data.valid or valid_samples >= max(wanted, batch):
+        return None
+    there = f"warning: data.valid has {valid_samples} samples of {recipe.data.sequence_length} tokens"
+    if valid_samples < batch:
+        again = f"an evaluation reads {batch}, some of them more than once; hold out more text"
+        return f"{there}, fewer than a global batch: {again}"
+    read = valid_samples // batch * batch
+    return f"{there}: an evaluation reads {read}, each once, in place of {wanted} (monitor.eval_samples)"
+
+
 def held_out(loss: float, ratio: float | None, step: int) -> str:
     merged = "" if ratio is None else f", compression ratio {ratio:.2f}"
     return f"held-out loss after {step} steps: {loss:.4f} nats per token{merged}"

@@ -115,6 +115,13 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
         _print(f"{lines}\n{messages.started(store.started_from, step)}")
 
 
+def show_few_samples(recipe: Recipe, valid_samples: int) -> None:
+    """Where there are fewer held-out samples than the recipe wants."""
+    warning = messages.few_samples(recipe, valid_samples)
+    if warning is not None:
+        _print(warning)
+
+
 def show_finished(recipe: Recipe) -> None:
     """For a run that has no step left."""
     folder, ratio = Path(recipe.checkpoint.directory) / "final", None

@@ -41,8 +41,8 @@ def test_amount_seed_and_order():
         (
             [10] * 3 + [1000] * 97,
             0.005,
-            "the 3 held-out document(s) are the short ones: 10 bytes in the mean, the 97 others 1000; a held-out fraction of 0.005 "
-            "has no room for longer ones: name a larger one, or cut the documents",
+            "the 3 held-out document(s) are the short ones: 10 bytes in the mean, the 97 others 1000; a held-out "
+            "fraction of 0.005 has no room for longer ones: name a larger one, or cut the documents",
         ),
         # not even the shortest fits
         (
