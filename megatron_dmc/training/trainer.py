@@ -159,7 +159,7 @@ def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, 
     check_batch(recipe, parallel_state.get_data_parallel_world_size())
     check_reach(recipe)
     size = recipe.training.global_batch_size
-    distinct = distinct_valid_samples(recipe.data)
+    distinct = distinct_valid_samples(recipe.data, max(recipe.monitor.eval_samples, size))
     held_out = max(min(recipe.monitor.eval_samples, distinct), size) if recipe.data.valid else 0
     return *build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out), distinct
 
