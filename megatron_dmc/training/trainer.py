@@ -85,6 +85,7 @@ class Trainer(StepRunner):
                 self._save(plan, result, last_step, report)
             self.store.wait()
             report.saved()
+            report.below_targets()
             if self.stopped:
                 report.stopped(self.step)
             if self.step == recipe.total_steps:
