@@ -172,11 +172,17 @@ def _conversation(value: Any, place: str) -> Conversation:
                 f"{place} {name} must be a list of objects, as the chat template describes them, got {_kind(objects)}; "
                 "correct the line"
             )
+    for number, tool in enumerate(tools or ()):
+        _check_function(tool, f"{place} tools[{number}]")
     variables = _variables({} if variables is None else variables, place)
     try:
-        json.dumps([messages, tools, documents, variables], ensure_ascii=False).encode()
+        json.dumps([messages, tools, documents, variables], ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{place} holds half a surrogate pair, which is no character; correct the line") from None
+    except ValueError:
+        raise ConfigError(
+            f"{place} holds NaN, Infinity or a number as large as that (1e999), which JSON cannot write; write null or a string"
+        ) from None
     except RecursionError:
         raise ConfigError(f"{place} nests objects too deeply; correct the line") from None
     return Conversation(messages, place, tools, documents, variables)
@@ -218,7 +224,26 @@ def _message(value: Any, place: str) -> dict[str, Any]:
         content = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
     elif not isinstance(content, str):
         raise ConfigError(f"{place}.content must be a string or a list of text parts, got {_kind(content)}")
+    for number, call in enumerate(calls or ()):
+        _check_function(call, f"{place}.tool_calls[{number}]")
+    if role == "assistant" and message.get("weight", 1) != 1:
+        raise ConfigError(
+            f"{place}.weight is {reprlib.repr(message['weight'])}, but every turn of the assistant is learned alike; take the "
+            "field out, or end the conversation before that turn"
+        )
     return message | {"role": role, "content": content}
+
+
+def _check_function(value: dict[str, Any], place: str) -> None:
+    """A tool, or a call of one, in any of the forms that templates know: an empty one would be written, and learned."""
+    is_empty = all(map(_is_empty, value.values()))
+    if is_empty or (
+        value.get("type") == "function" and _is_empty(value.get("function")) and _is_empty(value.get("name"))
+    ):
+        raise ConfigError(
+            f'{place} names no function, got {reprlib.repr(value)}; write {{"type": "function", "function": {{"name": ...}}}}, '
+            "or take it out"
+        )
 
 
 def _part(value: Any, place: str) -> dict[str, Any]:

@@ -131,6 +131,11 @@ class ChatTemplate:
 
         transformers counts what came before a block, and counts wrong where the block is inside a macro.
         """
+        if own := next((character for character in (_BEGIN, _END) if character in text), None):
+            raise ConfigError(
+                f"{conversation.place} holds U+{ord(own):04X}, a code point that no text has and that marks the assistant's part "
+                "here; take it out of the line"
+            )
         spans, plain, begin = [], "", None
         for piece in re.split(f"([{_BEGIN}{_END}])", self._run(self.marked_source, conversation)):
             if piece == _BEGIN and begin is None:
