@@ -181,7 +181,7 @@ def _conversation(value: Any, place: str) -> Conversation:
         raise ConfigError(f"{place} holds half a surrogate pair, which is no character; correct the line") from None
     except ValueError:
         raise ConfigError(
-            f"{place} holds NaN, Infinity or a number as large as that (1e999), which JSON cannot write; write null or a string"
+            f"{place} holds NaN, Infinity or a number as large (1e999), which JSON cannot write; write null or a string"
         ) from None
     except RecursionError:
         raise ConfigError(f"{place} nests objects too deeply; correct the line") from None
@@ -236,12 +236,10 @@ def _message(value: Any, place: str) -> dict[str, Any]:
 
 def _check_function(value: dict[str, Any], place: str) -> None:
     """A tool, or a call of one, in any of the forms that templates know: an empty one would be written, and learned."""
-    is_empty = all(map(_is_empty, value.values()))
-    if is_empty or (
-        value.get("type") == "function" and _is_empty(value.get("function")) and _is_empty(value.get("name"))
-    ):
+    has_function = not (_is_empty(value.get("function")) and _is_empty(value.get("name")))
+    if all(map(_is_empty, value.values())) or (value.get("type") == "function" and not has_function):
         raise ConfigError(
-            f'{place} names no function, got {reprlib.repr(value)}; write {{"type": "function", "function": {{"name": ...}}}}, '
+            f'{place} names no function, got {reprlib.repr(value)}; write {{"type": "function", "function": {{"name": ...}}}} '
             "or take it out"
         )
 

@@ -133,8 +133,8 @@ class ChatTemplate:
         """
         if own := next((character for character in (_BEGIN, _END) if character in text), None):
             raise ConfigError(
-                f"{conversation.place} holds U+{ord(own):04X}, a code point that no text has and that marks the assistant's part "
-                "here; take it out of the line"
+                f"{conversation.place} holds U+{ord(own):04X}, a code point that no text has and that marks the assistant's "
+                "part here; take it out of the line"
             )
         spans, plain, begin = [], "", None
         for piece in re.split(f"([{_BEGIN}{_END}])", self._run(self.marked_source, conversation)):
