@@ -17,14 +17,27 @@ logger = logging.getLogger(__name__)
 # What a turn may hold instead of words; the second is OpenAI's older form.
 CALLS = ("tool_calls", "function_call")
 ROLES = ("system", "user", "assistant", "tool")
-# What transformers' apply_chat_template takes beside a template's variables.
+# What transformers' apply_chat_template, and what it calls, take beside a template's variables.
 _NOT_VARIABLES = frozenset(
     (
-        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *(
+            "self",
+            "conversation",
+            "conversations",
+            "messages",
+            "tools",
+            "documents",
+            "chat_template",
+            "add_generation_prompt",
+        ),
         *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     )
 )
+# Functions that every template may call: a variable would hide them.
+_FUNCTIONS = frozenset(("raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"))
+# A text part with one of these is not text alone.
+_MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "file")
 # Why a conversation is left out, and what to do where none is left.
 _NO_TURN = "without an assistant turn"
 _EMPTY_TURN = "with an empty assistant turn"
@@ -159,11 +172,17 @@ def _conversation(value: Any, place: str) -> Conversation:
                 f"{place} {name} must be a list of objects, as the chat template describes them, got {_kind(objects)}; "
                 "correct the line"
             )
+    for number, tool in enumerate(tools or ()):
+        _check_function(tool, f"{place} tools[{number}]")
     variables = _variables({} if variables is None else variables, place)
     try:
-        json.dumps([messages, tools, documents, variables], ensure_ascii=False).encode()
+        json.dumps([messages, tools, documents, variables], ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{place} holds half a surrogate pair, which is no character; correct the line") from None
+    except ValueError:
+        raise ConfigError(
+            f"{place} holds NaN, Infinity or a number as large (1e999), which JSON cannot write; write null or a string"
+        ) from None
     except RecursionError:
         raise ConfigError(f"{place} nests objects too deeply; correct the line") from None
     return Conversation(messages, place, tools, documents, variables)
@@ -175,6 +194,10 @@ def _variables(values: Any, place: str) -> dict[str, Any]:
     if taken := sorted(_NOT_VARIABLES & values.keys()):
         raise ConfigError(
             f"{place} chat_template_kwargs names {taken[0]}, which is no variable of a template; take it out of the line"
+        )
+    if hidden := sorted(_FUNCTIONS & values.keys()):
+        raise ConfigError(
+            f"{place} chat_template_kwargs names {hidden[0]}, which is a function that templates call; take it out of the line"
         )
     # Exports of tables fill every column.
     return {name: value for name, value in values.items() if value is not None}
@@ -201,7 +224,24 @@ def _message(value: Any, place: str) -> dict[str, Any]:
         content = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
     elif not isinstance(content, str):
         raise ConfigError(f"{place}.content must be a string or a list of text parts, got {_kind(content)}")
+    for number, call in enumerate(calls or ()):
+        _check_function(call, f"{place}.tool_calls[{number}]")
+    if role == "assistant" and message.get("weight", 1) != 1:
+        raise ConfigError(
+            f"{place}.weight is {reprlib.repr(message['weight'])}, but every turn of the assistant is learned alike; take the "
+            "field out, or end the conversation before that turn"
+        )
     return message | {"role": role, "content": content}
+
+
+def _check_function(value: dict[str, Any], place: str) -> None:
+    """A tool, or a call of one, in any of the forms that templates know: an empty one would be written, and learned."""
+    has_function = not (_is_empty(value.get("function")) and _is_empty(value.get("name")))
+    if all(map(_is_empty, value.values())) or (value.get("type") == "function" and not has_function):
+        raise ConfigError(
+            f'{place} names no function, got {reprlib.repr(value)}; write {{"type": "function", "function": {{"name": ...}}}} '
+            "or take it out"
+        )
 
 
 def _part(value: Any, place: str) -> dict[str, Any]:
@@ -210,7 +250,12 @@ def _part(value: Any, place: str) -> dict[str, Any]:
             f'{place} must be {{"type": "text", "text": "..."}}, got {reprlib.repr(value)}; the model reads text only: '
             "correct the line, or leave it out"
         )
-    return {name: field for name, field in value.items() if name == "text" or not _is_empty(field)}
+    part = {name: field for name, field in value.items() if name == "text" or not _is_empty(field)}
+    if media := next((name for name in _MEDIA if name in part), None):
+        raise ConfigError(
+            f'{place} is a text with the field "{media}"; the model reads text only: take the field out, or leave the line out'
+        )
+    return part
 
 
 def _is_empty(field: Any) -> bool:

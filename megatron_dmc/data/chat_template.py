@@ -5,6 +5,7 @@ strings, lists and dicts; nothing else of the folder is run or unpickled.
 """
 
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -72,22 +73,43 @@ class ChatTemplate:
         """A list of parts stays as it is where the template writes the texts of parts; it is one string where it does not.
 
         Templates differ in this, and some from role to role. Others drop a list, or write it as Python does, brackets and all.
+
+        Raises:
+            ConfigError: a list has to become one string, and its parts say more than their text.
         """
-        lists = [number for number, message in enumerate(conversation.messages) if isinstance(message["content"], list)]
+        lists = {
+            number: message["content"]
+            for number, message in enumerate(conversation.messages)
+            if isinstance(message["content"], list)
+        }
         if not lists:
             return conversation
-        # One part with a field of our own: what reads parts writes the text and not the field.
+        # The parts with other texts and a field of our own: what reads parts writes every text and not the field.
         asked = conversation
-        for number in lists:
-            part = {"type": "text", "text": f"{_BEGIN}{number}{_BEGIN}", f"{_END}{number}{_END}": True}
-            asked = _exchange(asked, number, conversation.messages[number] | {"content": [part]})
+        texts = {
+            number: [f"{_BEGIN}{number}.{i}{_BEGIN}" for i in range(len(parts))] for number, parts in lists.items()
+        }
+        fields = {number: f"{_END}{number}{_END}" for number in lists}
+        for number, parts in lists.items():
+            other = [
+                part | {"text": text, fields[number]: True} for part, text in zip(parts, texts[number], strict=True)
+            ]
+            asked = _exchange(asked, number, conversation.messages[number] | {"content": other})
         written = ""
         with suppress(ConfigError):
             written = self._run(self.source, asked)
-        for number in lists:
-            if f"{_BEGIN}{number}{_BEGIN}" not in written or f"{_END}{number}{_END}" in written:
-                message = conversation.messages[number]
-                conversation = _exchange(conversation, number, message | {"content": text_of(message["content"])})
+        for number, parts in lists.items():
+            if fields[number] not in written and all(text in written for text in texts[number]):
+                continue
+            for place, part in enumerate(parts):
+                if more := sorted(part.keys() - {"type", "text"}):
+                    raise ConfigError(
+                        f"{conversation.place} messages[{number}].content[{place}] has the field {reprlib.repr(more[0])}, but "
+                        f"the chat template of {self.name} takes the text of such a message alone; name a template that reads "
+                        "lists of parts with --chat-template, or take the field out of the line"
+                    )
+            content = text_of(parts)
+            conversation = _exchange(conversation, number, conversation.messages[number] | {"content": content})
         return conversation
 
     def _check_all_is_written(self, text: str, conversation: Conversation) -> None:
@@ -109,6 +131,11 @@ class ChatTemplate:
 
         transformers counts what came before a block, and counts wrong where the block is inside a macro.
         """
+        if own := next((character for character in (_BEGIN, _END) if character in text), None):
+            raise ConfigError(
+                f"{conversation.place} holds U+{ord(own):04X}, a code point that no text has and that marks the assistant's "
+                "part here; take it out of the line"
+            )
         spans, plain, begin = [], "", None
         for piece in re.split(f"([{_BEGIN}{_END}])", self._run(self.marked_source, conversation)):
             if piece == _BEGIN and begin is None:

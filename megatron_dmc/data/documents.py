@@ -140,11 +140,13 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line, object_pairs_hook=_object)
+            value = json.loads(line, object_pairs_hook=_object, parse_int=_integer)
         except json.JSONDecodeError as error:
             hint = "; every line must hold one whole value" if line.strip() in ("[", "{") else ""
             raise ConfigError(f"{path}:{number} is not JSON: {error.msg} (column {error.colno}){hint}") from None
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise ConfigError(f"{path}:{number} is not JSON that can be read: it nests too deeply") from None
+        except ValueError as error:
             raise ConfigError(f"{path}:{number} is not JSON that can be read: {error}") from None
         yield number, value
 
@@ -156,6 +158,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"an object names {reprlib.repr(twice)} twice; keep one")
     return value
+
+
+def _integer(digits: str) -> int:
+    """Python makes no integer of several thousand digits, and its own words for that speak of Python's settings."""
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(
+            f"it holds a number of {len(digits.lstrip('-'))} digits; write it as a string, or leave it out"
+        ) from None
 
 
 def _read_json_lines(path: Path) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Which documents are trained on and which are held out."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -8,6 +9,11 @@ from typing import TypeVar
 from megatron_dmc.config import ConfigError
 
 Document = TypeVar("Document")
+
+logger = logging.getLogger(__name__)
+
+# Held-out documents whose mean size is below this share of the others' do not stand for them.
+_REPRESENTATIVE = 0.5
 
 
 def split_documents(
@@ -18,6 +24,8 @@ def split_documents(
     Documents are visited in the order of a seeded hash of their text, and each that still fits into ``valid_fraction``
     of all bytes is held out; equal documents stay on one side. If none fits, the shortest is held out. A single
     document is cut: its last lines are held out.
+
+    Where the fraction is too small for most documents, only short ones fit. One warning says so.
 
     Args:
         text_of: a document's text, where it is more than that.
@@ -50,10 +58,19 @@ def split_documents(
             held_out.add(text)
     if not held_out:
         held_out.add(min(sizes, key=lambda text: (sizes[text], text)))
-    return (
-        [document for document in documents if text_of(document) not in held_out],
-        [document for document in documents if text_of(document) in held_out],
-    )
+    train: list[Document] = []
+    valid: list[Document] = []
+    for document in documents:
+        (valid if text_of(document) in held_out else train).append(document)
+    held_out_bytes = sum(sizes[text] for text in held_out)
+    means = held_out_bytes / len(valid), (sizes.total() - held_out_bytes) / len(train)
+    if means[0] < _REPRESENTATIVE * means[1]:
+        logger.warning(
+            "the %d held-out document(s) are the short ones: %.0f bytes in the mean, the %d others %.0f; a held-out "
+            "fraction of %g has no room for longer ones: name a larger one, or cut the documents",
+            *(len(valid), means[0], len(train), means[1], valid_fraction),
+        )
+    return train, valid
 
 
 def _cut(document: str, valid_fraction: float) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 """What a run tells its reader in words: what it is, where it starts, what it saved, and how it ended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,13 +93,41 @@ def started(folder: Path | None, step: int) -> str:
     return f"resuming from step {step} of {folder}" if step else f"starting from {folder}"
 
 
-def saved(checkpoint: SavedCheckpoint, target: float | None) -> str:
-    """Args: target: of a checkpoint that is kept for its ratio."""
+def is_below(checkpoint: SavedCheckpoint, target: float | None) -> bool:
+    """Whether a checkpoint that is kept for its ratio has a lower one."""
+    ratio = checkpoint.info.compression_ratio
+    return ratio is not None and target is not None and ratio < REACHED * target
+
+
+def saved(checkpoint: SavedCheckpoint, target: float | None = None) -> str:
+    """Args: target: that the line is to name, of a checkpoint that is below it."""
     ratio = checkpoint.info.compression_ratio
     reached = "" if ratio is None else f": CR {ratio:.2f}"
-    if ratio is not None and target is not None and ratio < REACHED * target:
+    if target is not None:
         reached += f", below its target {target:g}"
     return f"saved {checkpoint.name}{reached} ({size_text(checkpoint.size)}, {checkpoint.seconds:.1f} s)"
+
+
+def few_samples(recipe: Recipe, valid_samples: int) -> str | None:
+    """A warning where an evaluation reads fewer samples than ``monitor.eval_samples``, or some again; None where all is well.
+
+    Args:
+        valid_samples: how many different ones ``data.valid`` has.
+    """
+    wanted, batch = recipe.monitor.eval_samples, recipe.training.global_batch_size
+    if not recipe.data.valid or valid_samples >= max(wanted, batch):
+        return None
+    there = f"warning: data.valid has {valid_samples} samples of {recipe.data.sequence_length} tokens"
+    if valid_samples < batch:
+        again = f"an evaluation reads {batch}, some of them more than once; hold out more text"
+        return f"{there}, fewer than a global batch: {again}"
+    read = valid_samples // batch * batch
+    return f"{there}: an evaluation reads {read}, each once, in place of {wanted} (monitor.eval_samples)"
+
+
+def below_targets(names: Sequence[str]) -> str:
+    """Which checkpoints were saved below their targets; there are several."""
+    return f"{len(names)} checkpoints were saved below their targets: {', '.join(names)}"
 
 
 def held_out(loss: float, ratio: float | None, step: int) -> str:

@@ -1,6 +1,7 @@
 """What a run shows of itself while it runs: messages and progress on stderr, curves for TensorBoard."""
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,8 @@ class Report:
 
     def __init__(self, recipe: Recipe, store: RunStore, step: int) -> None:
         self.recipe, self._store = recipe, store
+        # What is below its target: {phase: names}
+        self._below: dict[int, list[str]] = {}
         monitor, first = recipe.monitor, dist.get_rank() == 0
         self._monitor = None
         if monitor.tensorboard is not None and first:
@@ -84,10 +87,22 @@ class Report:
             self._monitor.flush()
 
     def saved(self) -> None:
-        """Reports the checkpoints that are completely written by now."""
+        """Reports the checkpoints that are completely written by now. A phase's first miss of a target is named."""
         while self._store.saved:
             checkpoint = self._store.saved.popleft()
-            self._progress.message(messages.saved(checkpoint, kept_ratio(checkpoint.name)))
+            target = kept_ratio(checkpoint.name)
+            named = None
+            if messages.is_below(checkpoint, target):
+                names = self._below.setdefault(checkpoint.info.phase, [])
+                named = None if names else target
+                names.append(checkpoint.name)
+            self._progress.message(messages.saved(checkpoint, named))
+
+    def below_targets(self) -> None:
+        """Counts the checkpoints that are below their targets, where not every one was said."""
+        names = list(itertools.chain.from_iterable(self._below.values()))
+        if len(names) > len(self._below):
+            self._progress.message(messages.below_targets(names))
 
     def stopped(self, step: int) -> None:
         self._progress.message(messages.stopped(step), important=True)
@@ -113,6 +128,13 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
     lines = messages.banner(recipe, world, *count_parameters(model), vocabulary)
     if recipe.monitor.progress_bar:
         _print(f"{lines}\n{messages.started(store.started_from, step)}")
+
+
+def show_few_samples(recipe: Recipe, valid_samples: int) -> None:
+    """Where there are fewer held-out samples than the recipe wants."""
+    warning = messages.few_samples(recipe, valid_samples)
+    if warning is not None:
+        _print(warning)
 
 
 def show_finished(recipe: Recipe) -> None:

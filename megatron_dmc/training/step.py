@@ -121,7 +121,8 @@ class StepRunner:
         if self.valid_data is None:
             return None
         per_batch = self.recipe.training.global_batch_size
-        batches = max(1, self.recipe.monitor.eval_samples // per_batch)
+        # No sample twice, but where there are too few for one global batch.
+        batches = max(1, min(self.recipe.monitor.eval_samples, len(self.valid_data)) // per_batch)
         if len(self.valid_data) < batches * per_batch:
             return None
         self._prepare(StepContext(plan.merging, plan.channel_scale))

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_dmc.checkpoint import SavedModel
-from megatron_dmc.data import SampleDataset, build_datasets, check_reach
+from megatron_dmc.data import SampleDataset, build_datasets, check_reach, distinct_valid_samples
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.errors import DMCError
@@ -16,7 +16,7 @@ from megatron_dmc.recipe import Recipe, check_batch
 from megatron_dmc.training.build import check_machine
 from megatron_dmc.training.monitor import StepRecord
 from megatron_dmc.training.optimizer import phase_scheduler, restart_optimizer
-from megatron_dmc.training.report import Report, show_finished, show_start, step_record
+from megatron_dmc.training.report import Report, show_few_samples, show_finished, show_start, step_record
 from megatron_dmc.training.run_state import RunStore, check_nothing_is_lost, check_writable
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
 from megatron_dmc.training.signals import StopRequest
@@ -41,7 +41,7 @@ class Trainer(StepRunner):
         check_writable(Path(recipe.checkpoint.directory))
         check_nothing_is_lost(recipe)
         start, teacher = _open_checkpoints(recipe)
-        train_data, valid_data = _checked_data(recipe)
+        train_data, valid_data, self._valid_samples = _checked_data(recipe)
         seed_weights(recipe.training.seed)
         super().__init__(recipe, train_data, valid_data, teacher, lambda: self.stop_request.received is not None)
         self.store = RunStore(recipe, self.model, self.optimizer, start)
@@ -66,6 +66,7 @@ class Trainer(StepRunner):
         if recipe.training.exit_after_steps is not None:
             last_step = min(last_step, self.step + recipe.training.exit_after_steps)
         show_start(recipe, self.model, self.store, self.step)
+        show_few_samples(recipe, self._valid_samples)
         evaluation: StepResult | None = None
         with Report(recipe, self.store, self.step) as report, self.store:
             if self.step == 0:
@@ -84,6 +85,7 @@ class Trainer(StepRunner):
                 self._save(plan, result, last_step, report)
             self.store.wait()
             report.saved()
+            report.below_targets()
             if self.stopped:
                 report.stopped(self.step)
             if self.step == recipe.total_steps:
@@ -151,15 +153,16 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
     return start, teacher
 
 
-def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None]:
-    """The run's training and held-out samples, after all checks that need no model."""
+def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, int]:
+    """The run's training and held-out samples, after all checks that need no model, and how many held-out ones differ."""
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(tokenizer, recipe.model.vocab_size)
     check_batch(recipe, parallel_state.get_data_parallel_world_size())
     check_reach(recipe)
     size = recipe.training.global_batch_size
-    held_out = max(recipe.monitor.eval_samples, size) if recipe.data.valid else 0
-    return build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out)
+    distinct = distinct_valid_samples(recipe.data, max(recipe.monitor.eval_samples, size))
+    held_out = max(min(recipe.monitor.eval_samples, distinct), size) if recipe.data.valid else 0
+    return *build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out), distinct
 
 
 def _is_due(step: int, interval: int) -> bool:

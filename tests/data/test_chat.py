@@ -56,6 +56,13 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
                 *('{"type": "image", "image": "a.png"}', '{"type": "image_url", "text": "a"}', "[]"),
             )
         ),
+        *(
+            (
+                f'{{"messages": [{{"role": "user", "content": [{TEXT}, {TEXT[:-1]}, "{media}": "a.png"}}]}}]}}',
+                rf'\.content\[1\] is a text with the field "{media}"; the model reads text only',
+            )
+            for media in ("image", "image_url", "video", "input_audio")
+        ),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
         (
             '{"messages": [{"role": "user", "tool_calls": [{}]}]}',
@@ -73,6 +80,17 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}]}\n'
         (GOOD.strip()[:-1] + ', "documents": [{"text": "\\ud800"}]}', "half a surrogate pair"),
         (GOOD.strip()[:-1] + ', "chat_template_kwargs": [1]}', "chat_template_kwargs must be an object, got list"),
         (GOOD.strip()[:-1] + ', "chat_template_kwargs": {"tokenize": true}}', "names tokenize, which is no variable"),
+        *(
+            (
+                GOOD.strip()[:-1] + f', "chat_template_kwargs": {{"{name}": 1}}}}',
+                f"kwargs names {name}, which is {what}; take",
+            )
+            for what, names in (
+                ("no variable of a template", ("self", "conversations", "messages", "tools", "add_generation_prompt")),
+                ("a function that templates call", ("raise_exception", "strftime_now", "namespace", "range")),
+            )
+            for name in names
+        ),
         (GOOD.strip()[:-1] + ', "chat_template_kwargs": {"a": "\\ud800"}}', "half a surrogate pair"),
     ],
 )

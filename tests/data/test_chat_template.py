@@ -183,6 +183,16 @@ def test_marks_in_odd_places(tokenizer, tmp_path, block, problem):
         fails(f"chat.jsonl:7: .*{problem}", template.render, chat)
 
 
+def test_our_own_marks_in_a_text(tokenizer, tmp_path):
+    chat = Conversation([message("user", "a"), message("assistant", "b\ufdd1c")], "chat.jsonl:7")
+    fails(
+        r"chat.jsonl:7 holds U\+FDD1, a code point that no text has",
+        template_of(tokenizer, tmp_path, MARKED).render,
+        chat,
+    )
+    assert template_of(tokenizer, tmp_path, PLAIN).render(chat).spans
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_conversations, load_chat_template
-from megatron_dmc.data.chat import _NOT_VARIABLES, text_of
+from megatron_dmc.data.chat import _FUNCTIONS, _NOT_VARIABLES, text_of
 from megatron_dmc.data.chat_template import RenderedChat
 from megatron_dmc.data.tokenizer import load_tokenizer
 from tests.support.chats import PLAIN, chat_tokenizer
@@ -90,6 +91,48 @@ def test_parts_are_joined_for_a_template_that_takes_strings(tmp_path: Path, sour
     assert rendered.text == transformers_tokenizer(tmp_path).apply_chat_template(JOINED, tokenize=False)
 
 
+CACHED: list[dict[str, Any]] = [
+    CHAT[1],
+    {
+        "role": "assistant",
+        "content": [*parts("It "), {"type": "text", "text": "is.", "cache_control": {"type": "short"}}],
+    },
+]
+
+
+@pytest.mark.parametrize("write", ["", "{{ (part.cache_control or {}).type }}"], ids=["not read", "read"])
+def test_further_fields_of_parts_go_to_a_template_that_reads_parts(tmp_path: Path, write: str) -> None:
+    chat_tokenizer(tmp_path, READS_PARTS.replace("{{ part.text }}", "{{ part.text }}" + write))
+    expected = transformers_tokenizer(tmp_path).apply_chat_template(CACHED, tokenize=False)
+    assert render(tmp_path, messages=CACHED).text == expected
+    assert ("is.short" in expected) == bool(write)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [PLAIN, TAKES_STRINGS, DROPS_LISTS, WRITES_JSON, READS_USERS_PARTS],
+    ids=["python", "strings", "drops", "json", "the user's"],
+)
+def test_further_fields_are_not_lost_where_parts_are_joined(tmp_path: Path, source: str) -> None:
+    chat_tokenizer(tmp_path, source)
+    message = (
+        r"chat.jsonl:1 messages\[1\].content\[1\] has the field 'cache_control', but .* takes the text .* alone; name"
+    )
+    with pytest.raises(ConfigError, match=message):
+        render(tmp_path, messages=CACHED)
+
+
+def test_every_part_is_written(tmp_path: Path) -> None:
+    """A template that takes the first part, or another thing in place of the text, does not read parts."""
+    chat_tokenizer(
+        tmp_path, PLAIN.replace("{{ m.content }}", "{{ m.content if m.content is string else m.content[0].text }}")
+    )
+    assert render(tmp_path, messages=CHAT) == render(tmp_path, messages=JOINED)
+    chat_tokenizer(tmp_path / "b", READS_PARTS.replace("{{ part.text }}", "{{ part.cache_control or part.text }}"))
+    with pytest.raises(ConfigError, match="has the field 'cache_control'"):
+        render(tmp_path / "b", messages=CACHED)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_parts_in_published_templates(tmp_path: Path, name: str) -> None:
     form = FORMS[name]
@@ -165,4 +208,10 @@ def test_a_variable_that_is_null_is_none(tmp_path: Path) -> None:
 
 def test_no_argument_of_transformers_is_a_variable() -> None:
     arguments = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    assert arguments - {"self", "kwargs"} | {"messages"} <= _NOT_VARIABLES
+    arguments |= set(inspect.signature(render_jinja_template).parameters)
+    # Jinja's render is a method, and its own variables are what render_jinja_template names.
+    assert arguments - {"kwargs"} | {"self", "messages"} <= _NOT_VARIABLES
+
+
+def test_no_function_of_a_template_is_a_variable() -> None:
+    assert _compile_jinja_template("").environment.globals.keys() == _FUNCTIONS

@@ -57,11 +57,12 @@ DEEP = 900  # json reads as deep as Python recurses
         (b"{\n", "is not JSON: .*; every line must hold one whole value"),
         (b'{"text": "a"} {"text": "b"}', "is not JSON: Extra data"),
         (b'{"text": "a\tb"}', "is not JSON: Invalid control character"),
-        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "is not JSON that can be read: Exceeds the limit"),
+        (b'{"text": "a", "n": ' + b"9" * 10_000 + b"}", "that can be read: it holds a number of 10000 digits; write it as"),
+        (b'{"text": "a", "n": -' + b"9" * 5000 + b"}", "that can be read: it holds a number of 5000 digits"),
         (b'{"text": "a", "messages": [], "text": "b"}', "not JSON that can be read: an object names 'text' twice; keep one"),
         (b'{"text": "a", "messages": [{"role": "user", "role": "user"}]}', "names 'role' twice"),
         (b'{"text": "a", "messages": [{"\\ud800": 1, "\\ud800": 2}]}', "names '\\ud800' twice"),
-        (b"[" * 100_000, "is not JSON that can be read: maximum recursion depth exceeded"),
+        (b"[" * 100_000, "is not JSON that can be read: it nests too deeply"),
         (b'[{"text": "a"}, {"text": "b"}]', "(this is a list: write every element of it as a line of its own)"),
         (b"null", "is not an object with"),
         (b"3", "is not an object with"),
@@ -113,6 +114,15 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
         (chat(USER, ANSWER, chat_template_kwargs=False), "chat_template_kwargs must be an object, got bool"),
         (chat(USER, ANSWER | {"\ud800": 1}), "half a surrogate pair"),
         (chat(USER, ANSWER, tools=[{"name": "\udfff"}]), "half a surrogate pair"),
+        (chat(USER, ANSWER | {"name": float("nan")}), "holds NaN, Infinity or a number as large"),
+        (chat(USER, ANSWER, tools=[{"name": "f", "limit": float("inf")}]), "holds NaN, Infinity or a number as large"),
+        (chat(USER, ANSWER, chat_template_kwargs={"a": float("-inf")}), "holds NaN, Infinity or a number as large"),
+        (chat(USER, ANSWER, tools=[CALL, {}]), "tools[1] names no function, got {}; write"),
+        (chat(USER, ANSWER, tools=[{"type": "function"}]), "tools[0] names no function, got {'type': 'function'}"),
+        (chat(USER, ANSWER, tools=[{"type": "function", "function": None}]), "tools[0] names no function"),
+        (chat(USER, ANSWER | {"tool_calls": [CALL, {"id": None}]}), "messages[1].tool_calls[1] names no function"),
+        (chat(USER, ANSWER | {"tool_calls": [{"type": "function"}]}), "messages[1].tool_calls[0] names no"),
+        (chat(USER, ANSWER | {"weight": 0}, USER, ANSWER), "messages[1].weight is 0, but every turn .* is learned"),
         (chat(None), "messages[0] is not an object"),
         (chat([USER]), "messages[0] is not an object"),
         ({"messages": {"0": USER}}, 'is not an object with a list "messages"'),
@@ -124,6 +134,23 @@ def test_other_forms_of_conversations(tmp_path: Path, line: Any, problem: str) -
     message = refusal(iter_conversations, tmp_path / "a.jsonl")
     assert message.startswith(f"{tmp_path}/a.jsonl:2 ") and len(message) < 500
     assert all(part in message for part in problem.split(".*"))
+
+
+def test_numbers_beyond_what_a_computer_has(tmp_path: Path) -> None:
+    """json reads them as Infinity; beside a text they do not matter."""
+    line = '"name": 1e999, "role": "assistant", "content": "a"'
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": [{{{line}}}]}}')
+    assert "a.jsonl:1 holds NaN, Infinity or a number as large" in refusal(iter_conversations, tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN, "size": 1e999}')
+    assert list(iter_documents(tmp_path / "a.jsonl")) == ["a"]
+
+
+def test_what_counts_as_a_function(tmp_path: Path) -> None:
+    for tool in (CALL, {"name": "f"}, {"type": "function", "name": "f"}, {"type": "search"}):
+        line = chat(USER, ANSWER | {"tool_calls": [tool], "weight": 1}, tools=[tool])
+        (tmp_path / "a.jsonl").write_text(json.dumps(line))
+        [found] = iter_conversations(tmp_path / "a.jsonl")
+        assert found.tools == found.messages[1]["tool_calls"] == [tool]
 
 
 def test_objects_as_deep_as_they_can_be_read(tmp_path: Path) -> None:

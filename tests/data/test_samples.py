@@ -2,8 +2,10 @@
 
 import fcntl
 import pickle
+import random
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_dmc.data import build_datasets, build_indexed_dataset, global_batch
+from megatron_dmc.data import build_datasets, build_indexed_dataset, distinct_valid_samples, global_batch
 from megatron_dmc.data.indexed_dataset import read_index
 from tests.support.processes import run
 from tests.support.texts import TEXTS, data_config, fails, full_disk, stored_tokens
@@ -46,6 +48,36 @@ def test_order_depends_on_the_seed_alone(tmp_path, tokenizer, dataset):
     first = tokens("a")
     assert torch.equal(first, tokens("a")) and torch.equal(first, tokens("b"))
     assert not torch.equal(first, tokens("a", seed=7))
+
+
+@pytest.mark.parametrize(
+    "shares", [[1.0], [0.5, 0.5], [0.7, 0.3], [0.9, 0.06, 0.04], [0.27, 0.27, 0.46], [0.97, 0.03]], ids=str
+)
+@pytest.mark.parametrize("length", [16, 50, 90, 150])
+def test_no_validation_sample_comes_twice(tmp_path, tokenizer, dataset, shares, length):
+    words = [f"{random.Random(i).getrandbits(64):x}" for i in range(400)]
+    begin, prefixes = 0, []
+    for i, share in enumerate(shares):
+        part = words[begin : begin + int(share * len(words))]
+        begin += len(part)
+        prefixes.append(str(tmp_path / f"valid{i}"))
+        build_indexed_dataset([" ".join(part[j : j + 3]) for j in range(0, len(part), 3)], tokenizer, prefixes[-1])
+    config = data_config(tmp_path, tokenizer, dataset, valid=prefixes, sequence_length=length)
+    every = sum((len(stored_tokens(prefix)) - 1) // length for prefix in prefixes)
+    count = distinct_valid_samples(config, 10**9)
+    assert 0.7 * every <= count <= every and distinct_valid_samples(config, count - 1) == count - 1
+    if len(shares) == 1:
+        assert count == every
+    valid = build_datasets(config, tokenizer, 1, count)[1]
+    assert len(valid) == count
+    read = Counter(word for i in range(count) for word in tokenizer.detokenize(valid[i]["tokens"].tolist()).split(" "))
+    assert max(read[word] for word in words) == 1
+
+
+def test_how_many_validation_samples_there_are_without_one(tmp_path, tokenizer, dataset):
+    assert distinct_valid_samples(data_config(tmp_path, tokenizer, dataset), 10) == 0
+    config = data_config(tmp_path, tokenizer, dataset, valid=[dataset, dataset], sequence_length=1_000_000)
+    assert distinct_valid_samples(config, 10) == 0
 
 
 def test_validation_samples(tmp_path, tokenizer, dataset):

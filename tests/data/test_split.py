@@ -34,6 +34,36 @@ def test_amount_seed_and_order():
     assert len(set(valid) & set(split_documents([*documents, "one more"], 0.1, 1)[1])) > 0.95 * len(valid)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "words"),
+    [
+        # nothing else fits
+        (
+            [10] * 3 + [1000] * 97,
+            0.005,
+            "the 3 held-out document(s) are the short ones: 10 bytes in the mean, the 97 others 1000; a held-out "
+            "fraction of 0.005 has no room for longer ones: name a larger one, or cut the documents",
+        ),
+        # not even the shortest fits
+        (
+            [300, 1000, 1000],
+            0.1,
+            "the 1 held-out document(s) are the short ones: 300 bytes in the mean, the 2 others 1000; ",
+        ),
+        ([1000] * 100, 0.05, None),
+        ([10, 1000] * 50, 0.1, None),
+        # one that is cut
+        ([1000], 0.1, None),
+    ],
+)
+def test_held_out_documents_that_are_the_short_ones(caplog, sizes, fraction, words):
+    documents = [f"{i:x}".ljust(size, "x") for i, size in enumerate(sizes)]
+    with caplog.at_level("WARNING"):
+        split_documents(documents, fraction)
+    assert len(caplog.messages) == (words is not None)
+    assert words is None or caplog.messages[0].startswith(words)
+
+
 def test_zero_holds_nothing_out():
     assert split_documents(["a", "b"], 0.0) == (["a", "b"], [])
     assert split_documents([], 0.5) == ([], [])

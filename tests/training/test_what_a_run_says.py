@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_dmc.checkpoint import CheckpointInfo
 from megatron_dmc.cli import main
@@ -177,10 +178,32 @@ def test_a_checkpoint_below_its_ratio_says_so() -> None:
     checkpoint = SavedCheckpoint("cr_3", info, 1_250_000, 0.25)
     assert messages.saved(checkpoint, 3.0) == "saved cr_3: CR 2.41, below its target 3 (1.2 MB, 0.2 s)"
     reached = replace(checkpoint, info=replace(info, compression_ratio=3.02))
-    assert messages.saved(reached, 3.0) == "saved cr_3: CR 3.02 (1.2 MB, 0.2 s)"
-    assert messages.saved(replace(checkpoint, info=replace(info, compression_ratio=None)), None) == (
-        "saved cr_3 (1.2 MB, 0.2 s)"
-    )
+    assert messages.saved(reached) == "saved cr_3: CR 3.02 (1.2 MB, 0.2 s)"
+    nothing = replace(checkpoint, info=replace(info, compression_ratio=None))
+    assert messages.saved(nothing) == "saved cr_3 (1.2 MB, 0.2 s)"
+    below = [messages.is_below(x, target) for x in (checkpoint, reached, nothing) for target in (3.0, None)]
+    assert below == [True, *[False] * 5]
+
+
+def test_checkpoints_below_their_targets_are_counted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line in each phase says it, and one at the end. Nothing pulls the ratio up."""
+    path = retrofit(data, tmp_path, loss_coefficient=0.0, decision_bias=5.0)
+    recipe = yaml.safe_load(Path(path).read_text())
+    recipe["phases"] = [
+        {"kind": "compress", "steps": 4, "lr": LR, "start_compression_ratio": ratio} for ratio in (2.0, 1.0)
+    ]
+    recipe["dmc"]["target_compression_ratio"] = 4.0
+    write_recipe(tmp_path, recipe)
+    assert main(["retrofit", path]) == 0
+    lines = [line for line in said(capsys) if re.match(r"saved cr_|\d checkpoints", line)]
+    assert [re.sub(r" \(.*\)", "", line) for line in lines] == [
+        "saved cr_3: CR 1.00, below its target 3",
+        "saved cr_4: CR 1.00",
+        "saved cr_2: CR 1.00, below its target 2",
+        "3 checkpoints were saved below their targets: cr_3, cr_4, cr_2",
+    ]
 
 
 def test_a_resumed_run_says_where_it_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
