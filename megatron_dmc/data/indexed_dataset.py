@@ -84,7 +84,7 @@ def read_index(prefix: str) -> DatasetIndex:
         if not path.is_file():
             raise ConfigError(
                 f"dataset {prefix} has no {path.name}; give the path without .bin and .idx, or build the dataset with "
-                "tools/preprocess_data.py"
+                "megatron-dmc preprocess"
             )
     try:
         content = index_path.read_bytes()

@@ -1,4 +1,4 @@
-"""From files of text or conversations to datasets on disk: what ``tools/preprocess_data.py`` does."""
+"""From files of text or conversations to datasets on disk: what ``megatron-dmc preprocess`` does."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What is read and written. The flags of ``tools/preprocess_data.py`` have the same names.
+    """What is read and written. The flags of ``megatron-dmc preprocess`` have the same names.
 
     Attributes:
         input: folders and files, read in this order.

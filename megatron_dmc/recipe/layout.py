@@ -31,7 +31,7 @@ def check_layout(recipe: Recipe) -> None:
         raise ConfigError(
             f"model.vocab_size ({model.vocab_size}) must be divisible by parallel.tensor_model_parallel_size ({tp}); "
             f"set it to {model.vocab_size + -model.vocab_size % tp} (a base is padded when it is loaded, or once for all by "
-            f"tools/hf_to_megatron.py --pad-vocab-to-multiple-of {tp}), or use another size; {_tensor_sizes(recipe)}"
+            f"megatron-dmc convert-from-hf --pad-vocab-to-multiple-of {tp}), or use another size; {_tensor_sizes(recipe)}"
         )
     if vpp is not None and pp == 1:
         raise ConfigError(
