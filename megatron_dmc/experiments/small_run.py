@@ -85,7 +85,7 @@ class SmallRun:
     def _documents(self) -> Iterator[str]:
         from megatron_dmc.data import iter_documents, standard_library_documents
 
-        return standard_library_documents() if self.data is None else iter_documents(self.data)
+        return standard_library_documents() if self.data is None else iter_documents(self.data, "--data")
 
     def _digest(self) -> str:
         """A digest of all documents in their order: the same text has the same, wherever it lies."""

@@ -154,15 +154,18 @@ def test_an_output_inside_a_file(arguments: list[str], what: str, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--input", "{pipe}", "--tokenizer", "hf"], "data {pipe} {is}; name a folder, a text file or a .jsonl file"),
-        (["--input", "{pipe}", "--tokenizer", "hf", "--chat"], "data {pipe} {is}; name a .jsonl file or a folder"),
+        (
+            ["--input", "{pipe}", "--tokenizer", "hf"],
+            "--input {pipe} {is}; name a folder, a text file or a .jsonl file",
+        ),
+        (["--input", "{pipe}", "--tokenizer", "hf", "--chat"], "--input {pipe} {is}; name a .jsonl file or a folder"),
         (
             ["--input", "a.txt", "--tokenizer", "{pipe}"],
-            "tokenizer {pipe} {is}; name a folder that holds tokenizer.json",
+            "--tokenizer {pipe} {is}; name a folder that holds tokenizer.json",
         ),
         (
             ["--input", "a.jsonl", "--tokenizer", "hf", "--chat", "--chat-template", "{pipe}"],
-            "chat template {pipe} {is}; name a file",
+            "--chat-template {pipe} {is}; name a file",
         ),
     ],
 )
