@@ -53,7 +53,7 @@ def run(
 
 
 def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
-    """What each checkpoint in a run's folder says it is, in the order of their steps; empty for any other folder.
+    """What each checkpoint in a folder of checkpoints says it is, in the order of their steps; empty for any other folder.
 
     Returns:
         name, kind, step, compression_ratio (noise-free, of the last global batch before it was saved; None where nothing

@@ -67,10 +67,10 @@ def test_a_file_where_a_folder_belongs(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.usefixtures("llama")
 def test_the_folder_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["convert-to-hf", "run", "new"], capsys) == (
-        "run is the folder of a run; name one of its checkpoints, such as run/final"
+        "run is a folder of checkpoints; name one checkpoint, such as run/final"
     )
     assert fails(["convert-from-hf", "run", "new"], capsys) == (
-        "run is the folder of a run of megatron_dmc, not a Hugging Face model: use run/final as it is, or run "
+        "run is a folder of checkpoints of megatron_dmc, not a Hugging Face model: use run/final as it is, or run "
         "megatron-dmc convert-to-hf run/final HF_FOLDER"
     )
 
