@@ -63,9 +63,9 @@ def why_no_checkpoint(folder: Path) -> str | None:
             f"{folder} is a Hugging Face model, not a checkpoint of megatron_dmc: run megatron-dmc convert-from-hf {folder} "
             "BASE first, and name BASE"
         )
-    checkpoint = checkpoint_below(folder) or checkpoint_below(folder / "checkpoints")
-    if checkpoint is not None:
-        return f"{folder} is the folder of a run; name one of its checkpoints, such as {checkpoint}"
+    for several, what in ((folder, "a folder of checkpoints"), (folder / "checkpoints", "the folder of a run")):
+        if (checkpoint := checkpoint_below(several)) is not None:
+            return f"{folder} is {what}; name one checkpoint, such as {checkpoint}"
     return (
         f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
         "name one checkpoint, such as DIRECTORY/final"

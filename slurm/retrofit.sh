@@ -20,7 +20,6 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Without it, fragments of the allocator cost gigabytes at this size.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 # A task that fails ends the others after a minute. Not at once (--kill-on-bad-exit): tasks that stop when asked to exit
 # with 75, not all in the same moment, and srun returns the highest status.

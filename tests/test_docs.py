@@ -75,6 +75,18 @@ def test_every_room_is_in_the_table_of_rooms() -> None:
     assert named == {path.parent.name for path in (ROOT / "megatron_dmc").glob("*/__init__.py")}
 
 
+@pytest.mark.parametrize("folder", ["docs", "examples", "megatron_dmc"])
+def test_a_command_has_one_name(folder: str) -> None:
+    """``megatron-dmc preprocess`` and its like; only the README says which scripts do the same, and one docstring."""
+    texts = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".md", ".yaml", ".py")
+    }
+    named = {name for name, text in texts.items() if re.search(r"\btools/\w+\.py", text)}
+    assert named <= {"megatron_dmc/cli/command.py"}
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -1,4 +1,4 @@
-"""One run's folder of checkpoints: what each one says it is, which is the newest, and changes that a crash cannot harm.
+"""A folder of checkpoints: what each one says it is, which is the newest, and changes that a crash cannot harm.
 
 Nothing here needs torch or more than one process. Below the folder: ``step_*`` (full), ``cr_*`` and ``final`` (weights),
 and ``latest``, a text file with the name of the newest full checkpoint. Names with a leading dot are never checkpoints.

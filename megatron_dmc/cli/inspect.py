@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Shows what a checkpoint's decisions do to a text: the ratio of every layer and head, and the bytes saved. For a
-    run's folder it lists the checkpoints: the target and the ratio that each was saved at."""
+    folder of checkpoints it lists them: the target and the ratio that each was saved at."""
     if options.tokens is not None:
         Range(2, MOST).check("--tokens", options.tokens)
     check_checkpoint(options.checkpoint, or_several=True)

@@ -12,7 +12,9 @@ class ShowVersions(argparse.Action):
     """Prints the versions that a report of an error should name, and exits. The packages are not imported."""
 
     def __init__(self, option_strings: list[str], dest: str, **_: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the versions of this, torch and megatron-core")
+        super().__init__(
+            option_strings, dest, nargs=0, help="print the versions of megatron-dmc, torch, megatron-core and Python"
+        )
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         print(

@@ -9,7 +9,7 @@ import torch
 from megatron_dmc.cluster_check.cases import cases_here, cases_not_here
 from megatron_dmc.cluster_check.launch import CheckError, clear_folder, run_layouts
 from megatron_dmc.cluster_check.layouts import CPU_PROCESSES, MOST_GPUS, REFERENCE, all_layouts
-from megatron_dmc.cluster_check.report import is_good, make_report, remarks, table, write_section
+from megatron_dmc.cluster_check.report import is_good, make_report, remarks, table, verdict, write_section
 
 
 def check(
@@ -43,9 +43,12 @@ def check(
     left_out = {x.name: f"needs {x.processes} GPUs, here are {available}" for x in layouts if x.processes > available}
     clear_folder(folder)
     failures = run_layouts(folder, [x for x in layouts if x.name not in left_out], cases, most)
-    report = make_report(folder, layouts, cases, failures, left_out, not_run)
+    # Without a GPU nobody expects these cases, and whoever names cases did not name them.
+    missing = not_run if torch.cuda.is_available() and case_names is None else {}
+    report = make_report(folder, layouts, cases, failures, left_out, missing)
     (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    print("\n".join([report["machine"], "", *table(report), "", *remarks(report)]))
+    notes = remarks(report)
+    print("\n".join([report["machine"], "", *table(report), "", *notes, *[""] * bool(notes), verdict(report)]))
     if page is not None:
         write_section(report, page, heading)
     return is_good(report)

@@ -94,6 +94,29 @@ def remarks(report: Report) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def verdict(report: Report) -> str:
+    """The last line: whether all agrees, how far results differ at most, and how far they may."""
+    outcomes = [row["outcome"] for row in report["rows"]]
+    compared = [row for row in report["rows"] if "relative" in row]
+    failed, left_out = outcomes.count("failed"), outcomes.count("left out")
+    if not compared and not failed:
+        return "no layout was compared with one process"
+    differences = ", ".join(
+        f"{_number(max(relative))} in {precision} (tolerance {tolerance:.0e})"
+        for precision, tolerance in report["tolerances"].items()
+        if (relative := [row["relative"] for row in compared if row["precision"] == precision])
+    )
+    if is_good(report):
+        layouts, cases = (len({row[key] for row in compared}) for key in ("layout", "case"))
+        what = f"{_count(layouts, 'layout')} x {_count(cases, 'case')}"
+        if left_out:
+            what += f" ({left_out} of {len(outcomes)} results left out)"
+        return f"{what} agree with one process: largest difference {differences}"
+    numbers = {"different from one process": outcomes.count("different"), "failed": failed, "left out": left_out}
+    wrong = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+    return f"FAILED: of {_count(len(outcomes), 'result')} {wrong}; largest difference {differences or 'unknown'}"
+
+
 def write_section(report: Report, page: Path, heading: str) -> None:
     """Replaces the text between a heading of a Markdown page and the next heading of its level."""
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -126,8 +149,16 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row["outcome"] in ("left out", "failed"):
         return str(row["outcome"]).upper() if row["outcome"] == "failed" else "left out"
     flips = f" ({row['flips']})" if row["flips"] else ""
-    difference = "0" if row["relative"] == 0 else f"{row['relative']:.1e}"
+    difference = _number(row["relative"])
     return f"{difference}{flips}" if row["outcome"] == "same" else f"**{difference}{flips} DIFFERENT**"
+
+
+def _number(difference: float) -> str:
+    return f"{difference:.1e}" if difference else "0"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _machine() -> str:

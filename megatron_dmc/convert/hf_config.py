@@ -40,7 +40,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, DMCConfig | None]:
     path = folder / "config.json"
     checkpoint = folder if (folder / "dmc.json").exists() else checkpoint_below(folder)
     if not path.exists() and checkpoint is not None:
-        what = "a checkpoint" if checkpoint == folder else "the folder of a run"
+        what = "a checkpoint" if checkpoint == folder else "a folder of checkpoints"
         raise ConfigError(
             f"{folder} is {what} of megatron_dmc, not a Hugging Face model: use {checkpoint} as it is, or run megatron-dmc "
             f"convert-to-hf {checkpoint} HF_FOLDER"

@@ -70,13 +70,16 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def iter_conversations(path: str | Path) -> Iterator[Conversation]:
+def iter_conversations(path: str | Path, name: str = "data") -> Iterator[Conversation]:
     """The conversations of a ``.jsonl`` file, or of all such files in a folder: ``{"messages": [...]}`` in every line.
 
     A message is an object with a "role" (system, user, assistant or tool) and a "content", a string or a list of text parts,
     which an assistant's turn with "tool_calls" can do without; null is no content. Its other fields are handed to the chat
     template, and so are the line's "tools", "documents" and "chat_template_kwargs"; other fields of the line are left out. A
     field that is null or empty is the same as none.
+
+    Args:
+        name: what errors call the path, such as the flag that named it.
 
     Raises:
         ConfigError: (while iterating) a path that is missing, unreadable or holds no conversation, or a line that is
@@ -86,10 +89,10 @@ def iter_conversations(path: str | Path) -> Iterator[Conversation]:
     if path.is_dir():
         files = [file for file in text_files(path) if file.suffix.lower() == JSON_LINES_SUFFIX]
     elif (problem := why_no_file(path)) is not None:
-        raise ConfigError(f"data {path} {problem}; name a .jsonl file or a folder")
+        raise ConfigError(f"{name} {path} {problem}; name a .jsonl file or a folder")
     elif path.suffix.lower() != JSON_LINES_SUFFIX:
         raise ConfigError(
-            f"data {path} is neither a .jsonl file nor a folder; conversations are read from .jsonl files"
+            f"{name} {path} is neither a .jsonl file nor a folder; conversations are read from .jsonl files"
         )
     else:
         files = [path]
@@ -99,7 +102,7 @@ def iter_conversations(path: str | Path) -> Iterator[Conversation]:
             found = True
             yield _conversation(value, f"{file}:{number}")
     if not found:
-        raise ConfigError(f"data {path} holds no conversation; name a .jsonl file or a folder that does")
+        raise ConfigError(f"{name} {path} holds no conversation; name a .jsonl file or a folder that does")
 
 
 def usable_conversations(

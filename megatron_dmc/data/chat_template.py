@@ -304,13 +304,13 @@ def _read_template(file: str, named: dict[str, str]) -> str:
     if file in named and not Path(file).exists():
         return named[file]
     if (problem := why_no_file(Path(file))) is not None:
-        raise ConfigError(f"chat template {file} {problem}; name a file{_among(named)}")
+        raise ConfigError(f"--chat-template {file} {problem}; name a file{_among(named)}")
     try:
         source = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"chat template {file} cannot be read: {_one_line(error)}{_among(named)}") from None
+        raise ConfigError(f"--chat-template {file} cannot be read: {_one_line(error)}{_among(named)}") from None
     if not source:
-        raise ConfigError(f"chat template {file} is empty; name another with --chat-template")
+        raise ConfigError(f"--chat-template {file} is empty; name another")
     return source
 
 

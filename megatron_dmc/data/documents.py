@@ -27,12 +27,15 @@ class NotTextError(ConfigError):
     """A file that is not UTF-8 text. The message names the file and the line."""
 
 
-def iter_documents(path: str | Path) -> Iterator[str]:
+def iter_documents(path: str | Path, name: str = "data") -> Iterator[str]:
     """The documents of a folder, a text file (one document) or a ``.jsonl`` file (one object with "text" per line).
 
     A folder is read recursively in sorted order: files ending in .md, .py, .rst, .txt and .jsonl. Hidden files and
     folders, ``__pycache__``, ``site-packages``, ``dist-packages`` and links to folders are left out. Files there that
     are not UTF-8 text are skipped with one warning that counts them; empty documents are skipped silently.
+
+    Args:
+        name: what errors call the path, such as the flag that named it.
 
     Raises:
         ConfigError: (while iterating) a path that is missing, unreadable, of an unknown kind or without any text; a
@@ -43,17 +46,17 @@ def iter_documents(path: str | Path) -> Iterator[str]:
     if path.is_dir():
         documents = _read_files(text_files(path), skip_undecodable=True)
     elif (problem := why_no_file(path)) is not None:
-        raise ConfigError(f"data {path} {problem}; name a folder, a text file or a .jsonl file")
+        raise ConfigError(f"{name} {path} {problem}; name a folder, a text file or a .jsonl file")
     elif path.suffix.lower() not in (*TEXT_SUFFIXES, JSON_LINES_SUFFIX):
         raise ConfigError(
-            f"data {path} is neither a folder nor a text file ({', '.join(TEXT_SUFFIXES)}) nor a .jsonl file; "
+            f"{name} {path} is neither a folder nor a text file ({', '.join(TEXT_SUFFIXES)}) nor a .jsonl file; "
             "rename or convert it"
         )
     else:
         documents = _read_files([path], skip_undecodable=False)
     first = next(documents, None)
     if first is None:
-        raise ConfigError(f"data {path} holds no text; name a folder, a text file or a .jsonl file that does")
+        raise ConfigError(f"{name} {path} holds no text; name a folder, a text file or a .jsonl file that does")
     yield first
     yield from documents
 

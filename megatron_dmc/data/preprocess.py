@@ -1,4 +1,4 @@
-"""From files of text or conversations to datasets on disk: what ``tools/preprocess_data.py`` does."""
+"""From files of text or conversations to datasets on disk: what ``megatron-dmc preprocess`` does."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What is read and written. The flags of ``tools/preprocess_data.py`` have the same names.
+    """What is read and written. The flags of ``megatron-dmc preprocess`` have the same names.
 
     Attributes:
         input: folders and files, read in this order.
@@ -58,6 +58,8 @@ class PreprocessOptions:
             raise ConfigError("--chat needs --tokenizer: a newly trained tokenizer has no chat template")
         if (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ConfigError("give one of --tokenizer and --train-tokenizer")
+        if not 0.0 <= self.valid_fraction < 1.0:
+            raise ConfigError(f"--valid-fraction must be in [0, 1), got {self.valid_fraction}")
         if self.chat_template is not None and not self.chat:
             raise ConfigError("--chat-template is for --chat; add that, or leave it out")
 
@@ -79,15 +81,15 @@ def preprocess(options: PreprocessOptions) -> None:
     """
     _check_free(options)
     # before the text is read: a bad tokenizer should not take an hour to show
-    tokenizer = load_tokenizer(options.tokenizer_folder) if options.train_tokenizer is None else None
+    tokenizer = load_tokenizer(options.tokenizer_folder, "--tokenizer") if options.train_tokenizer is None else None
     documents: Iterable[Any]
     if options.chat:
         assert tokenizer is not None
         template = load_chat_template(tokenizer, options.chat_template)
-        conversations = chain.from_iterable(iter_conversations(path) for path in options.input)
+        conversations = chain.from_iterable(iter_conversations(path, "--input") for path in options.input)
         documents = map(template.render, usable_conversations(conversations, tokenizer.special_tokens))
     else:
-        documents = chain.from_iterable(iter_documents(path) for path in options.input)
+        documents = chain.from_iterable(iter_documents(path, "--input") for path in options.input)
     parts: Sequence[Iterable[Any]]
     if tokenizer is not None and options.valid_fraction == 0.0:
         parts = [documents]

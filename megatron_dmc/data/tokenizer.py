@@ -127,7 +127,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, output_folder: st
     """
     if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
         raise ConfigError(
-            f"the tokenizer's vocabulary must be >= {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}) and "
+            f"--train-tokenizer: the vocabulary must be >= {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}) and "
             f"<= {LARGEST_VOCABULARY}, got {vocab_size}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
@@ -157,11 +157,14 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, output_folder: st
     return load_tokenizer(folder)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, name: str = "tokenizer") -> Tokenizer:
     """Reads ``tokenizer.json`` of a folder: one of :func:`train_tokenizer`, or a Hugging Face model's.
 
     The token that ends a document is ``eos_token`` of ``tokenizer_config.json`` or ``special_tokens_map.json``, else a
     well-known end token among the added tokens.
+
+    Args:
+        name: what errors call the folder, such as the flag or the setting that named it.
 
     Raises:
         ConfigError: for a missing folder or file, one that is no tokenizer, or no end-of-text token.
@@ -169,13 +172,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if (problem := why_no_folder(folder)) is not None:
-        raise ConfigError(f"tokenizer {folder} {problem}; name a folder that holds tokenizer.json")
+        raise ConfigError(f"{name} {folder} {problem}; name a folder that holds tokenizer.json")
     problem = why_no_file(path)
     if problem not in (None, ABSENT):
         raise ConfigError(f"{path} {problem}")
     if problem is not None:
         raise ConfigError(
-            f"tokenizer {folder} holds no tokenizer.json; train one, or save a Hugging Face tokenizer there with "
+            f"{name} {folder} holds no tokenizer.json; train one, or save a Hugging Face tokenizer there with "
             "save_pretrained"
         )
     try:

@@ -53,7 +53,7 @@ def run(
 
 
 def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
-    """What each checkpoint in a run's folder says it is, in the order of their steps; empty for any other folder.
+    """What each checkpoint in a folder of checkpoints says it is, in the order of their steps; empty for any other folder.
 
     Returns:
         name, kind, step, compression_ratio (noise-free, of the last global batch before it was saved; None where nothing
@@ -130,7 +130,7 @@ def _target(value: float | None) -> str:
 
 def read_tokens(tokenizer: Tokenizer, text: str | None, count: int) -> Tensor:
     """The first ``count`` tokens of a file or folder, or of Python's own sources; fewer if there are no more."""
-    documents = standard_library_documents() if text is None else iter_documents(text)
+    documents = standard_library_documents() if text is None else iter_documents(text, "--text")
     ids = itertools.chain.from_iterable(tokenizer.tokenize(document) for document in documents)
     found = list(itertools.islice(ids, count))
     if len(found) < 2:

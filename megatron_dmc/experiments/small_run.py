@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,7 +85,7 @@ class SmallRun:
     def _documents(self) -> Iterator[str]:
         from megatron_dmc.data import iter_documents, standard_library_documents
 
-        return standard_library_documents() if self.data is None else iter_documents(self.data)
+        return standard_library_documents() if self.data is None else iter_documents(self.data, "--data")
 
     def _digest(self) -> str:
         """A digest of all documents in their order: the same text has the same, wherever it lies."""
@@ -114,26 +115,26 @@ class SmallRun:
             )
 
     def training(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
-        """The command that runs one of examples/quickstart's recipes, at toy size for a smoke run."""
-        command = self.command("retrofit", self.recipes / f"{recipe}.yaml")
+        """The words of the command that runs one of examples/quickstart's recipes, at toy size for a smoke run."""
+        words = ["retrofit", str(self.recipes / f"{recipe}.yaml")]
         if self.smoke:
-            command += TOY_SIZES + [f"phases.{i}.steps={steps}" for i, steps in enumerate(TOY_STEPS[recipe])]
+            words += TOY_SIZES + [f"phases.{i}.steps={steps}" for i, steps in enumerate(TOY_STEPS[recipe])]
             # So few steps change decisions only if they start near the edge.
-            command += ["dmc.decision_bias=0.5"] if recipe not in ("base", "control") else []
-        return command + list(overrides)
+            words += ["dmc.decision_bias=0.5"] if recipe not in ("base", "control") else []
+        return words + list(overrides)
 
-    def command(self, *words: str | Path) -> list[str]:
-        """``megatron-dmc`` with these words, as a process of its own."""
-        return [sys.executable, "-m", "megatron_dmc", *map(str, words)]
+    def process(self, words: Sequence[str]) -> list[str]:
+        """``megatron-dmc`` with these words, whether it is on the PATH or not."""
+        return [sys.executable, "-m", "megatron_dmc", *words]
 
-    def stage(self, title: str, makes: str, command: list[str]) -> None:
-        """Runs a command in the run's folder unless what it makes (whole or not at all) is there.
+    def stage(self, title: str, makes: str, words: Sequence[str]) -> None:
+        """Runs ``megatron-dmc`` with these words in the run's folder unless what it makes (whole or not at all) is there.
 
         Raises:
             CommandFailed: after the command has printed why.
         """
         if not (self.folder / makes).exists():
-            self.timed(title, lambda: self._call(title, command))
+            self.timed(title, lambda: self._call(title, words))
 
     def timed(self, title: str, work: Callable[[], None]) -> None:
         print(f"== {title}", flush=True)
@@ -141,10 +142,11 @@ class SmallRun:
         work()
         self.seconds[title] = time.perf_counter() - began
 
-    def _call(self, title: str, command: list[str]) -> None:
-        """Runs one command in the run's folder; it explains its own errors."""
+    def _call(self, title: str, words: Sequence[str]) -> None:
+        """Shows one command and runs it in the run's folder; it explains its own errors."""
+        print(f"{os.path.relpath(self.folder)}$ {shlex.join(['megatron-dmc', *words])}", flush=True)
         interrupted = False
-        with subprocess.Popen(command, cwd=self.folder, env=self.environment) as process:
+        with subprocess.Popen(self.process(words), cwd=self.folder, env=self.environment) as process:
             while process.returncode is None:
                 try:
                     process.wait()

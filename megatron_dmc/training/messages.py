@@ -165,5 +165,8 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
     if training_ratio is not None and training_ratio >= REACHED * target:
         advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or a higher target"
     else:
-        advice = "try a larger dmc.loss_coefficient, a higher learning rate, or more steps"
+        # An adapter has nothing but its decisions to learn, so its learning rate decides how fast they change.
+        rate, pull = "a higher learning rate", "a larger dmc.loss_coefficient"
+        first, second = (rate, pull) if recipe.trains_adapter else (pull, rate)
+        advice = f"try {first}, {second}, or more steps"
     return f"warning: target missed: CR {ratio:.2f} on {where}, target {target:g}; {advice}"

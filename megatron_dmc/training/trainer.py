@@ -155,7 +155,7 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
 
 def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, int]:
     """The run's training and held-out samples, after all checks that need no model, and how many held-out ones differ."""
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
     check_vocabulary(tokenizer, recipe.model.vocab_size)
     check_batch(recipe, parallel_state.get_data_parallel_world_size())
     check_reach(recipe)

@@ -87,7 +87,7 @@ def test_a_runs_folder_points_to_its_checkpoints(tmp_path: Path, capsys: pytest.
     (final / "dmc.json").touch()
     for command in (["inspect"], ["generate", "--prompt", "a"]):
         assert main([*command, str(tmp_path)]) == 1
-        line = f"megatron-dmc: {tmp_path} is the folder of a run; name one of its checkpoints, such as {final}\n"
+        line = f"megatron-dmc: {tmp_path} is the folder of a run; name one checkpoint, such as {final}\n"
         assert capsys.readouterr().err == line
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -97,10 +98,20 @@ def test_the_last_layout_divides_the_batch(processes: int) -> None:
     assert layout.processes <= max(processes, 8)
 
 
-def test_fp8_is_named_where_it_cannot_run(tmp_path: Path) -> None:
+def test_fp8_is_named_where_it_was_wanted_and_cannot_run(tmp_path: Path) -> None:
     assert cases_here() == CASES
     assert cases_not_here() == {"FP8": "Transformer Engine is not installed"}
     reference = [layout for layout in all_layouts() if layout.name == REFERENCE]
     report = make_report(tmp_path, reference, [], {}, {}, cases_not_here())
     assert remarks(report) == ["FP8 was not run: Transformer Engine is not installed"]
     assert is_good(report)
+
+
+def test_the_last_line_says_whether_all_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--folder", str(tmp_path / "check"), "--layouts", "micro-batch 1", "--cases", "projection"]
+    assert run_alone(cluster_check, "cluster-check", words) == 0
+    said = capsys.readouterr().out
+    last = said.splitlines()[-1]
+    agree = r"1 layout x 1 case agree with one process: largest difference \d\.\de-\d\d in fp32 \(tolerance 2e-05\)"
+    assert re.fullmatch(agree, last), said
+    assert "FP8" not in said

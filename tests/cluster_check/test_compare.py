@@ -11,7 +11,7 @@ import pytest
 from megatron_dmc.cluster_check.cases import CASES, run_folder
 from megatron_dmc.cluster_check.compare import compare
 from megatron_dmc.cluster_check.layouts import REFERENCE, all_layouts
-from megatron_dmc.cluster_check.report import is_good, make_report, remarks, table, write_section
+from megatron_dmc.cluster_check.report import is_good, make_report, remarks, table, verdict, write_section
 
 STEP: dict[str, Any] = {
     "lm_loss": 5.0,
@@ -96,10 +96,38 @@ def test_report_names_what_differs_and_what_was_left_out(tmp_path: Path) -> None
         "DP2, projection failed: a rank was lost",
         "TP2xPP2 is left out: needs 4 GPUs, here are 2",
     ]
+    assert verdict(report) == (
+        "FAILED: of 5 results 1 different from one process, 1 failed, 2 left out; largest difference 2.0e-01 in fp32 "
+        "(tolerance 2e-05)"
+    )
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n## Table\n\nold\n\n## After\n\nkept\n")
     write_section(report, page, "## Table")
     text = page.read_text()
     assert "old" not in text and text.endswith("\n\n## After\n\nkept\n") and "\n".join(table(report)) in text
     good = [layout for layout in layouts if layout.name in (REFERENCE, "PP2", "CP2")]
-    assert is_good(make_report(tmp_path, good, [case], {}, {}))
+    report = make_report(tmp_path, good, [case], {}, {})
+    assert is_good(report)
+    assert verdict(report) == (
+        "1 layout x 1 case (1 of 2 results left out) agree with one process: largest difference 0 in fp32 (tolerance 2e-05)"
+    )
+    assert verdict(make_report(tmp_path, good[:1], [case], {}, {})) == "no layout was compared with one process"
+
+
+def test_the_verdict_names_every_precision(tmp_path: Path) -> None:
+    reference, other = all_layouts()[0], all_layouts()[5]
+    cases = [case for case in CASES if case.name in ("projection", "bf16")]
+    for layout, steps in ((reference, [STEP, STEP]), (other, changed(lm_loss=5.0 * (1 + 1e-5)))):
+        for case in cases:
+            folder = run_folder(tmp_path, case, layout)
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({"steps": steps}))
+    assert verdict(make_report(tmp_path, [reference, other], cases, {}, {})) == (
+        "1 layout x 2 cases agree with one process: largest difference 1.0e-05 in fp32 (tolerance 2e-05), 1.0e-05 in "
+        "bf16 (tolerance 1e-02)"
+    )
+    for case in cases:
+        (run_folder(tmp_path, case, other) / "result.json").unlink()
+    assert verdict(make_report(tmp_path, [reference, other], cases, {}, {})) == (
+        "FAILED: of 2 results 2 failed; largest difference unknown"
+    )

@@ -180,13 +180,13 @@ def test_added_tokens_are_no_tokens_of_the_folder(save_llama: Callable[..., Path
         import_hf(save_llama(vocab_size=100), tmp_path / "megatron", pad_vocab_to_multiple_of=512)
 
 
-def test_the_tool_and_the_message_that_names_it(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_padding_at_conversion_and_the_message_that_names_it(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     import_hf(save_llama(vocab_size=301), tmp_path / "base")
     recipe = SavedModel.open(tmp_path / "base").info.recipe
     recipe["parallel"]["tensor_model_parallel_size"] = 2
     with pytest.raises(ConfigError) as error:
         recipe_from_dict(recipe)
-    for part in ("tools/hf_to_megatron.py --pad-vocab-to-multiple-of 2", "set it to 302"):
+    for part in ("megatron-dmc convert-from-hf --pad-vocab-to-multiple-of 2", "set it to 302"):
         assert part in str(error.value)
     main = runpy.run_path(str(ROOT / "tools" / "hf_to_megatron.py"))["main"]
     folder = str(save_llama(vocab_size=301))

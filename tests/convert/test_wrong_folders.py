@@ -67,10 +67,10 @@ def test_a_file_where_a_folder_belongs(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.usefixtures("llama")
 def test_the_folder_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["convert-to-hf", "run", "new"], capsys) == (
-        "run is the folder of a run; name one of its checkpoints, such as run/final"
+        "run is a folder of checkpoints; name one checkpoint, such as run/final"
     )
     assert fails(["convert-from-hf", "run", "new"], capsys) == (
-        "run is the folder of a run of megatron_dmc, not a Hugging Face model: use run/final as it is, or run "
+        "run is a folder of checkpoints of megatron_dmc, not a Hugging Face model: use run/final as it is, or run "
         "megatron-dmc convert-to-hf run/final HF_FOLDER"
     )
 
@@ -154,15 +154,18 @@ def test_an_output_inside_a_file(arguments: list[str], what: str, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--input", "{pipe}", "--tokenizer", "hf"], "data {pipe} {is}; name a folder, a text file or a .jsonl file"),
-        (["--input", "{pipe}", "--tokenizer", "hf", "--chat"], "data {pipe} {is}; name a .jsonl file or a folder"),
+        (
+            ["--input", "{pipe}", "--tokenizer", "hf"],
+            "--input {pipe} {is}; name a folder, a text file or a .jsonl file",
+        ),
+        (["--input", "{pipe}", "--tokenizer", "hf", "--chat"], "--input {pipe} {is}; name a .jsonl file or a folder"),
         (
             ["--input", "a.txt", "--tokenizer", "{pipe}"],
-            "tokenizer {pipe} {is}; name a folder that holds tokenizer.json",
+            "--tokenizer {pipe} {is}; name a folder that holds tokenizer.json",
         ),
         (
             ["--input", "a.jsonl", "--tokenizer", "hf", "--chat", "--chat-template", "{pipe}"],
-            "chat template {pipe} {is}; name a file",
+            "--chat-template {pipe} {is}; name a file",
         ),
     ],
 )

@@ -220,7 +220,7 @@ def test_the_folders_own_template(tmp_path):
         tmp_path / "named", [{"name": "default", "template": PLAIN}, {"name": "rag", "template": "x"}]
     )
     assert load_chat_template(named).source == PLAIN
-    fails("chat template .*missing.jinja does not exist", load_chat_template, tokenizer, tmp_path / "missing.jinja")
+    fails("--chat-template .*missing.jinja does not exist", load_chat_template, tokenizer, tmp_path / "missing.jinja")
 
 
 def test_variables_are_the_tokenizers(tokenizer, tmp_path):

@@ -123,13 +123,13 @@ def test_one_of_them_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     rendered = load_chat_template(tokenizer, "rag").render(Conversation(PLAIN_CHAT, "chat.jsonl:1"))
     assert rendered.text == theirs.apply_chat_template(PLAIN_CHAT, chat_template="rag", tokenize=False)
-    with pytest.raises(ConfigError, match=r"chat template rga does not exist; name a file \(the tokenizer has rag\)"):
+    with pytest.raises(ConfigError, match=r"--chat-template rga does not exist; name a file \(the tokenizer has rag\)"):
         load_chat_template(tokenizer, "rga")
     # a file goes before a name
     Path("rag").write_text(TOOL_USE)
     assert "TOOLS" in load_chat_template(tokenizer, "rag").render(Conversation(CHAT, "chat.jsonl:1", TOOLS)).text
     Path("empty").write_text("")
-    with pytest.raises(ConfigError, match="chat template empty is empty"):
+    with pytest.raises(ConfigError, match="--chat-template empty is empty"):
         load_chat_template(tokenizer, "empty")
 
 

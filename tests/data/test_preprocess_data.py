@@ -52,10 +52,10 @@ def test_refuses_to_overwrite(tmp_path, text, tokenizer, capsys):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"--input": "missing.txt"}, "missing.txt does not exist"),
-        ({"--tokenizer": "missing"}, "tokenizer missing does not exist; name a folder"),
+        ({"--input": "missing.txt"}, "preprocess_data: --input missing.txt does not exist; name a folder"),
+        ({"--tokenizer": "missing"}, "preprocess_data: --tokenizer missing does not exist; name a folder"),
         ({"--input": "a" * 300}, "File name too long"),
-        ({"--valid-fraction": "1.5"}, "must be in [0, 1)"),
+        ({"--valid-fraction": "1.5"}, "preprocess_data: --valid-fraction must be in [0, 1), got 1.5"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, text, tokenizer, capsys, changed, message):
@@ -108,6 +108,7 @@ def test_chat(tmp_path, chat_folder, capsys):
 @pytest.mark.parametrize(
     ("lines", "changed", "message"),
     [
+        ("", {"--input": "missing.jsonl"}, "preprocess_data: --input missing.jsonl does not exist; name a .jsonl file"),
         ('{"text": "a"}', {}, 'chat.jsonl:1 is not an object with a list "messages"'),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
@@ -116,7 +117,11 @@ def test_chat(tmp_path, chat_folder, capsys):
         ),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', {"--valid-fraction": "0.5"}, "is not cut"),
         ("", {"--tokenizer": "{plain}"}, "has no chat template"),
-        ("", {"--chat-template": "missing.jinja"}, "chat template missing.jinja does not exist; name a file"),
+        (
+            "",
+            {"--chat-template": "missing.jinja"},
+            "preprocess_data: --chat-template missing.jinja does not exist; name a file",
+        ),
         ("", {"--chat": None, "--chat-template": "a.jinja"}, "--chat-template is for --chat"),
         ("", {"--tokenizer": None, "--train-tokenizer": "300"}, "--chat needs --tokenizer"),
         ('{"messages": []}', {"--chat": None}, "(conversations are read with --chat)"),

@@ -212,6 +212,21 @@ def test_two_processes_take_half_the_cores_each() -> None:
     assert said == [[str(max(1, len(os.sched_getaffinity(0)) // 2))]] * 2
 
 
+@pytest.mark.parametrize("own", [None, "3"])
+def test_the_slurm_launcher_leaves_the_threads_to_the_run(own: str | None, tmp_path: Path) -> None:
+    """A number that the launcher exports would be taken for the user's."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "threads: ${OMP_NUM_THREADS-the run\'s}"\n')
+    srun.chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    job = {"SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "here", "PYTHON": sys.executable}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    threads = {} if own is None else {"OMP_NUM_THREADS": own}
+    launcher = [str(ROOT / "slurm" / "retrofit.sh"), "recipe.yaml"]
+    subprocess.run(["bash", *launcher], cwd=tmp_path, env={**inherited, **job, **threads, "PATH": path}, check=True)
+    assert (tmp_path / "logs" / "job-1.log").read_text().splitlines()[-1] == "threads: " + (own or "the run's")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_nobody_to_meet_is_one_line(rank: str, host: str) -> None:

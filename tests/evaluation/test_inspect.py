@@ -1,4 +1,4 @@
-"""What ``megatron-dmc inspect`` says of a checkpoint, and of a run's folder of them."""
+"""What ``megatron-dmc inspect`` says of a checkpoint, and of a folder of checkpoints."""
 
 import io
 import json

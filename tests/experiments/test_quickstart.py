@@ -1,5 +1,6 @@
 """The quickstart's text: the same text is not prepared again, and another text is noticed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,9 @@ def test_the_toy_sizes_make_a_valid_run() -> None:
         ROOT / "examples" / "quickstart" / "base.yaml", [*TOY_SIZES, f"phases.0.steps={TOY_STEPS['base'][0]}"]
     )
     assert base.model.hidden_size == 64
+
+
+def test_a_stage_shows_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.joinpath("a run").mkdir()
+    SmallRun(tmp_path / "a run", None, smoke=True).stage("versions", "nothing", ["--version"])
+    assert capsys.readouterr().out == f"== versions\n{os.path.relpath(tmp_path / 'a run')}$ megatron-dmc --version\n"

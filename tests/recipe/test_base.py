@@ -148,7 +148,7 @@ def test_what_is_no_base_is_said_to_be_what_it_is(tmp_path: Path, base: Path, si
             f"is a Hugging Face model, .*: run megatron-dmc convert-from-hf {hugging_face} BASE first, and name BASE",
         ),
         (hugging_face / "config.json", "is a file, not a folder; name the folder of one checkpoint"),
-        (base.parent, f"is the folder of a run; name one of its checkpoints, such as {base.parent}/"),
+        (base.parent, f"is a folder of checkpoints; name one checkpoint, such as {base.parent}/"),
     ):
         with pytest.raises(ConfigError, match=f"checkpoint.load_base: {wrong} {what}"):
             read(tmp_path, wrong, **sizes)

@@ -173,6 +173,13 @@ def test_which_targets_are_missed(held_out: float | None, trained: float | None,
     assert (warning is None) if words is None else (warning is not None and words in warning and "\n" not in warning)
 
 
+def test_an_adapter_is_told_of_its_learning_rate_first() -> None:
+    adapter = replace(recipe(), training=replace(recipe().training, train="adapter"))
+    warning = messages.missed_target(adapter, 2.93, 3.0)
+    assert warning is not None
+    assert warning.endswith("; try a higher learning rate, a larger dmc.loss_coefficient, or more steps")
+
+
 def test_a_checkpoint_below_its_ratio_says_so() -> None:
     info = CheckpointInfo("weights", {}, 10, 80, 0, compression_ratio=2.41)
     checkpoint = SavedCheckpoint("cr_3", info, 1_250_000, 0.25)

@@ -1,6 +1,7 @@
 """The whole job on a small model and real text: pretrain, retrofit, compare, export, generate.
 
-Every stage is a command that a user could type in the run's folder; a stage that is done is not done again.
+Every stage between the text and the figure is a command that a user could type in the run's folder, and is printed as one. A
+stage that is done is not done again.
 """
 
 import json
@@ -26,9 +27,9 @@ def run_quickstart(folder: Path, data: str | None, smoke: bool) -> None:
     for name in ("base", "control", "recipe", "adapter", "neuron"):
         quickstart.stage(f"training: {name}.yaml", f"checkpoints/{name}/final", quickstart.training(name))
     for name, exported in (("recipe", "hf"), ("control", "hf-control")):
-        convert = quickstart.command("convert-to-hf", f"checkpoints/{name}/final", exported)
+        convert = ["convert-to-hf", f"checkpoints/{name}/final", exported]
         quickstart.stage(f"export to Hugging Face: {exported}", exported, convert)
-    quickstart.stage("evaluation", "summary.json", quickstart.command("quickstart-evaluate", *["--smoke"] * smoke))
+    quickstart.stage("evaluation", "summary.json", ["quickstart-evaluate", *["--smoke"] * smoke])
     summary, image = quickstart.folder / "summary.json", quickstart.folder / "figure.png"
     if not image.exists():
         quickstart.timed("figure", lambda: figure.save(summary, image))

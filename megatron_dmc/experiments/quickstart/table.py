@@ -16,40 +16,49 @@ CAPTION = (
 )
 
 
+COLUMNS = (
+    "model",
+    "target CR",
+    "CR",
+    "nats/token",
+    "perplexity",
+    "nats/byte",
+    "over control",
+    f"cache at {CACHE_TOKENS} tokens",
+)
+
+
 def show(summary: dict[str, Any], console: Console) -> None:
     """The quickstart's table, and the text that the exported model wrote."""
-    control = summary["control"]["loss_per_byte"]
     made = {"recipe/final": summary["generation"]["dmc"], "control/final": summary["generation"]["control"]}
     speed = {checkpoint: f"{each['tokens_per_second']:.0f}" for checkpoint, each in made.items()}
     table = Table(title="held-out text", caption=CAPTION, caption_justify="left")
-    for column in (
-        "model",
-        "target CR",
-        "CR",
-        "nats/token",
-        "perplexity",
-        "nats/byte",
-        "over control",
-        f"cache at {CACHE_TOKENS}",
-        "tokens/s",
-    ):
+    for column in (*COLUMNS, "tokens/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for name in ("base", "control"):
-        row = summary[name]
-        plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB"
-        table.add_row(name, "", "1.00", *_losses(row, control), plain, speed.get(row["checkpoint"], ""))
+    for checkpoint, row in rows(summary).items():
+        table.add_row(*row, speed.get(checkpoint, ""))
+    console.print(table)
+    console.print("\n[bold]hf/ continues a text:[/bold]")
+    console.print(summary["generation"]["dmc"]["text"], markup=False, highlight=False)
+
+
+def rows(summary: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """{checkpoint: texts of :data:`COLUMNS`}: what two runs have in common, so no speed."""
+    control = summary["control"]["loss_per_byte"]
+    plain = f"{summary['dmc'][0]['plain_cache_bytes'] / 1024:.0f} KiB"
+    found: dict[str, tuple[str, ...]] = {
+        summary[name]["checkpoint"]: (name, "", "1.00", *_losses(summary[name], control), plain)
+        for name in ("base", "control")
+    }
     for row in summary["dmc"]:
-        table.add_row(
+        found[row["checkpoint"]] = (
             f"DMC {RUNS[row['run']]}",
             f"{row['target_compression_ratio']:g}",
             f"{row['compression_ratio']:.2f}",
             *_losses(row, control),
             f"{row['cache_bytes'] / 1024:.0f} of {row['plain_cache_bytes'] / 1024:.0f} KiB",
-            speed.get(row["checkpoint"], ""),
         )
-    console.print(table)
-    console.print("\n[bold]hf/ continues a text:[/bold]")
-    console.print(summary["generation"]["dmc"]["text"], markup=False, highlight=False)
+    return found
 
 
 def _losses(row: dict[str, Any], control: float) -> tuple[str, str, str, str]:

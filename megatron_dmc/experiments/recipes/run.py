@@ -132,14 +132,14 @@ class Comparison(SmallRun):
     def _measured(self, name: str) -> dict[str, Any]:
         path = self.folder / "results" / f"{name}.json"
         if not path.exists():
-            command = self.command("measure", f"{name}/final", *["--smoke"] * self.smoke)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, self._quietly(command))
+            write_whole(path, self._quietly(["measure", f"{name}/final", *["--smoke"] * self.smoke]))
         return json.loads(path.read_text())
 
-    def _quietly(self, command: list[str]) -> str:
-        """What a command prints. Raises CommandFailed with what it says when it fails."""
+    def _quietly(self, words: list[str]) -> str:
+        """What ``megatron-dmc`` prints with these words. Raises CommandFailed with what it says when it fails."""
         environment = {**self.environment, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        command = self.process(words)
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip() or f"{' '.join(command)} failed and said nothing"
