@@ -5,6 +5,7 @@ called: help and wrong flags answer at once.
 """
 
 import argparse
+import atexit
 import contextlib
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Protocol
 
 from megatron_dmc.cli import (
@@ -31,12 +33,15 @@ from megatron_dmc.cli import (
 from megatron_dmc.cli.common import Parser
 from megatron_dmc.cli.version import ShowVersions
 from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.files import is_full_disk
+from megatron_dmc.terminal import drop_output_of_closed_terminal
 
 # Exit statuses as a shell gives them: 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + signal.SIGPIPE
+# Each would end the process at once: a scheduler's, a terminal's that closes, and a time limit's.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Command(Protocol):
@@ -74,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``megatron-dmc``. Returns its exit status.
 
     0: done. 1: bad input, or a run that cannot go on, after one line on stderr; ``plan`` ends in 2 there. 2: wrong flags.
-    75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed.
+    75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed. 128 and a signal's
+    number (129, 138, 143): ended by SIGHUP, SIGUSR1 or SIGTERM, with nothing left half written.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
@@ -117,17 +123,18 @@ def _run(program: str, options: argparse.Namespace) -> int:
     """The one place that turns an error into a line and an exit status. Errors of our own code keep their traceback."""
     # megatron-core warns of every optional package that is missing, when it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    received: list[int] = []
     try:
         if options.alone:
             check_runs_alone()
-        with _sigterm_interrupts():
+        with _signals_interrupt(received):
             status = options.run(options) or 0
             # A reader that has gone is noticed here at the latest, not while Python exits.
             sys.stdout.flush()
             return int(status)
     except KeyboardInterrupt as interrupt:
         print(f"{program}: {', '.join(['interrupted', *map(str, interrupt.args)])}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + received[0] if received else INTERRUPTED
     except BrokenPipeError:
         # What is still buffered would fail again at exit.
         with contextlib.suppress(OSError, ValueError):
@@ -155,13 +162,32 @@ def _line(error: DMCError | OSError) -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a command as Ctrl-C does, so that it leaves nothing half written."""
+def _signals_interrupt(received: list[int]) -> Iterator[None]:
+    """A signal of ``_ENDING`` ends a command as Ctrl-C does, so that it leaves nothing half written.
+
+    Args:
+        received: gets the numbers of the signals that come.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGHUP:
+            drop_output_of_closed_terminal()
+        # A closed terminal's SIGHUP comes from the kernel and from the shell: the second must not stop what cleans up.
+        if len(received) == 1:
+            raise Terminated
+
+    # One that is ignored stays so: nohup has a command go on without its terminal.
+    heeded = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
+    # While Python ends, which takes torch a moment, all is done: the exit status must stand.
+    for number in heeded:
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -43,8 +43,11 @@ def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
-def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path, tool: str) -> None:
+def test_an_interrupted_conversion_leaves_nothing(
+    save_llama: Callable[..., Path], tmp_path: Path, tool: str, number: signal.Signals
+) -> None:
     # As large as it must be not to be whole before the signal comes.
     source = save_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, vocab_size=20_000)
     output = tmp_path / "output"
@@ -54,9 +57,9 @@ def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path
     with started(TOOLS / tool, source, output) as process:
         while process.poll() is None and not list(tmp_path.glob(".output.converting-*")):
             time.sleep(0.001)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.endswith(": interrupted, nothing was written\n"), said
+    assert process.returncode == 128 + number and said.endswith(": interrupted, nothing was written\n"), said
     assert not [path for path in tmp_path.iterdir() if path.name != "source"]
 
 

@@ -52,14 +52,15 @@ def test_a_line_that_is_bad_in_the_held_out_part(earlier: dict[str, bytes], caps
     assert contents() == earlier
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("seen", [".tmp-", "text_valid.tmp-"], ids=["tokenizer", "held-out part"])
-def test_an_interruption(earlier: dict[str, bytes], seen: str) -> None:
+def test_an_interruption(earlier: dict[str, bytes], seen: str, number: signal.Signals) -> None:
     Path("b.jsonl").write_text("".join(f'{{"text": "{"other words " * 20}{i}"}}\n' for i in range(20_000)))
     with started(TOOL, *preprocessing("b.jsonl")[1:]) as process:
         while process.poll() is None and not any(seen in name for name in os.listdir("out")):
             time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "preprocess_data: interrupted" in said and "Traceback" not in said
+    assert process.returncode == 128 + number and "preprocess_data: interrupted" in said and "Traceback" not in said
     assert contents() == earlier
     assert sorted(os.listdir("out")) == sorted({Path(name).relative_to("out").parts[0] for name in earlier})
