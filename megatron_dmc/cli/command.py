@@ -7,6 +7,7 @@ called: help and wrong flags answer at once.
 import argparse
 import atexit
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -157,7 +158,7 @@ def _line(error: DMCError | OSError) -> str:
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if is_full_disk(error):
-        return f"{error.strerror}; free some space, or write to another disk"
+        return f"{error.strerror or os.strerror(errno.ENOSPC)}; free some space, or write to another disk"
     raise error
 
 
