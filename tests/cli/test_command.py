@@ -126,6 +126,41 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
             2,
             "megatron-dmc: --mfu must be a finite number, got nan",
         ),
+        *(
+            (
+                ["preprocess", "--input", "a", "--tokenizer", "b", "--output", "c", f"--valid-fraction={value}"],
+                2,
+                message,
+            )
+            for value, message in (
+                ("1", "argument --valid-fraction: must be in [0, 1), got 1;"),
+                ("-0.1", "argument --valid-fraction: must be in [0, 1), got -0.1;"),
+                ("nan", "argument --valid-fraction: must be in [0, 1), got nan;"),
+                ("x", "argument --valid-fraction: invalid fraction value: 'x'"),
+            )
+        ),
+        *(
+            (
+                ["preprocess", "--input", "a", "--output", "c", f"--train-tokenizer={value}"],
+                2,
+                "argument --train-tokenizer: must be a whole number from 257 (256 bytes and the end of a text) to 16777216, "
+                f"got {value};",
+            )
+            for value in (0, 256, -3, 2**24 + 1)
+        ),
+        *(
+            (
+                ["preprocess", "--input", "a", "--tokenizer", "b", "--output", f"d/x{suffix}"],
+                2,
+                f"argument --output: {suffix} is added to d/x{suffix}; name it d/x;",
+            )
+            for suffix in (".bin", ".idx")
+        ),
+        (
+            ["inspect", "x", "--text", "gone.txt"],
+            1,
+            "megatron-dmc: --text gone.txt does not exist; name a folder, a text",
+        ),
         (["inspect", "x", "--banana"], 2, "unrecognized arguments: --banana"),
         (["retrofit", str(RECIPE), "banana"], 1, "override 'banana' must read section.field=value"),
         (["retrofit", "x.yaml"], 1, "megatron-dmc: recipe x.yaml does not exist"),
