@@ -5,7 +5,6 @@ called: help and wrong flags answer at once.
 """
 
 import argparse
-import atexit
 import contextlib
 import errno
 import os
@@ -83,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed. 128 and a signal's
     number (129, 138, 143): ended by SIGHUP, SIGUSR1 or SIGTERM, with nothing left half written.
     """
+    ends = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
     parser.add_argument("--version", action=ShowVersions)
@@ -93,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name in arguments:
             # A part of another command. argparse would list it to somebody who mistypes a name.
             _add_to(commands.add_parser(name), command)
-    return _run("megatron-dmc", _parse(parser, arguments))
+    return _run("megatron-dmc", _parse(parser, arguments), ends=ends)
 
 
 def run_alone(command: Command, program: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own, such as ``python tools/preprocess_data.py``. Returns its exit status."""
     parser = Parser(prog=program)
     _add_to(parser, command)
-    return _run(program.removesuffix(".py"), _parse(parser, arguments))
+    return _run(program.removesuffix(".py"), _parse(parser, arguments), ends=arguments is None)
 
 
 def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -120,15 +120,19 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     return parsed
 
 
-def _run(program: str, options: argparse.Namespace) -> int:
-    """The one place that turns an error into a line and an exit status. Errors of our own code keep their traceback."""
+def _run(program: str, options: argparse.Namespace, *, ends: bool) -> int:
+    """The one place that turns an error into a line and an exit status. Errors of our own code keep their traceback.
+
+    Args:
+        ends: the command line is the process's own, which ends after it.
+    """
     # megatron-core warns of every optional package that is missing, when it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     received: list[int] = []
     try:
         if options.alone:
             check_runs_alone()
-        with _signals_interrupt(received):
+        with _signals_interrupt(received, ends):
             status = options.run(options) or 0
             # A reader that has gone is noticed here at the latest, not while Python exits.
             sys.stdout.flush()
@@ -163,11 +167,13 @@ def _line(error: DMCError | OSError) -> str:
 
 
 @contextlib.contextmanager
-def _signals_interrupt(received: list[int]) -> Iterator[None]:
+def _signals_interrupt(received: list[int], ends: bool) -> Iterator[None]:
     """A signal of ``_ENDING`` ends a command as Ctrl-C does, so that it leaves nothing half written.
 
     Args:
         received: gets the numbers of the signals that come.
+        ends: the process ends after the command. That takes torch a moment, and must not change the exit status: from the
+            command's end on the signals are ignored. Otherwise their handlers are restored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -184,11 +190,8 @@ def _signals_interrupt(received: list[int]) -> Iterator[None]:
     # One that is ignored stays so: nohup has a command go on without its terminal.
     heeded = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heeded}
-    # While Python ends, which takes torch a moment, all is done: the exit status must stand.
-    for number in heeded:
-        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if ends else handler or signal.SIG_DFL)

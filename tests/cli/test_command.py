@@ -286,15 +286,16 @@ from types import SimpleNamespace
 def run(options):
     {work}
 from megatron_dmc.cli import run_alone
-sys.exit(run_alone(SimpleNamespace(HELP='', add_arguments=lambda parser: None, run=run), 'tool', []))
+sys.exit(run_alone(SimpleNamespace(HELP='', add_arguments=lambda parser: None, run=run), 'tool'))
 """
 
 
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_after_the_work_leaves_the_exit_status(number: signal.Signals) -> None:
-    # What is registered first is called last, when nothing of the command's is left.
-    late = f"signal.signal({number:d}, signal.SIG_DFL); atexit.register(os.kill, os.getpid(), {number:d})"
-    done = python("-c", COMMAND.format(before=late, work="print('done')"))
+    # At exit the functions are called that were registered before the command and, before these, within it.
+    late = f"atexit.register(os.kill, os.getpid(), {number:d})"
+    before = f"signal.signal({number:d}, signal.SIG_DFL); {late}"
+    done = python("-c", COMMAND.format(before=before, work=f"{late}; print('done')"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 

@@ -31,7 +31,7 @@ def test_other_peoples_files_stay(tmp_path: Path, capsys: pytest.CaptureFixture[
         clear_folder(kept)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_check_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     """torchrun's workers have sessions of their own: ended with torchrun alone, they would run on."""
     folder = tmp_path / "check"

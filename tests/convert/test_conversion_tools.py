@@ -35,8 +35,9 @@ def test_both_tools(save_llama: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
-    done = run(TOOLS / "hf_to_megatron.py", tmp_path, tmp_path / "output")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    done = run(TOOLS / "hf_to_megatron.py", tmp_path / "hf", tmp_path / "output")
     assert done.returncode == 1
     assert done.stderr.startswith("hf_to_megatron: ") and "mixture-of-experts" in done.stderr
     assert done.stderr.count("\n") == 1
