@@ -129,8 +129,10 @@ def _go_on(options: argparse.Namespace, parts: Sequence[Part], seconds: float) -
 
 
 if __name__ == "__main__":
-    # Whoever stops it gets the summary of what was done.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Whoever stops it gets the summary of what was done. Under nohup it goes on without its terminal.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:

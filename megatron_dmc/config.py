@@ -76,6 +76,8 @@ def check_ranges(section: Any, place: str = "") -> None:
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 # An interval, a size or a number of things: megatron-core and numpy count with int32 here and there.
 MOST = 2**31 - 1
+# Of a tokenizer that is trained: every byte and the end of a text; the trainer sets memory aside for all of it.
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 257, 2**24
 Count = Annotated[int, Range(1, MOST)]
 CountOrZero = Annotated[int, Range(0, MOST)]
 # More tokens per slot than any sequence could use.

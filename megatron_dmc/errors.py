@@ -18,6 +18,10 @@ class DMCError(Exception):
         return shortened(super().__str__())
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal that asks this process alone to end, such as SIGTERM. Ctrl-C reaches the commands that it started as well."""
+
+
 def shortened(message: str) -> str:
     """A message in which a number of very many digits stands by its first ones."""
     return re.sub(rf"\d{{{_MOST_DIGITS + 1},}}", lambda found: f"{found[0][:10]}... ({len(found[0])} digits)", message)

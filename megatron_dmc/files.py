@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -41,7 +42,35 @@ def why_nothing_new(path: Path) -> str | None:
             if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
                 return f"{parent} may not be written to"
             break
+    # Of a link the place that it leads to counts.
+    for parent in Path(os.path.realpath(path)).parents:
+        if os.path.lexists(parent / "dmc.json"):
+            return f"{parent} is a checkpoint, which nothing else may be written into"
     return None
+
+
+def left_by_killed_processes(prefix: Path) -> list[Path]:
+    """What lies beside an output under the temporary names of processes that are no longer on this machine.
+
+    Such a name is the output's own and ``.tmp-`` with a process's number, and perhaps a suffix of a dataset. Another machine
+    may write there now: they are to be named to the user, not to be removed.
+    """
+    name = re.compile(re.escape(prefix.name) + r"\.tmp-(\d+)(?:\.\w+)*", re.ASCII)
+    try:
+        found = sorted(prefix.parent.iterdir())
+    except OSError:
+        return []
+    return [path for path in found if (match := name.fullmatch(path.name)) and not _is_running(match[1])]
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def why_no_checkpoint(folder: Path) -> str | None:
@@ -84,8 +113,14 @@ def checkpoint_below(folder: Path) -> Path | None:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of space: the disk's, a quota's, or a limit of the process."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    """Whether a write failed for want of space: the disk's, a quota's, or a limit of the process.
+
+    numpy gives no reason, it says only that fewer values were written than it had.
+    """
+    return isinstance(error, OSError) and (
+        error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        or re.fullmatch(r"\d+ requested and \d+ written", str(error)) is not None
+    )
 
 
 def _why_not(path: Path, *, is_folder: bool) -> str | None:

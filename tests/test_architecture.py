@@ -15,7 +15,7 @@ from tests.support.processes import ROOT
 
 # From the ground up: a room imports the floors below, and of its own floor only itself.
 FLOORS = (
-    ("megatron_dmc", "config", "errors", "files"),
+    ("megatron_dmc", "config", "errors", "files", "terminal"),
     ("ops",),
     ("model", "hf"),
     ("recipe",),

@@ -2,13 +2,23 @@
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 
-from megatron_dmc.files import ABSENT, why_no_file, why_no_folder, why_nothing_new
-from tests.support.texts import without_privileges
+from megatron_dmc.files import (
+    ABSENT,
+    is_full_disk,
+    left_by_killed_processes,
+    why_no_file,
+    why_no_folder,
+    why_nothing_new,
+)
+from tests.support.texts import full_disk, without_privileges
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +86,35 @@ def test_where_nothing_new_can_be_made(name: str, problem: str | None) -> None:
 def test_a_folder_that_may_not_be_written_to(name: str) -> None:
     with without_privileges():
         assert why_nothing_new(Path(name)) == "closed may not be written to"
+
+
+def test_nothing_new_is_made_inside_a_checkpoint() -> None:
+    Path("folder/dmc.json").touch()
+    Path("way").symlink_to("folder")
+    problem = f"{Path('folder').resolve()} is a checkpoint, which nothing else may be written into"
+    for name in ("folder/new", "folder/deep/new", "way/new", "gone/../folder/new"):
+        assert why_nothing_new(Path(name)) == problem
+    # A checkpoint itself may be replaced, and stands beside others.
+    assert why_nothing_new(Path("folder")) is None
+    assert why_nothing_new(Path("folder2/new")) is None
+
+
+def test_what_killed_processes_left() -> None:
+    """Only an output's own names, with the number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    gone, here = process.pid, os.getpid()
+    left = [f"text.tmp-{gone}", f"text.tmp-{gone}.bin", f"text.tmp-{gone}.mask.idx", f"text.tmp-{'9' * 400}"[:200]]
+    others = [f"text.tmp-{here}.bin", f"text2.tmp-{gone}.bin", f"text_valid.tmp-{gone}", f"a_text.tmp-{gone}"]
+    others += ["text.tmp-", "text.tmp-1x", f"text.tmp-{gone}~", f"textXtmp-{gone}", "text.bin", f"text.tmp-{gone}-a"]
+    for name in (*left, *others):
+        Path("folder", name).touch()
+    assert {path.name for path in left_by_killed_processes(Path("folder/text"))} == set(left)
+    assert left_by_killed_processes(Path("gone/text")) == []
+
+
+def test_numpy_on_a_full_disk() -> None:
+    with full_disk(1000), pytest.raises(OSError) as caught:
+        numpy.save("array.npy", numpy.zeros(10_000))
+    assert is_full_disk(caught.value)
+    assert not is_full_disk(OSError("something else"))

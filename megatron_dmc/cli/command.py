@@ -6,12 +6,14 @@ called: help and wrong flags answer at once.
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Protocol
 
 from megatron_dmc.cli import (
@@ -31,12 +33,15 @@ from megatron_dmc.cli import (
 from megatron_dmc.cli.common import Parser
 from megatron_dmc.cli.version import ShowVersions
 from megatron_dmc.distributed.launcher import ThisRankError, check_runs_alone, report_failure
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.files import is_full_disk
+from megatron_dmc.terminal import drop_output_of_closed_terminal
 
 # Exit statuses as a shell gives them: 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + signal.SIGPIPE
+# Each would end the process at once: a scheduler's, a terminal's that closes, and a time limit's.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Command(Protocol):
@@ -74,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``megatron-dmc``. Returns its exit status.
 
     0: done. 1: bad input, or a run that cannot go on, after one line on stderr; ``plan`` ends in 2 there. 2: wrong flags.
-    75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed.
+    75: a run that was asked to stop has saved. 130: interrupted. 141: nobody reads what is printed. 128 and a signal's
+    number (129, 138, 143): ended by SIGHUP, SIGUSR1 or SIGTERM, with nothing left half written.
     """
+    ends = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="megatron-dmc", description="Retrofit LLMs with Dynamic Memory Compression on megatron-core.")
     parser.add_argument("--version", action=ShowVersions)
@@ -86,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name in arguments:
             # A part of another command. argparse would list it to somebody who mistypes a name.
             _add_to(commands.add_parser(name), command)
-    return _run("megatron-dmc", _parse(parser, arguments))
+    return _run("megatron-dmc", _parse(parser, arguments), ends=ends)
 
 
 def run_alone(command: Command, program: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own, such as ``python tools/preprocess_data.py``. Returns its exit status."""
     parser = Parser(prog=program)
     _add_to(parser, command)
-    return _run(program.removesuffix(".py"), _parse(parser, arguments))
+    return _run(program.removesuffix(".py"), _parse(parser, arguments), ends=arguments is None)
 
 
 def _add_to(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -115,21 +122,26 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     return parsed
 
 
-def _run(program: str, options: argparse.Namespace) -> int:
-    """The one place that turns an error into a line and an exit status. Errors of our own code keep their traceback."""
+def _run(program: str, options: argparse.Namespace, *, ends: bool) -> int:
+    """The one place that turns an error into a line and an exit status. Errors of our own code keep their traceback.
+
+    Args:
+        ends: the command line is the process's own, which ends after it.
+    """
     # megatron-core warns of every optional package that is missing, when it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    received: list[int] = []
     try:
         if options.alone:
             check_runs_alone()
-        with _sigterm_interrupts():
+        with _signals_interrupt(received, ends):
             status = options.run(options) or 0
             # A reader that has gone is noticed here at the latest, not while Python exits.
             sys.stdout.flush()
             return int(status)
     except KeyboardInterrupt as interrupt:
         print(f"{program}: {', '.join(['interrupted', *map(str, interrupt.args)])}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + received[0] if received else INTERRUPTED
     except BrokenPipeError:
         # What is still buffered would fail again at exit.
         with contextlib.suppress(OSError, ValueError):
@@ -152,18 +164,36 @@ def _line(error: DMCError | OSError) -> str:
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if is_full_disk(error):
-        return f"{error.strerror}; free some space, or write to another disk"
+        return f"{error.strerror or os.strerror(errno.ENOSPC)}; free some space, or write to another disk"
     raise error
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a command as Ctrl-C does, so that it leaves nothing half written."""
+def _signals_interrupt(received: list[int], ends: bool) -> Iterator[None]:
+    """A signal of ``_ENDING`` ends a command as Ctrl-C does, so that it leaves nothing half written.
+
+    Args:
+        received: gets the numbers of the signals that come.
+        ends: the process ends after the command. That takes torch a moment, and must not change the exit status: from the
+            command's end on the signals are ignored. Otherwise their handlers are restored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGHUP:
+            drop_output_of_closed_terminal()
+        # A closed terminal's SIGHUP comes from the kernel and from the shell: the second must not stop what cleans up.
+        if len(received) == 1:
+            raise Terminated
+
+    # One that is ignored stays so: nohup has a command go on without its terminal.
+    heeded = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if ends else handler or signal.SIG_DFL)

@@ -4,8 +4,36 @@ import argparse
 import warnings
 
 from megatron_dmc.cli.common import path, prefix
+from megatron_dmc.config import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 
 HELP = "text or conversations to a dataset"
+
+
+def fraction(text: str) -> float:
+    """A part of a whole, which is never all of it."""
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def vocabulary(text: str) -> int:
+    """The size of a tokenizer that is to be trained."""
+    value = int(text)
+    if not SMALLEST_VOCABULARY <= value <= LARGEST_VOCABULARY:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {SMALLEST_VOCABULARY} (256 bytes and the end of a text) to {LARGEST_VOCABULARY}, "
+            f"got {value}"
+        )
+    return value
+
+
+def dataset(text: str) -> str:
+    """A :func:`prefix` that does not end in a suffix of its files already."""
+    for suffix in (".bin", ".idx"):
+        if prefix(text).endswith(suffix):
+            raise argparse.ArgumentTypeError(f"{suffix} is added to {text}; name it {text.removesuffix(suffix)}")
+    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument("--tokenizer", type=path, metavar="FOLDER", help="a folder that holds tokenizer.json")
     tokenizer.add_argument(
         "--train-tokenizer",
-        type=int,
+        type=vocabulary,
         metavar="VOCAB",
         help="train a byte-level BPE of this size on the training documents, into PREFIX_tokenizer/",
     )
@@ -37,11 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template", type=path, metavar="FILE", help="a Jinja template instead of the tokenizer's own"
     )
     parser.add_argument(
-        "--output", required=True, type=prefix, metavar="PREFIX", help="path of the dataset without its suffixes"
+        "--output", required=True, type=dataset, metavar="PREFIX", help="path of the dataset without its suffixes"
     )
     parser.add_argument(
         "--valid-fraction",
-        type=float,
+        type=fraction,
         default=0.0,
         metavar="F",
         help="hold out this part of the text, by document, in PREFIX_valid; the rest goes to PREFIX_train (default: 0, "

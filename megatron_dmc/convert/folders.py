@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -18,6 +20,8 @@ from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.errors import DMCError
 from megatron_dmc.files import ABSENT, is_full_disk, why_no_file, why_nothing_new
+
+logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
 # Each holds one JSON object, and transformers reads it with a model or its tokenizer.
@@ -38,6 +42,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    left = re.compile(rf"\.{re.escape(target.name)}\.converting-[0-9a-f]{{8}}")
+    for path in sorted(path for path in target.parent.iterdir() if left.fullmatch(path.name)):
+        logger.warning("%s was left by a conversion that was killed; remove it unless one writes it now", path)
     temporary = target.with_name(f".{target.name}.converting-{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
@@ -65,8 +72,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def check_output(target: Path) -> None:
-    """Raises ConfigError unless ``target`` does not exist or is an empty folder, and a new one can take its place."""
+def check_output(target: Path, *sources: Path) -> None:
+    """Raises ConfigError unless ``target`` does not exist or is an empty folder, and a new one can take its place.
+
+    Args:
+        sources: folders that are read. What would be written inside one is refused, as it is inside any checkpoint.
+    """
+    for source in sources:
+        if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
+            raise ConfigError(
+                f"{target} cannot be made: it would lie inside {source}, which is read; name another folder"
+            )
     if (problem := why_nothing_new(target)) is not None:
         raise ConfigError(f"{target} cannot be made: {problem}; name another folder")
     if target.name in ("", "..") or os.path.ismount(target):

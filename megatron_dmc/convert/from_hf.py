@@ -44,7 +44,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         CheckpointError: the checkpoint cannot be written.
     """
     folder, output = Path(folder), Path(output)
-    check_output(output)
+    check_output(output, folder)
     if not 1 <= pad_vocab_to_multiple_of <= MOST_ADDED_TOKENS:
         raise ConfigError(
             f"pad_vocab_to_multiple_of must be from 1 to {MOST_ADDED_TOKENS}, got {pad_vocab_to_multiple_of}"

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 JSON_LINES_SUFFIX = ".jsonl"
 LIST_HINT = " (this is a list: write every element of it as a line of its own)"
+# Of what is skipped; a line must stay readable.
+_MOST_NAMED = 5
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
 _TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
 
@@ -32,7 +34,8 @@ def iter_documents(path: str | Path, name: str = "data") -> Iterator[str]:
 
     A folder is read recursively in sorted order: files ending in .md, .py, .rst, .txt and .jsonl. Hidden files and
     folders, ``__pycache__``, ``site-packages``, ``dist-packages`` and links to folders are left out. Files there that
-    are not UTF-8 text are skipped with one warning that counts them; empty documents are skipped silently.
+    are not UTF-8 text, and paths that are no files (named pipes, sockets, links to nothing), are skipped with one warning
+    each that counts them; empty documents are skipped silently.
 
     Args:
         name: what errors call the path, such as the flag that named it.
@@ -93,8 +96,13 @@ def text_files(folder: Path, skipped: frozenset[str] = _SKIPPED_FOLDERS) -> list
             for name in sorted(names)
             if not name.startswith(".") and name.lower().endswith((*TEXT_SUFFIXES, JSON_LINES_SUFFIX))
         ]
-    # a named pipe would never end
-    return [file for file in files if file.is_file()]
+    # A named pipe would never end.
+    others = [file for file in files if not file.is_file()]
+    if others:
+        named = ", ".join(f"{file} {why_no_file(file)}" for file in others[:_MOST_NAMED])
+        more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+        logger.warning("skipped %d path(s) that are no files: %s%s", len(others), named, more)
+    return [file for file in files if file not in others]
 
 
 def _read_files(files: Iterable[Path], *, skip_undecodable: bool) -> Iterator[str]:

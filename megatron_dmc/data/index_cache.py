@@ -1,7 +1,9 @@
 """The folder that megatron-core keeps the indices of a dataset's samples in."""
 
+import errno
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import DatasetIndex
+from megatron_dmc.files import is_full_disk
 
 
 @contextmanager
@@ -55,7 +58,10 @@ def _using(cache: str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
             raise
-        raise ConfigError(f"data.cache {cache} cannot be used: {cause.strerror or cause}") from None
+        hint = "; free some space, or name a folder on another disk" if is_full_disk(cause) else ""
+        # numpy's error of a full disk has no reason of its own.
+        reason = cause.strerror or (os.strerror(errno.ENOSPC) if is_full_disk(cause) else str(cause))
+        raise ConfigError(f"data.cache {cache} cannot be used: {reason}{hint}") from None
 
 
 def _remove_damaged(folder: Path) -> None:

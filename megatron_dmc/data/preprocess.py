@@ -1,5 +1,6 @@
 """From files of text or conversations to datasets on disk: what ``megatron-dmc preprocess`` does."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,9 @@ from megatron_dmc.data.chat_template import load_chat_template
 from megatron_dmc.data.documents import iter_documents
 from megatron_dmc.data.split import split_documents
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_dmc.files import why_nothing_new
+from megatron_dmc.files import left_by_killed_processes, why_nothing_new
+
+logger = logging.getLogger(__name__)
 
 _DATASET_SUFFIXES = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -80,6 +83,7 @@ def preprocess(options: PreprocessOptions) -> None:
         ConfigError: bad input, or a file that exists already.
     """
     _check_free(options)
+    _name_leftovers(options)
     # before the text is read: a bad tokenizer should not take an hour to show
     tokenizer = load_tokenizer(options.tokenizer_folder, "--tokenizer") if options.train_tokenizer is None else None
     documents: Iterable[Any]
@@ -130,6 +134,18 @@ def _place_tokenizer(temporary: Path, folder: Path) -> None:
             os.replace(temporary / name, folder / name)
     except OSError as error:
         raise ConfigError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from None
+
+
+def _name_leftovers(options: PreprocessOptions) -> None:
+    outputs = [Path(prefix) for prefix in options.prefixes]
+    if options.train_tokenizer is not None:
+        outputs.append(options.tokenizer_folder)
+    if found := [path for output in outputs for path in left_by_killed_processes(output)]:
+        logger.warning(
+            "%d file(s) or folder(s) were left by a run that was killed, the first is %s; remove them unless another machine "
+            "writes them now",
+            *(len(found), found[0]),
+        )
 
 
 def _check_free(options: PreprocessOptions) -> None:

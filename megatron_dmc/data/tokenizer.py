@@ -13,12 +13,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, ConfigError
 from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte, and END_OF_TEXT
-LARGEST_VOCABULARY = 2**24  # the trainer sets memory aside for all of it
 
 # Looked for, in this order, where a folder's configuration does not name its end-of-text token.
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|eot_id|>", "<|im_end|>")

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_dmc.checkpoint.folder import CheckpointInfo, kept_ratio, read_info
+from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, kept_ratio, read_info
+from megatron_dmc.checkpoint.load import check_files
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documents
 from megatron_dmc.data.tokenizer import Tokenizer
+from megatron_dmc.errors import DMCError
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
 from megatron_dmc.files import checkpoints_in
 from megatron_dmc.inference.loading import load_model
@@ -24,6 +26,7 @@ from megatron_dmc.training.schedule import plan_step
 
 # Tokens that are read where the command names no number, if the model has as many positions.
 TOKENS = 2048
+_ANY_WIDTH = 100_000
 
 
 def run(
@@ -35,6 +38,10 @@ def run(
             print(json.dumps(found))
         else:
             print_checkpoints(found, checkpoint)
+        if damaged := [row for row in found if "damaged" in row]:
+            raise CheckpointError(
+                f"{len(damaged)} of {len(found)} checkpoints cannot be read, the first: {damaged[0]['damaged']}"
+            )
         return
     loaded = load_model(checkpoint, base, must_merge=True)
     if tokens is None:
@@ -56,28 +63,35 @@ def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
     """What each checkpoint in a folder of checkpoints says it is, in the order of their steps; empty for any other folder.
 
     Returns:
-        name, kind, step, compression_ratio (noise-free, of the last global batch before it was saved; None where nothing
-        merged), target_at_step (see :func:`target_at_step`) and target_compression_ratio of the run.
+        Of one that cannot be read, which comes after the others, name and damaged (why). Of another name, kind, step,
+        compression_ratio (noise-free, of the last global batch before it was saved; None where nothing merged),
+        target_at_step (see :func:`target_at_step`) and target_compression_ratio of the run.
     """
     folder = Path(folder)
     if (folder / "dmc.json").exists():
         return []
-    rows = []
-    for name, info in sorted(
-        ((place.name, read_info(place)) for place in checkpoints_in(folder)), key=lambda row: (row[1].step, row[0])
-    ):
-        recipe = recipe_from_dict(info.recipe)
-        rows.append(
-            {
-                "name": name,
-                "kind": info.kind,
-                "step": info.step,
-                "compression_ratio": info.compression_ratio,
-                "target_at_step": target_at_step(name, recipe, info),
-                "target_compression_ratio": recipe.dmc.target_compression_ratio if recipe.merges else None,
-            }
-        )
-    return rows
+    whole, damaged = [], []
+    # A checkpoint that has lost its description is one by its tensors' names.
+    lost = {path.parent for path in folder.glob("*/.metadata") if not path.parent.name.startswith(".")}
+    for place in sorted({*checkpoints_in(folder), *lost}) if checkpoints_in(folder) else []:
+        try:
+            whole.append(_row(place))
+        except DMCError as error:
+            damaged.append({"name": place.name, "damaged": str(error)})
+    return sorted(whole, key=lambda row: (row["step"], row["name"])) + damaged
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    info = check_files(folder).info
+    recipe = recipe_from_dict(info.recipe)
+    return {
+        "name": folder.name,
+        "kind": info.kind,
+        "step": info.step,
+        "compression_ratio": info.compression_ratio,
+        "target_at_step": target_at_step(folder.name, recipe, info),
+        "target_compression_ratio": recipe.dmc.target_compression_ratio if recipe.merges else None,
+    }
 
 
 def target_at_step(name: str, recipe: Recipe, info: CheckpointInfo) -> float | None:
@@ -99,8 +113,9 @@ def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: C
     table.add_column("holds")
     for column in ("step", "target then", "CR of the last batch", "run's target"):
         table.add_column(column, justify="right")
-    missed = [_is_below(row["compression_ratio"], row["target_at_step"]) for row in rows]
-    for row, below in zip(rows, missed, strict=True):
+    readable = [row for row in rows if "damaged" not in row]
+    missed = [_is_below(row["compression_ratio"], row["target_at_step"]) for row in readable]
+    for row, below in zip(readable, missed, strict=True):
         ratio = row["compression_ratio"]
         table.add_row(
             row["name"],
@@ -110,8 +125,13 @@ def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: C
             "-" if ratio is None else f"{'! ' if below else ''}{ratio:.2f}",
             _target(row["target_compression_ratio"]),
         )
-    console = console or Console()
+    damaged = [row for row in rows if "damaged" in row]
+    for row in damaged:
+        table.add_row(row["name"], "damaged", *"----")
+    console = console or _console()
     console.print(table)
+    for row in damaged:
+        console.print(f"{row['name']}: {row['damaged']}", highlight=False, markup=False, soft_wrap=True)
     if any(missed):
         console.print(
             "! saved below its target: cr_N is saved when the schedule's target passes N, not when the model's ratio "
@@ -173,7 +193,7 @@ def print_table(
     for layer, (heads, whole) in enumerate(zip(ratio.tolist(), size.layer_ratio.tolist(), strict=True)):
         mark = "!" if layer in everything else ""
         table.add_row(f"{mark}{layer}", *(f"{value:.2f}" for value in heads), f"{whole:.2f}")
-    console = console or Console()
+    console = console or _console()
     console.print(table)
     then = "" if target is None else f", target then {_target(target)}"
     trained = "" if saved_at is None else f" ({saved_at:.2f} in training{then})"
@@ -192,6 +212,14 @@ def print_table(
             f"! {_layers(everything)} {'merges' if len(everything) == 1 else 'merge'} nearly every token{window}: little of "
             "the text is left there, and the other layers keep more than the ratio says"
         )
+
+
+def _console() -> Console:
+    """Where no terminal sets a width, a line may be as long as it is: a program reads it."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _ANY_WIDTH
+    return console
 
 
 def _saving(size: CacheSize) -> str:

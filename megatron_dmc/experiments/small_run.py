@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.experiments.places import small_recipes
 
 VOCABULARY = 2048
@@ -145,16 +145,18 @@ class SmallRun:
     def _call(self, title: str, words: Sequence[str]) -> None:
         """Shows one command and runs it in the run's folder; it explains its own errors."""
         print(f"{os.path.relpath(self.folder)}$ {shlex.join(['megatron-dmc', *words])}", flush=True)
-        interrupted = False
+        interrupted: KeyboardInterrupt | None = None
         with subprocess.Popen(self.process(words), cwd=self.folder, env=self.environment) as process:
             while process.returncode is None:
                 try:
                     process.wait()
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as interrupt:
                     # Ctrl-C reaches the command as well: a training saves, and ends by itself.
-                    interrupted = True
-        if interrupted:
-            raise KeyboardInterrupt
+                    interrupted = interrupt
+                    if isinstance(interrupt, Terminated):
+                        process.terminate()
+        if interrupted is not None:
+            raise interrupted
         if process.returncode:
             raise CommandFailed(f"{title} did not finish; see above")
 

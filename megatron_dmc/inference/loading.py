@@ -52,6 +52,8 @@ def load_model(folder: str | Path, base: str | Path | None = None, *, must_merge
         if not saved.merges:
             raise ConfigError(f"{folder} is a base model without decisions; name a checkpoint of a retrofit")
         saved.check_has_merged()
+    # Before the weights, which take minutes.
+    tokenizer = load_tokenizer(saved.tokenizer)
     recipe = saved.recipe
     seed_weights(recipe.training.seed)
     on_gpu = torch.cuda.is_available()
@@ -63,7 +65,7 @@ def load_model(folder: str | Path, base: str | Path | None = None, *, must_merge
     return LoadedModel(
         model.eval(),
         recipe,
-        load_tokenizer(saved.tokenizer),
+        tokenizer,
         saved.merges,
         saved.info.compression_ratio,
         saved.vocabulary,

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -125,6 +126,41 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
             2,
             "megatron-dmc: --mfu must be a finite number, got nan",
         ),
+        *(
+            (
+                ["preprocess", "--input", "a", "--tokenizer", "b", "--output", "c", f"--valid-fraction={value}"],
+                2,
+                message,
+            )
+            for value, message in (
+                ("1", "argument --valid-fraction: must be in [0, 1), got 1;"),
+                ("-0.1", "argument --valid-fraction: must be in [0, 1), got -0.1;"),
+                ("nan", "argument --valid-fraction: must be in [0, 1), got nan;"),
+                ("x", "argument --valid-fraction: invalid fraction value: 'x'"),
+            )
+        ),
+        *(
+            (
+                ["preprocess", "--input", "a", "--output", "c", f"--train-tokenizer={value}"],
+                2,
+                "argument --train-tokenizer: must be a whole number from 257 (256 bytes and the end of a text) to 16777216, "
+                f"got {value};",
+            )
+            for value in (0, 256, -3, 2**24 + 1)
+        ),
+        *(
+            (
+                ["preprocess", "--input", "a", "--tokenizer", "b", "--output", f"d/x{suffix}"],
+                2,
+                f"argument --output: {suffix} is added to d/x{suffix}; name it d/x;",
+            )
+            for suffix in (".bin", ".idx")
+        ),
+        (
+            ["inspect", "x", "--text", "gone.txt"],
+            1,
+            "megatron-dmc: --text gone.txt does not exist; name a folder, a text",
+        ),
         (["inspect", "x", "--banana"], 2, "unrecognized arguments: --banana"),
         (["retrofit", str(RECIPE), "banana"], 1, "override 'banana' must read section.field=value"),
         (["retrofit", ""], 2, "argument recipe: an empty path; name a file"),
@@ -208,11 +244,84 @@ def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
         run_alone(throw(error), "tool.py", [])
 
 
-def test_sigterm_ends_a_command_as_an_interruption_does(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    assert run_alone(failing(lambda: os.kill(os.getpid(), signal.SIGTERM)), "tool.py", []) == INTERRUPTED
-    assert capsys.readouterr().err == "tool: interrupted\n"
-    assert signal.getsignal(signal.SIGTERM) == before
+ENDING = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_a_command_as_an_interruption_does(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert run_alone(failing(lambda: os.kill(os.getpid(), number)), "tool.py", []) == 128 + number
+        assert capsys.readouterr().err == "tool: interrupted\n"
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_signal_does_not_stop_what_cleans_up(tmp_path: Path) -> None:
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / "clean").touch()
+
+    assert run_alone(failing(work), "tool.py", []) == 128 + signal.SIGTERM
+    assert (tmp_path / "clean").exists()
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_alone(failing(lambda: os.kill(os.getpid(), signal.SIGHUP)), "tool.py", []) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+COMMAND = """
+import atexit, os, signal, sys, time
+from types import SimpleNamespace
+{before}
+def run(options):
+    {work}
+from megatron_dmc.cli import run_alone
+sys.exit(run_alone(SimpleNamespace(HELP='', add_arguments=lambda parser: None, run=run), 'tool'))
+"""
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_after_the_work_leaves_the_exit_status(number: signal.Signals) -> None:
+    # At exit the functions are called that were registered before the command and, before these, within it.
+    late = f"atexit.register(os.kill, os.getpid(), {number:d})"
+    before = f"signal.signal({number:d}, signal.SIG_DFL); {late}"
+    done = python("-c", COMMAND.format(before=before, work=f"{late}; print('done')"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_terminal_that_closes_ends_a_command(tmp_path: Path) -> None:
+    """It takes no line any more, neither the command's own nor the one that says that it was interrupted."""
+    work = f"""
+    try:
+        print('begun', flush=True)
+        time.sleep(100)
+    finally:
+        print('not read')
+        open({str(tmp_path / "clean")!r}, 'w').close()
+    """
+    program = COMMAND.format(before="signal.signal(signal.SIGHUP, signal.SIG_DFL)", work=work)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    assert b"begun" in os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert (tmp_path / "clean").exists()
 
 
 def test_a_command_runs_in_a_thread_too() -> None:

@@ -32,7 +32,7 @@ def test_other_peoples_files_stay(tmp_path: Path, capsys: pytest.CaptureFixture[
         clear_folder(kept)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_check_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     """torchrun's workers have sessions of their own: ended with torchrun alone, they would run on."""
     folder = tmp_path / "check"
@@ -58,7 +58,7 @@ def test_an_interrupted_check_leaves_no_process(tmp_path: Path, number: signal.S
             wait_until(lambda: len(workers()) > 2)
             process.send_signal(number)
             assert process.stdout is not None
-            assert process.stdout.read() == "megatron-dmc: interrupted\n" and process.wait() == 130
+            assert process.stdout.read() == "megatron-dmc: interrupted\n" and process.wait() == 128 + number
             wait_until(lambda: not workers())
         finally:
             for left in workers():

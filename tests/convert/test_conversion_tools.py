@@ -35,16 +35,20 @@ def test_both_tools(save_llama: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
-    done = run(TOOLS / "hf_to_megatron.py", tmp_path, tmp_path / "output")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    done = run(TOOLS / "hf_to_megatron.py", tmp_path / "hf", tmp_path / "output")
     assert done.returncode == 1
     assert done.stderr.startswith("hf_to_megatron: ") and "mixture-of-experts" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
-def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp_path: Path, tool: str) -> None:
+def test_an_interrupted_conversion_leaves_nothing(
+    save_llama: Callable[..., Path], tmp_path: Path, tool: str, number: signal.Signals
+) -> None:
     # As large as it must be not to be whole before the signal comes.
     source = save_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, vocab_size=20_000)
     output = tmp_path / "output"
@@ -54,9 +58,9 @@ def test_an_interrupted_conversion_leaves_nothing(save_llama: Callable[..., Path
     with started(TOOLS / tool, source, output) as process:
         while process.poll() is None and not list(tmp_path.glob(".output.converting-*")):
             time.sleep(0.001)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.endswith(": interrupted, nothing was written\n"), said
+    assert process.returncode == 128 + number and said.endswith(": interrupted, nothing was written\n"), said
     assert not [path for path in tmp_path.iterdir() if path.name != "source"]
 
 

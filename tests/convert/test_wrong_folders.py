@@ -180,3 +180,33 @@ def test_no_input_is_read_from_a_pipe(
     wanted = "a folder" if "tokenizer {pipe}" in said else "a file"
     line = fails(["preprocess", *(word.format(pipe=path) for word in arguments), "--output", "new"], capsys)
     assert line == said.format_map({"pipe": path, "is": f"is {kind}, not {wanted}"})
+
+
+@pytest.mark.usefixtures("llama")
+def test_nothing_is_written_into_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    checkpoint = (
+        f"{Path('run/final').resolve()} is a checkpoint, which nothing else may be written into; name another folder"
+    )
+    for output in ("run/final/hf", "run/final/deep/hf", "run/final/tokenizer/hf"):
+        assert fails(["convert-to-hf", "run/final", output], capsys) == f"{output} cannot be made: {checkpoint}"
+        # Whatever is read.
+        assert fails(["convert-from-hf", "hf", output], capsys) == f"{output} cannot be made: {checkpoint}"
+    assert fails(["convert-from-hf", "hf", "hf/run"], capsys) == (
+        "hf/run cannot be made: it would lie inside hf, which is read; name another folder"
+    )
+    Path("way").symlink_to("hf")
+    assert "would lie inside hf" in fails(["convert-from-hf", "hf", "way/run"], capsys)
+    Path("way").unlink()
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.usefixtures("llama")
+def test_what_a_killed_conversion_left_is_named_and_stays(caplog: pytest.LogCaptureFixture) -> None:
+    left = Path(".new.converting-0123abcd")
+    for path in (left, Path(".new.converting-mine"), Path(".new2.converting-0123abcd")):
+        path.mkdir()
+    export_hf("run/final", "new")
+    [said] = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()]
+    assert said == f"{left} was left by a conversion that was killed; remove it unless one writes it now"
+    assert left.is_dir() and Path("new/config.json").is_file()

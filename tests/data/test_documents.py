@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 
 import pytest
 
@@ -39,6 +40,28 @@ def test_folder_skips_what_is_no_text_with_one_warning(tmp_path, caplog):
         assert list(iter_documents(tmp_path)) == ["good"]
     [record] = caplog.records
     assert "skipped 3 file(s)" in record.message and "binary.txt" in record.message
+
+
+def test_folder_skips_what_is_no_file_with_one_warning(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.jsonl").symlink_to("gone")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "d.py"))
+        with caplog.at_level(logging.WARNING):
+            assert list(iter_documents(tmp_path)) == ["a", "a"]
+    [record] = caplog.records
+    assert record.getMessage() == (
+        f"skipped 3 path(s) that are no files: {tmp_path}/b.txt is a named pipe, not a file, {tmp_path}/c.jsonl is a link to "
+        f"gone, which does not exist, {tmp_path}/d.py is a socket, not a file"
+    )
+    for number in range(20):
+        os.mkfifo(tmp_path / f"more{number}.txt")
+    caplog.clear()
+    assert list(iter_documents(tmp_path)) == ["a", "a"]
+    [record] = caplog.records
+    assert record.getMessage().startswith("skipped 23 path(s)") and record.getMessage().endswith(" and 18 more")
 
 
 def test_single_files(tmp_path):

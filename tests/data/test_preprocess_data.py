@@ -55,7 +55,6 @@ def test_refuses_to_overwrite(tmp_path, text, tokenizer, capsys):
         ({"--input": "missing.txt"}, "preprocess_data: --input missing.txt does not exist; name a folder"),
         ({"--tokenizer": "missing"}, "preprocess_data: --tokenizer missing does not exist; name a folder"),
         ({"--input": "a" * 300}, "File name too long"),
-        ({"--valid-fraction": "1.5"}, "preprocess_data: --valid-fraction must be in [0, 1), got 1.5"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, text, tokenizer, capsys, changed, message):

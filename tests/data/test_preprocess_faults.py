@@ -52,14 +52,43 @@ def test_a_line_that_is_bad_in_the_held_out_part(earlier: dict[str, bytes], caps
     assert contents() == earlier
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("seen", [".tmp-", "text_valid.tmp-"], ids=["tokenizer", "held-out part"])
-def test_an_interruption(earlier: dict[str, bytes], seen: str) -> None:
+def test_an_interruption(earlier: dict[str, bytes], seen: str, number: signal.Signals) -> None:
     Path("b.jsonl").write_text("".join(f'{{"text": "{"other words " * 20}{i}"}}\n' for i in range(20_000)))
     with started(TOOL, *preprocessing("b.jsonl")[1:]) as process:
         while process.poll() is None and not any(seen in name for name in os.listdir("out")):
             time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "preprocess_data: interrupted" in said and "Traceback" not in said
+    assert process.returncode == 128 + number and "preprocess_data: interrupted" in said and "Traceback" not in said
     assert contents() == earlier
     assert sorted(os.listdir("out")) == sorted({Path(name).relative_to("out").parts[0] for name in earlier})
+
+
+def test_what_a_killed_run_left_is_named_and_stays(earlier: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:
+    Path("b.jsonl").write_text("".join(f'{{"text": "{"other words " * 20}{i}"}}\n' for i in range(20_000)))
+    with started(TOOL, *preprocessing("b.jsonl")[1:]) as process:
+        while process.poll() is None and not any("text_train.tmp-" in name for name in os.listdir("out")):
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    left = {name for name in os.listdir("out") if f".tmp-{process.pid}" in name}
+    assert left
+    assert main(preprocessing("a.jsonl")) == 0
+    [line] = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()]
+    assert line.startswith(
+        f"{len(left)} file(s) or folder(s) were left by a run that was killed, the first is out/text_"
+    )
+    assert left < set(os.listdir("out"))
+
+
+def test_preprocessing_into_a_checkpoint_is_refused(
+    earlier: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("final").mkdir()
+    Path("final", "dmc.json").touch()
+    words = ["--input", "a.jsonl", "--tokenizer", "out/text_tokenizer", "--output", "final/data/text"]
+    assert main(["preprocess", *words]) == 1
+    assert f"{Path('final').resolve()} is a checkpoint, which nothing else" in capsys.readouterr().err
+    assert os.listdir("final") == ["dmc.json"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,51 @@ def test_lists_a_runs_checkpoints(run: Path, capsys: pytest.CaptureFixture[str])
     assert f" {rows[0]['compression_ratio']:.2f} " in next(line for line in table.splitlines() if "cr_2" in line)
 
 
-def test_a_damaged_checkpoint_in_the_list_is_named(
+def test_a_damaged_checkpoint_is_marked_in_the_list(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "cr_2").mkdir()
-    (tmp_path / "cr_2" / "dmc.json").write_text("{")
-    assert main(["inspect", str(tmp_path)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / 'cr_2' / 'dmc.json'} is damaged" in line
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run, folder)
+    (folder / "cr_2" / "dmc.json").write_text("{")
+    (folder / "cr_3" / "dmc.json").unlink()
+    weights = next((folder / "final").glob("*.distcp"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    reasons = {
+        "cr_2": f"{folder / 'cr_2' / 'dmc.json'} is damaged, it is not JSON: ",
+        "cr_3": f"{folder / 'cr_3'} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing",
+        "final": f"checkpoint {folder / 'final'} is not whole: {weights.name} is cut short (100 of ",
+    }
+    assert main(["inspect", str(folder)]) == 1
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    for name, reason in reasons.items():
+        assert any(line.replace("│", " ").split()[:2] == [name, "damaged"] for line in lines)
+        assert any(line.startswith(f"{name}: {reason}") for line in lines)
+    assert any(line.replace("│", " ").split()[:3] == ["step_00000006", "full", "6"] for line in lines)
+    begin = "megatron-dmc: 3 of 4 checkpoints cannot be read, the first: "
+    (line,) = captured.err.splitlines()
+    assert line.startswith(begin + reasons["cr_2"])
+
+    assert main(["inspect", str(folder), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["step_00000006", *reasons]
+    for row in rows[1:]:
+        assert set(row) == {"name", "damaged"} and row["damaged"].startswith(reasons[row["name"]])
+
+
+def test_a_pipe_gets_whole_lines(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    name = "a_name_that_is_longer_than_a_terminal_is_wide_" * 4
+    shutil.copytree(run / "cr_2", folder / name)
+    assert main(["inspect", str(folder)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "a_name" in line)
+    assert f"│ {name} │ weights " in row
+    # One column for every head, as many as there are.
+    measured = CacheSize(64, torch.full((1, 40), 32), 256, 1024)
+    print_table(measured, "final")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(table) == 1 and table[0].count("│") == 43
 
 
 def size(slots: list[list[int]], tokens: int, window: int) -> CacheSize:

@@ -1,6 +1,7 @@
 """The quickstart's text: the same text is not prepared again, and another text is noticed."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from megatron_dmc.config import ConfigError
 from megatron_dmc.experiments.small_run import TOY_SIZES, TOY_STEPS, SmallRun
 from megatron_dmc.recipe import load_recipe
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, started
 from tests.support.toy import TEXT
 
 
@@ -66,3 +67,35 @@ def test_a_stage_shows_its_command(tmp_path: Path, capsys: pytest.CaptureFixture
     tmp_path.joinpath("a run").mkdir()
     SmallRun(tmp_path / "a run", None, smoke=True).stage("versions", "nothing", ["--version"])
     assert capsys.readouterr().out == f"== versions\n{os.path.relpath(tmp_path / 'a run')}$ megatron-dmc --version\n"
+
+
+def test_a_signal_to_the_run_alone_ends_its_command(tmp_path: Path) -> None:
+    """SIGTERM reaches one process. The command cleans up, and the run ends after it."""
+    child = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(tmp_path / "clean")!r}).touch(), exit(75)))
+print("begun", flush=True)
+time.sleep(100)
+"""
+    program = f"""
+import pathlib, sys
+from types import SimpleNamespace
+from megatron_dmc.cli import run_alone
+from megatron_dmc.experiments.small_run import SmallRun
+
+class Run(SmallRun):
+    def process(self, words):
+        return words
+
+def run(options):
+    Run(pathlib.Path({str(tmp_path)!r}), None, True).stage("work", "absent", [sys.executable, "-c", {child!r}])
+
+sys.exit(run_alone(SimpleNamespace(HELP="", add_arguments=lambda parser: None, run=run), "tool", []))
+"""
+    with started("-c", program) as process:
+        assert process.stdout is not None
+        assert next(line for line in process.stdout if line == "begun\n")
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "tool: interrupted\n")
+    assert (tmp_path / "clean").exists()

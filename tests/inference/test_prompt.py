@@ -1,5 +1,6 @@
 """The prompt of ``megatron-dmc generate``: tokenized as the exported tokenizer does it in transformers."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,16 @@ def test_goes_on_from_the_exported_tokenizers_ids(
     capsys.readouterr()
     assert main(["generate", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "9", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "--prompt", "a"]])
+def test_an_absent_tokenizer_is_noticed_before_the_weights_are_read(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    folder = tmp_path / "final"
+    shutil.copytree(checkpoint, folder)
+    shutil.rmtree(folder / "tokenizer")
+    for path in folder.glob("*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert main([*command, str(folder)]) == 1
+    assert f"tokenizer {folder / 'tokenizer'} does not exist" in capsys.readouterr().err

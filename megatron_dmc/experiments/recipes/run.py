@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_dmc.errors import Terminated
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.recipes import report
 from megatron_dmc.experiments.small_run import CommandFailed, SmallRun, write_whole
@@ -89,6 +90,10 @@ class Comparison(SmallRun):
 
     jobs = max(1, min(os.cpu_count() or 1, 8))
 
+    def __init__(self, folder: Path, data: str | None, smoke: bool) -> None:
+        super().__init__(folder, data, smoke)
+        self._running: set[subprocess.Popen[str]] = set()
+
     def run(self, wanted: list[Row]) -> dict[str, Any]:
         """{name: measurements} of base, control and all rows."""
         self.prepare_text()
@@ -121,6 +126,11 @@ class Comparison(SmallRun):
             futures = {pool.submit(self._train_and_measure, row): row for row in wanted}
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except Terminated:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(self._running):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -140,13 +150,24 @@ class Comparison(SmallRun):
         """What ``megatron-dmc`` prints with these words. Raises CommandFailed with what it says when it fails."""
         environment = {**self.environment, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
         command = self.process(words)
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip() or f"{' '.join(command)} failed and said nothing"
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            self._running.add(process)
+            try:
+                printed, said = process.communicate()
+            except Terminated:
+                process.terminate()
+                raise
+            finally:
+                self._running.discard(process)
+        if process.returncode:
+            said = said.strip() or f"{' '.join(command)} failed and said nothing"
             # A line of ours says it all; of anything else the traceback is wanted.
             *_, last = said.splitlines()
             raise CommandFailed(last.partition(": ")[2] if last.startswith("megatron-dmc: ") else said)
-        return done.stdout
+        return printed
 
 
 def run_recipes(folder: Path, smoke: bool) -> None:
