@@ -148,7 +148,7 @@ def test_a_resume_keeps_to_its_documents(data: Path, tmp_path: Path, capsys: pyt
     recipe = str(write_recipe(tmp_path, values(data, tmp_path)))
     assert main(["retrofit", recipe, "training.exit_after_steps=2"]) == 0
     assert main(["retrofit", recipe, "data.reset_at_documents=true"]) == 1
-    assert "data.reset_at_documents is True, but" in capsys.readouterr().err
+    assert "data.reset_at_documents is true, but" in capsys.readouterr().err
 
 
 def test_heldout_loss_is_the_assistants(data: Path, tmp_path: Path) -> None:
