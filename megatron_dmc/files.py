@@ -42,11 +42,16 @@ def why_nothing_new(path: Path) -> str | None:
             if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
                 return f"{parent} may not be written to"
             break
-    # Of a link the place that it leads to counts.
-    for parent in Path(os.path.realpath(path)).parents:
-        if os.path.lexists(parent / "dmc.json"):
-            return f"{parent} is a checkpoint, which nothing else may be written into"
+    if (around := checkpoint_around(path)) is not None:
+        return f"{around} is a checkpoint, which nothing else may be written into"
     return None
+
+
+def checkpoint_around(path: Path) -> Path | None:
+    """The checkpoint whose folder a path lies in, however deep; of a link the place that it leads to counts."""
+    return next(
+        (parent for parent in Path(os.path.realpath(path)).parents if os.path.lexists(parent / "dmc.json")), None
+    )
 
 
 def left_by_killed_processes(prefix: Path) -> list[Path]:
@@ -95,6 +100,11 @@ def why_no_checkpoint(folder: Path) -> str | None:
     for several, what in ((folder, "a folder of checkpoints"), (folder / "checkpoints", "the folder of a run")):
         if (checkpoint := checkpoint_below(several)) is not None:
             return f"{folder} is {what}; name one checkpoint, such as {checkpoint}"
+    for several in (folder, folder / "checkpoints"):
+        if names := sorted({path.parent.parent.name for path in several.glob("*/*/dmc.json")}):
+            return (
+                f"{several} holds folders of checkpoints ({', '.join(names)}); name one, such as {several / names[0]}"
+            )
     return (
         f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
         "name one checkpoint, such as DIRECTORY/final"

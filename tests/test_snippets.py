@@ -70,9 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for line in commands("README.md", "## A real model")
     ]
     (retrofit,) = [line for line in typed if line.startswith("torchrun")]
-    shrink, trial = commands("docs/choosing.md", "## A small trial first")
+    *shrink, trial = commands("docs/choosing.md", "## A small trial first")
     small = " ".join(word for word in trial.split()[3:] if not word.startswith(PLACES))
-    typed[typed.index(retrofit)] = f"{shrink}\nmegatron-dmc retrofit trial.yaml {small}"
+    typed[typed.index(retrofit)] = "\n".join([*shrink, f"megatron-dmc retrofit runs/trial/recipe.yaml {small}"])
     shell("\n".join(line for line in typed if not line.startswith("source ")), folder)
     return folder
 

@@ -6,6 +6,7 @@ and ``latest``, a text file with the name of the newest full checkpoint. Names w
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -75,6 +76,11 @@ def read_info(folder: Path) -> CheckpointInfo:
         value = getattr(info, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise CheckpointError(f"{path} has {field} {value!r}, it must be an integer >= 0")
+    ratio = info.compression_ratio
+    if ratio is not None and not (
+        isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < math.inf
+    ):
+        raise CheckpointError(f"{path} has compression_ratio {ratio!r}, it must be a number > 0, or null")
     if not isinstance(info.datasets, dict | None):
         raise CheckpointError(f"{path} has datasets {info.datasets!r}, it must be an object or null")
     if info.base is not None and (

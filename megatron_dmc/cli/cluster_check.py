@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, known in (("--layouts", list(dict.fromkeys(layouts))), ("--cases", cases)):
         names = f"default: all ({'; '.join(known)})"
         parser.add_argument(option, nargs="+", metavar="NAME", choices=known, help=names)
-    parser.add_argument("--document", type=_page, help="a page whose section is to be written anew")
+    parser.add_argument("--document", type=_page, help="write the table into this page, such as docs/layouts.md")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,8 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # 1 means that it does not fit.
     parser.set_defaults(failed=2)
     add_recipe(parser)
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--nodes", type=int, required=True, help="how many machines")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, help="GPUs of each; 1 also for a run on a CPU (default: %(default)s)"
+    )
     parser.add_argument("--gpu", default="h100", help="a100-40, a100-80, h100 (default), h200 or b200")
     parser.add_argument(
         "--mfu",

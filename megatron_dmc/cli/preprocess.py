@@ -1,6 +1,8 @@
 """``megatron-dmc preprocess``."""
 
 import argparse
+import os
+import re
 import warnings
 
 from megatron_dmc.cli.common import path, prefix
@@ -19,20 +21,19 @@ def fraction(text: str) -> float:
 
 def vocabulary(text: str) -> int:
     """The size of a tokenizer that is to be trained."""
-    value = int(text)
-    if not SMALLEST_VOCABULARY <= value <= LARGEST_VOCABULARY:
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not SMALLEST_VOCABULARY <= int(text) <= LARGEST_VOCABULARY:
         raise argparse.ArgumentTypeError(
             f"must be a whole number from {SMALLEST_VOCABULARY} (256 bytes and the end of a text) to {LARGEST_VOCABULARY}, "
-            f"got {value}"
+            f"got {text}"
         )
-    return value
+    return int(text)
 
 
 def dataset(text: str) -> str:
     """A :func:`prefix` that does not end in a suffix of its files already."""
-    for suffix in (".bin", ".idx"):
-        if prefix(text).endswith(suffix):
-            raise argparse.ArgumentTypeError(f"{suffix} is added to {text}; name it {text.removesuffix(suffix)}")
+    stem, suffix = os.path.splitext(prefix(text))
+    if suffix in (".bin", ".idx"):
+        raise argparse.ArgumentTypeError(f"{suffix} is added to {text}; name it {stem}")
     return text
 
 
@@ -62,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "template writes it, and the loss is on the assistant's tokens only (needs transformers)",
     )
     parser.add_argument(
-        "--chat-template", type=path, metavar="FILE", help="a Jinja template instead of the tokenizer's own"
+        "--chat-template",
+        type=path,
+        metavar="FILE|NAME",
+        help="a Jinja template's file, or the name of one of the tokenizer's, instead of its default",
     )
     parser.add_argument(
         "--output", required=True, type=dataset, metavar="PREFIX", help="path of the dataset without its suffixes"

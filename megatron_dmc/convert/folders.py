@@ -44,7 +44,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     left = re.compile(rf"\.{re.escape(target.name)}\.converting-[0-9a-f]{{8}}")
     for path in sorted(path for path in target.parent.iterdir() if left.fullmatch(path.name)):
-        logger.warning("%s was left by a conversion that was killed; remove it unless one writes it now", path)
+        logger.warning("warning: %s was left by a killed conversion; remove it unless one writes it now", path)
     temporary = target.with_name(f".{target.name}.converting-{secrets.token_hex(4)}")
     try:
         temporary.mkdir()

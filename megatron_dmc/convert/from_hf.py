@@ -91,8 +91,8 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         keep_special_tokens(temporary / "tokenizer", tokens, vocabulary)
     if not (output / "tokenizer" / "tokenizer.json").is_file():
         logger.warning(
-            "no tokenizer.json was copied, %s holds none: inspect and generate do not work with %s until a tokenizer is saved "
-            "in %s with save_pretrained; a recipe's data.tokenizer names one of its own",
+            "warning: no tokenizer.json was copied, %s holds none: inspect and generate do not work with %s until a tokenizer "
+            "is saved in %s with save_pretrained; a recipe's data.tokenizer names one of its own",
             *(folder, output, output / "tokenizer"),
         )
 

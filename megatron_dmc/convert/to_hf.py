@@ -147,7 +147,7 @@ def _export(
             yield source, model, temporary
         if not any((output / name).is_file() for name in _TOKENIZERS):
             logger.warning(
-                "no tokenizer was copied, %s holds none: AutoTokenizer.from_pretrained does not work with %s until a "
+                "warning: no tokenizer was copied, %s holds none: AutoTokenizer.from_pretrained does not work with %s until a "
                 "tokenizer is saved there with save_pretrained",
                 *(source.folder, output),
             )

@@ -38,6 +38,8 @@ _NOT_VARIABLES = frozenset(
 _FUNCTIONS = frozenset(("raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"))
 # A text part with one of these is not text alone.
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "file")
+# What a line or a message has beside its text, in other libraries' data.
+_MEDIA_BESIDE = (*_MEDIA, "images", "videos", "audios", "files")
 # Why a conversation is left out, and what to do where none is left.
 _NO_TURN = "without an assistant turn"
 _EMPTY_TURN = "with an empty assistant turn"
@@ -132,7 +134,7 @@ def usable_conversations(
         remedies = "; ".join(_REMEDIES[reason] for reason in skipped)
         raise ConfigError(f"there is no conversation to learn from: {found}; {remedies}")
     for reason, places in skipped.items():
-        logger.warning("skipped %d conversation(s) %s, the first is %s", len(places), reason, places[0])
+        logger.warning("warning: skipped %d conversation(s) %s, the first is %s", len(places), reason, places[0])
 
 
 def _reason_to_skip(conversation: Conversation, special_tokens: tuple[str, ...]) -> str | None:
@@ -160,6 +162,7 @@ def _conversation(value: Any, place: str) -> Conversation:
         raise ConfigError(
             f'{place} is not an object with a list "messages" that is not empty; every line must be{_line_hint(value)}'
         )
+    _check_no_media(value, place)
     if not _is_empty(value.get("functions")):
         raise ConfigError(
             f'{place} holds "functions", OpenAI\'s older form, which no chat template gets: write "tools" instead, a list of '
@@ -215,6 +218,7 @@ def _message(value: Any, place: str) -> dict[str, Any]:
             f"{place}.role must be one of {', '.join(ROLES)}, got {reprlib.repr(role)}; correct the line{_role_hint(value)}"
         )
     message = {name: field for name, field in value.items() if name == "content" or not _is_empty(field)}
+    _check_no_media(message, place)
     calls = message.get("tool_calls")
     if calls is not None and not _is_list_of_objects(calls):
         raise ConfigError(f"{place}.tool_calls must be a list of objects, got {_kind(calls)}; correct the line")
@@ -238,9 +242,13 @@ def _message(value: Any, place: str) -> dict[str, Any]:
 
 
 def _check_function(value: dict[str, Any], place: str) -> None:
-    """A tool, or a call of one, in any of the forms that templates know: an empty one would be written, and learned."""
-    has_function = not (_is_empty(value.get("function")) and _is_empty(value.get("name")))
-    if all(map(_is_empty, value.values())) or (value.get("type") == "function" and not has_function):
+    """A tool, or a call of one, names its function, here or in ``function``, unless it is of another type: it would be written
+    without a name, and learned."""
+    function = value.get("function")
+    is_other = _is_empty(function) and not _is_empty(value.get("type")) and value["type"] != "function"
+    named = value if _is_empty(function) else function
+    name = named.get("name") if isinstance(named, dict) else None
+    if not is_other and not (isinstance(name, str) and name.strip()):
         raise ConfigError(
             f'{place} names no function, got {reprlib.repr(value)}; write {{"type": "function", "function": {{"name": ...}}}} '
             "or take it out"
@@ -259,6 +267,13 @@ def _part(value: Any, place: str) -> dict[str, Any]:
             f'{place} is a text with the field "{media}"; the model reads text only: take the field out, or leave the line out'
         )
     return part
+
+
+def _check_no_media(value: dict[str, Any], place: str) -> None:
+    if media := next((name for name in _MEDIA_BESIDE if not _is_empty(value.get(name))), None):
+        raise ConfigError(
+            f'{place} has "{media}" beside its text; the model reads text only: take the field out, or leave the line out'
+        )
 
 
 def _is_empty(field: Any) -> bool:

@@ -97,12 +97,15 @@ def text_files(folder: Path, skipped: frozenset[str] = _SKIPPED_FOLDERS) -> list
             if not name.startswith(".") and name.lower().endswith((*TEXT_SUFFIXES, JSON_LINES_SUFFIX))
         ]
     # A named pipe would never end.
-    others = [file for file in files if not file.is_file()]
+    read: list[Path] = []
+    others: list[Path] = []
+    for file in files:
+        (read if file.is_file() else others).append(file)
     if others:
-        named = ", ".join(f"{file} {why_no_file(file)}" for file in others[:_MOST_NAMED])
+        named = ", ".join(f"{str(file)!r} {why_no_file(file)}" for file in others[:_MOST_NAMED])
         more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-        logger.warning("skipped %d path(s) that are no files: %s%s", len(others), named, more)
-    return [file for file in files if file not in others]
+        logger.warning("warning: skipped %d path(s) that are no files: %s%s", len(others), named, more)
+    return read
 
 
 def _read_files(files: Iterable[Path], *, skip_undecodable: bool) -> Iterator[str]:
@@ -123,7 +126,7 @@ def _read_files(files: Iterable[Path], *, skip_undecodable: bool) -> Iterator[st
             continue
         yield from (document for document in documents if document.strip())
     if skipped:
-        logger.warning("skipped %d file(s) that are not UTF-8 text, the first is %s", len(skipped), skipped[0])
+        logger.warning("warning: skipped %d file(s) that are not UTF-8 text, the first is %s", len(skipped), skipped[0])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

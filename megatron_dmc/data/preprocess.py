@@ -142,8 +142,8 @@ def _name_leftovers(options: PreprocessOptions) -> None:
         outputs.append(options.tokenizer_folder)
     if found := [path for output in outputs for path in left_by_killed_processes(output)]:
         logger.warning(
-            "%d file(s) or folder(s) were left by a run that was killed, the first is %s; remove them unless another machine "
-            "writes them now",
+            "warning: %d file(s) or folder(s) were left by a run that was killed, the first is %s; remove them unless another "
+            "machine writes them now",
             *(len(found), found[0]),
         )
 

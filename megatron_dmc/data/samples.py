@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy
 import torch
-from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-from megatron.core.datasets.utils import Split, normalize
+from megatron.core.datasets.utils import Split
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.index_cache import index_cache
@@ -73,30 +71,13 @@ def distinct_valid_samples(data: DataConfig, wanted: int) -> int:
     Raises:
         ConfigError: as :func:`read_index`.
     """
-    return _distinct_samples([read_index(prefix).tokens for prefix in data.valid], data.sequence_length, wanted)
-
-
-def _distinct_samples(tokens: Sequence[int], sequence_length: int, wanted: int) -> int:
-    """Of datasets with so many tokens, mixed in proportion to them."""
-    own = [_whole_samples(part, sequence_length) for part in tokens]
-    size = min(wanted, sum(own))
-    if len(own) < 2 or not size:
-        return size
-    part, sample = numpy.zeros(size, numpy.int16), numpy.zeros(size, numpy.int64)
-    # BlendedDataset's own draw
-    helpers.build_blending_indices(part, sample, normalize(_weights(tokens)), len(own), size, False)
-    again = numpy.flatnonzero(sample >= numpy.array(own)[part])
-    return int(again[0]) if len(again) else size
+    own = sum(_whole_samples(read_index(prefix).tokens, data.sequence_length) for prefix in data.valid)
+    return min(wanted, own)
 
 
 def _whole_samples(tokens: int, sequence_length: int) -> int:
     # a sample's labels are its tokens moved by one
     return max(0, (tokens - 1) // sequence_length)
-
-
-def _weights(tokens: Sequence[int]) -> list[float]:
-    total = sum(tokens)
-    return [part / total for part in tokens]
 
 
 def global_batch(dataset: SampleDataset, samples: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -124,12 +105,14 @@ def _build_split(
 ) -> SampleDataset:
     indices = [index for _, index in parts]
     tokens = [index.tokens for index in indices]
-    weights = _weights(tokens)
+    own = [_whole_samples(part, data.sequence_length) for part in tokens]
+    # Held-out parts are mixed by their samples: a blend then takes each once before it takes any again.
+    shares = tokens if split is Split.train else own
+    weights = [share / sum(shares) for share in shares]
     # A blend may take a sample more of a part than its share: megatron-core's margin, a share alone, is too small.
     sizes = [samples] if len(parts) == 1 else [int(samples * weight * 1.005) + 2 for weight in weights]
-    if split is Split.valid and samples <= _distinct_samples(tokens, data.sequence_length, samples):
+    if split is Split.valid and samples <= sum(own):
         # With that margin, a part may be repeated and shuffled with its repetition.
-        own = [_whole_samples(part, data.sequence_length) for part in tokens]
         sizes = [min(pair) for pair in zip(sizes, own, strict=True)]
     for (prefix, index), size in zip(parts, sizes, strict=True):
         _check_index(prefix, index, size, data.sequence_length)

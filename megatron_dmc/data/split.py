@@ -66,8 +66,9 @@ def split_documents(
     means = held_out_bytes / len(valid), (sizes.total() - held_out_bytes) / len(train)
     if means[0] < _REPRESENTATIVE * means[1]:
         logger.warning(
-            "the %d held-out document(s) are the short ones: %.0f bytes in the mean, the %d others %.0f; a held-out "
-            "fraction of %g has no room for longer ones: name a larger one, or cut the documents",
+            "warning: what is held out is not like the rest: %d short document(s), %.0f bytes in the mean; the %d others have "
+            "%.0f, and a fraction of %g has no room for them. Hold out a larger one, or cut long documents into several (the "
+            "lines of a .jsonl file)",
             *(len(valid), means[0], len(train), means[1], valid_fraction),
         )
     return train, valid

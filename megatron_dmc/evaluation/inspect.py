@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, kept_ratio, read_info
@@ -56,7 +57,8 @@ def run(
         saved = {"saved_at_compression_ratio": loaded.compression_ratio, "saved_at_target": target}
         print(json.dumps({**report(size), **saved}))
     else:
-        print_table(size, folder.name, saved_at=loaded.compression_ratio, target=target)
+        length = loaded.recipe.data.sequence_length
+        print_table(size, folder.name, saved_at=loaded.compression_ratio, sample_length=length, target=target)
 
 
 def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
@@ -83,7 +85,10 @@ def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
 
 def _row(folder: Path) -> dict[str, Any]:
     info = check_files(folder).info
-    recipe = recipe_from_dict(info.recipe)
+    try:
+        recipe = recipe_from_dict(info.recipe)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'dmc.json'} is damaged, its recipe cannot be read: {error}") from None
     return {
         "name": folder.name,
         "kind": info.kind,
@@ -108,17 +113,17 @@ def target_at_step(name: str, recipe: Recipe, info: CheckpointInfo) -> float | N
 
 def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: Console | None = None) -> None:
     """One row per checkpoint, see checkpoints_below."""
-    table = Table(title=str(folder))
+    table = Table(title=Text(str(folder)))
     table.add_column("checkpoint")
     table.add_column("holds")
-    for column in ("step", "target then", "CR of the last batch", "run's target"):
+    for column in ("step", "target at that step", "CR of the last batch", "run's target"):
         table.add_column(column, justify="right")
     readable = [row for row in rows if "damaged" not in row]
     missed = [_is_below(row["compression_ratio"], row["target_at_step"]) for row in readable]
     for row, below in zip(readable, missed, strict=True):
         ratio = row["compression_ratio"]
         table.add_row(
-            row["name"],
+            Text(row["name"]),
             row["kind"],
             str(row["step"]),
             _target(row["target_at_step"]),
@@ -127,7 +132,7 @@ def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: C
         )
     damaged = [row for row in rows if "damaged" in row]
     for row in damaged:
-        table.add_row(row["name"], "damaged", *"----")
+        table.add_row(Text(row["name"]), "damaged", *"----")
     console = console or _console()
     console.print(table)
     for row in damaged:
@@ -176,16 +181,18 @@ def print_table(
     console: Console | None = None,
     *,
     saved_at: float | None = None,
+    sample_length: int | None = None,
     target: float | None = None,
 ) -> None:
     """One row per layer, one column per KV head.
 
     Args:
         saved_at: the ratio of the last batch before the checkpoint.
+        sample_length: tokens of that batch's samples; the shorter they are, the larger a part is the window.
         target: what the schedule asked for then.
     """
     ratio, everything = size.layer_head_ratio, size.layers_that_merge_everything
-    table = Table(title=f"{name}: tokens per cache slot over {size.tokens} tokens")
+    table = Table(title=Text(f"{name}: tokens per cache slot over {size.tokens} tokens"))
     table.add_column("layer", justify="right")
     for head in range(ratio.shape[1]):
         table.add_column(f"head {head}", justify="right")
@@ -195,8 +202,9 @@ def print_table(
         table.add_row(f"{mark}{layer}", *(f"{value:.2f}" for value in heads), f"{whole:.2f}")
     console = console or _console()
     console.print(table)
+    samples = "" if sample_length is None else f" on samples of {sample_length} tokens"
     then = "" if target is None else f", target then {_target(target)}"
-    trained = "" if saved_at is None else f" ({saved_at:.2f} in training{then})"
+    trained = "" if saved_at is None else f" ({saved_at:.2f} in training{samples}{then})"
     console.print(
         f"compression ratio {size.compression_ratio:.2f}{trained}; cache {_kib(size.cache_bytes)}, "
         f"plain {_kib(size.plain_cache_bytes)}: {_saving(size)}"

@@ -225,12 +225,7 @@ def _set(values: Any, path: Sequence[str], value: Any, place: str = "") -> None:
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
     """The same settings with their ``${...}`` replaced; these may also name settings that have their default."""
     whole = asdict(Recipe())
-    # A section of nothing is none: it has its defaults.
-    values = {
-        name: section
-        for name, section in values.items()
-        if not (isinstance(whole.get(name), dict) and is_null(section))
-    }
+    values = _without_null_sections(values)
     for name, section in values.items():
         both = isinstance(section, dict) and isinstance(whole.get(name), dict)
         whole[name] = {**whole[name], **section} if both else section
@@ -247,10 +242,17 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
         if TOO_LONG_NUMBER in str(error):
             raise ConfigError(f"{key} holds a number of thousands of digits; write a shorter one") from None
         raise ConfigError(f"{key}: {cut(_one_line(error))}") from None
-    return {
+    read = {
         name: {key: resolved[name][key] for key in section} if isinstance(section, dict) else resolved[name]
         for name, section in values.items()
     }
+    return _without_null_sections(read)
+
+
+def _without_null_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """A section of nothing is none: it has its defaults."""
+    sections = {name for name, default in asdict(Recipe()).items() if isinstance(default, dict)}
+    return {name: value for name, value in values.items() if name not in sections or not is_null(value)}
 
 
 def _one_line(error: BaseException) -> str:

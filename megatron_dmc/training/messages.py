@@ -35,10 +35,12 @@ def banner(
     model, data, checkpoint, monitor = recipe.model, recipe.data, recipe.checkpoint, recipe.monitor
     trained = "all" if training_parameters == parameters else f"{training_parameters:,}"
     every = f"every {checkpoint.save_interval} steps" if checkpoint.save_interval else "at the end"
+    unused = recipe.distillation.teacher is not None and not recipe.distills
     topics = [
         ("model", f"{model.num_layers} layers, {model.num_query_groups} KV heads, {parameters:,} parameters"),
         *([("vocabulary", vocabulary)] if vocabulary else []),
         ("trains", f"{trained} of them, {_precision(recipe)}"),
+        *([("teacher", "none: distillation.weight is 0, so distillation.teacher is not used")] if unused else []),
         ("layout", _layout(recipe, world)),
         *(("phase", line) for line in _phases(recipe)),
         ("data", ", ".join(data.train)),

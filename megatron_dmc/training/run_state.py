@@ -21,6 +21,7 @@ from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
+from megatron_dmc.files import checkpoint_around
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
 from megatron_dmc.recipe.values import shown
@@ -49,6 +50,17 @@ def check_nothing_is_lost(recipe: Recipe) -> None:
             raise ConfigError(
                 f"{setting} {folder} lies in checkpoint.directory {root}, where this run's checkpoints would replace it; name "
                 "another checkpoint.directory"
+            )
+    for setting, written in (
+        ("checkpoint.directory", recipe.checkpoint.directory),
+        ("data.cache", recipe.data.cache),
+        ("monitor.tensorboard", recipe.monitor.tensorboard),
+    ):
+        around = None if written is None else checkpoint_around(Path(written) / "any")
+        if around is not None:
+            raise ConfigError(
+                f"{setting} {written} lies in {around}, a checkpoint, which nothing else may be written into; name another "
+                "folder"
             )
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         is_empty = path.is_dir() and not any(path.iterdir())

@@ -64,10 +64,11 @@ def test_a_model_without_a_tokenizer(
         import_hf(folder, checkpoint)
         export_hf(checkpoint, output)
     assert caplog.messages == [
-        f"no tokenizer.json was copied, {folder} holds none: inspect and generate do not work with {checkpoint} until a "
-        f"tokenizer is saved in {checkpoint}/tokenizer with save_pretrained; a recipe's data.tokenizer names one of its own",
-        f"no tokenizer was copied, {checkpoint} holds none: AutoTokenizer.from_pretrained does not work with {output} until a "
-        "tokenizer is saved there with save_pretrained",
+        f"warning: no tokenizer.json was copied, {folder} holds none: inspect and generate do not work with {checkpoint} "
+        f"until a tokenizer is saved in {checkpoint}/tokenizer with save_pretrained; a recipe's data.tokenizer names "
+        "one of its own",
+        f"warning: no tokenizer was copied, {checkpoint} holds none: AutoTokenizer.from_pretrained does not work with "
+        f"{output} until a tokenizer is saved there with save_pretrained",
     ]
 
 
@@ -82,4 +83,4 @@ def test_a_tokenizer_of_another_form(
         export_hf(checkpoint, tmp_path / "output")
     assert (tmp_path / "output" / "tokenizer.model").is_file()
     [message] = caplog.messages
-    assert message.startswith(f"no tokenizer.json was copied, {folder} holds none")
+    assert message.startswith(f"warning: no tokenizer.json was copied, {folder} holds none")

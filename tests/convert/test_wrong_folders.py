@@ -208,5 +208,5 @@ def test_what_a_killed_conversion_left_is_named_and_stays(caplog: pytest.LogCapt
         path.mkdir()
     export_hf("run/final", "new")
     [said] = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()]
-    assert said == f"{left} was left by a conversion that was killed; remove it unless one writes it now"
+    assert said == f"warning: {left} was left by a killed conversion; remove it unless one writes it now"
     assert left.is_dir() and Path("new/config.json").is_file()

@@ -127,9 +127,9 @@ def test_leaves_out_what_teaches_nothing_and_says_so(tmp_path, caplog):
         kept = list(usable_conversations(iter_conversations(path), {"<|im_end|>"}))
     assert [chat.messages for chat in kept] == [chats[0], chats[5]]
     assert sorted(caplog.messages) == [
-        f"skipped 1 conversation(s) with an empty assistant turn, the first is {path}:3",
-        f"skipped 2 conversation(s) without an assistant turn, the first is {path}:2",
-        f"skipped 3 conversation(s) in which a message spells a special token, the first is {path}:4",
+        f"warning: skipped 1 conversation(s) with an empty assistant turn, the first is {path}:3",
+        f"warning: skipped 2 conversation(s) without an assistant turn, the first is {path}:2",
+        f"warning: skipped 3 conversation(s) in which a message spells a special token, the first is {path}:4",
     ]
 
 

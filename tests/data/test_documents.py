@@ -47,21 +47,25 @@ def test_folder_skips_what_is_no_file_with_one_warning(tmp_path, caplog):
     os.mkfifo(tmp_path / "b.txt")
     (tmp_path / "c.jsonl").symlink_to("gone")
     (tmp_path / "link.txt").symlink_to("a.txt")
+    os.mkfifo(tmp_path / "a\nb.txt")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "d.py"))
         with caplog.at_level(logging.WARNING):
             assert list(iter_documents(tmp_path)) == ["a", "a"]
     [record] = caplog.records
     assert record.getMessage() == (
-        f"skipped 3 path(s) that are no files: {tmp_path}/b.txt is a named pipe, not a file, {tmp_path}/c.jsonl is a link to "
-        f"gone, which does not exist, {tmp_path}/d.py is a socket, not a file"
+        f"warning: skipped 4 path(s) that are no files: '{tmp_path}/a\\nb.txt' is a named pipe, not a file, "
+        f"'{tmp_path}/b.txt' is a named pipe, not a file, '{tmp_path}/c.jsonl' is a link to gone, which does not exist, "
+        f"'{tmp_path}/d.py' is a socket, not a file"
     )
     for number in range(20):
         os.mkfifo(tmp_path / f"more{number}.txt")
     caplog.clear()
     assert list(iter_documents(tmp_path)) == ["a", "a"]
     [record] = caplog.records
-    assert record.getMessage().startswith("skipped 23 path(s)") and record.getMessage().endswith(" and 18 more")
+    assert record.getMessage().startswith("warning: skipped 24 path(s)") and record.getMessage().endswith(
+        " and 19 more"
+    )
 
 
 def test_single_files(tmp_path):

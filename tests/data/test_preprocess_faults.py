@@ -78,7 +78,7 @@ def test_what_a_killed_run_left_is_named_and_stays(earlier: dict[str, bytes], ca
     assert main(preprocessing("a.jsonl")) == 0
     [line] = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()]
     assert line.startswith(
-        f"{len(left)} file(s) or folder(s) were left by a run that was killed, the first is out/text_"
+        f"warning: {len(left)} file(s) or folder(s) were left by a run that was killed, the first is out/text_"
     )
     assert left < set(os.listdir("out"))
 

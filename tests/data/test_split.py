@@ -41,14 +41,14 @@ def test_amount_seed_and_order():
         (
             [10] * 3 + [1000] * 97,
             0.005,
-            "the 3 held-out document(s) are the short ones: 10 bytes in the mean, the 97 others 1000; a held-out "
-            "fraction of 0.005 has no room for longer ones: name a larger one, or cut the documents",
+            "warning: what is held out is not like the rest: 3 short document(s), 10 bytes in the mean; the 97 others have "
+            "1000, and a fraction of 0.005 has no room for them. Hold out a larger one, or cut long documents into several",
         ),
         # not even the shortest fits
         (
             [300, 1000, 1000],
             0.1,
-            "the 1 held-out document(s) are the short ones: 300 bytes in the mean, the 2 others 1000; ",
+            "warning: what is held out is not like the rest: 1 short document(s), 300 bytes in the mean; the 2 others have",
         ),
         ([1000] * 100, 0.05, None),
         ([10, 1000] * 50, 0.1, None),

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_shows_the_ratio_that_training_reached(run: Path, capsys: pytest.Capture
     assert main(["inspect", str(run / "cr_2"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["saved_at_compression_ratio"] == saved
     assert main(["inspect", str(run / "cr_2")]) == 0
-    assert f"({saved:.2f} in training, target then 2)" in capsys.readouterr().out
+    assert f"({saved:.2f} in training on samples of 33 tokens, target then 2)" in capsys.readouterr().out
 
 
 def test_lists_a_runs_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +100,49 @@ def test_a_damaged_checkpoint_is_marked_in_the_list(
     assert [row["name"] for row in rows] == ["step_00000006", *reasons]
     for row in rows[1:]:
         assert set(row) == {"name", "damaged"} and row["damaged"].startswith(reasons[row["name"]])
+
+
+@pytest.mark.parametrize("ratio", ["a", -2.0, True, float("nan"), [2]])
+def test_a_ratio_that_is_none_is_damage(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ratio: Any
+) -> None:
+    shutil.copytree(run / "cr_2", tmp_path / "cr_2")
+    path = tmp_path / "cr_2" / "dmc.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"compression_ratio": ratio}))
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert f"{path} has compression_ratio {ratio!r}, it must be a number > 0, or null" in capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_be_read_is_damage(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "cr_2", tmp_path / "cr_2")
+    path = tmp_path / "cr_2" / "dmc.json"
+    values = json.loads(path.read_text())
+    values["recipe"]["phases"] = None
+    path.write_text(json.dumps(values))
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert f"{path} is damaged, its recipe cannot be read: phases must be a list" in capsys.readouterr().err
+
+
+def test_names_are_shown_as_they_are(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name in brackets would be a style of the table's."""
+    folder = tmp_path / "m[bold]"
+    shutil.copytree(run / "cr_2", folder / "[red]cr[x]")
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "m[bold]" in shown and "[red]cr[x]" in shown
+    assert main(["inspect", str(folder / "[red]cr[x]")]) == 0
+    assert "[red]cr[x]: tokens per cache slot" in capsys.readouterr().out
+
+
+def test_folders_of_checkpoints_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quickstart's runs lie in one folder."""
+    for name in ("second", "first"):
+        shutil.copytree(run / "cr_2", tmp_path / "checkpoints" / name / "cr_2")
+    several = tmp_path / "checkpoints"
+    for folder in (several, tmp_path):
+        assert main(["inspect", str(folder)]) == 1
+        line = f"{several} holds folders of checkpoints (first, second); name one, such as {several / 'first'}"
+        assert capsys.readouterr().err == f"megatron-dmc: {line}\n"
 
 
 def test_a_pipe_gets_whole_lines(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,8 @@ def test_a_model_of_nothing_is_taken_from_the_base(tmp_path: Path, base: Path) -
     for text in ("", "null", "~"):
         assert load_recipe(path, [f"model={text}"]).model.hidden_size == 128
         assert load_recipe(path, [f"model={text}", "model.init_method_std=0.5"]).model.init_method_std == 0.5
+    for text in ("${oc.env:DMC_NOT_SET,null}", "${distillation.teacher}"):
+        assert load_recipe(path, [f"model={text}"]).model.hidden_size == 128
 
 
 def test_what_does_not_change_the_weights_may_differ(tmp_path: Path, base: Path) -> None:

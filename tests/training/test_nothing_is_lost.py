@@ -56,3 +56,13 @@ def test_a_base_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             check(tmp_path, directory, f"{setting}={base}")
     for base, directory in (("run/base", "run"), ("run/final", "run/more"), ("elsewhere/final", "run")):
         check(tmp_path, directory, f"{setting}={base}")
+
+
+@pytest.mark.parametrize("setting", ["checkpoint.directory", "data.cache", "monitor.tensorboard"])
+@pytest.mark.parametrize("place", ["", "deep/er"])
+def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, setting: str, place: str) -> None:
+    checkpoint = tmp_path / "other" / "final"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "dmc.json").touch()
+    with pytest.raises(ConfigError, match=f"{setting} {checkpoint / place} lies in {checkpoint}, a checkpoint"):
+        check(tmp_path, str(tmp_path / "run"), f"{setting}={checkpoint / place}")

@@ -71,6 +71,12 @@ def test_a_run_introduces_itself(data: Path, tmp_path: Path, capsys: pytest.Capt
     ]
 
 
+def test_a_teacher_that_is_not_used_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["retrofit", retrofit(data, tmp_path), "distillation.teacher=nowhere"]) == 0
+    lines = [line.strip() for line in said(capsys)]
+    assert "teacher      none: distillation.weight is 0, so distillation.teacher is not used" in lines
+
+
 @pytest.mark.parametrize(
     ("rows", "line"),
     [

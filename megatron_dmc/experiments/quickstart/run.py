@@ -6,6 +6,7 @@ stage that is done is not done again.
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -38,4 +39,6 @@ def run_quickstart(folder: Path, data: str | None, smoke: bool) -> None:
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
     print(f"{sum(spent.values()):.0f} s: {total}" if total else "every stage was done before")
     meaning = "; at toy size the numbers, the warnings and the text mean nothing" if smoke else ""
-    print(f"results: {os.path.relpath(quickstart.folder)} (hf, summary.json, figure.png, tensorboard){meaning}")
+    results = os.path.relpath(quickstart.folder)
+    print(f"results: {results} (hf, summary.json, figure.png, tensorboard){meaning}")
+    print(f"next: megatron-dmc inspect {shlex.quote(os.path.join(results, 'checkpoints', 'recipe'))}")
