@@ -6,7 +6,6 @@ and ``latest``, a text file with the name of the newest full checkpoint. Names w
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ from megatron_dmc.errors import TOO_LONG_NUMBER, DMCError
 from megatron_dmc.files import ABSENT, why_no_checkpoint, why_no_file
 
 FORMAT_VERSION = 1
+# More tokens than any batch holds.
+MOST_RATIO = 1e12
 
 
 class CheckpointError(DMCError, RuntimeError):
@@ -78,7 +79,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             raise CheckpointError(f"{path} has {field} {value!r}, it must be an integer >= 0")
     ratio = info.compression_ratio
     if ratio is not None and not (
-        isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < math.inf
+        isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < MOST_RATIO
     ):
         raise CheckpointError(f"{path} has compression_ratio {ratio!r}, it must be a number > 0, or null")
     if not isinstance(info.datasets, dict | None):

@@ -31,9 +31,10 @@ def vocabulary(text: str) -> int:
 
 def dataset(text: str) -> str:
     """A :func:`prefix` that does not end in a suffix of its files already."""
-    stem, suffix = os.path.splitext(prefix(text))
-    if suffix in (".bin", ".idx"):
-        raise argparse.ArgumentTypeError(f"{suffix} is added to {text}; name it {stem}")
+    stem = re.sub(r"(\.bin|\.idx)+$", "", prefix(text))
+    if stem != text:
+        better = stem if os.path.basename(stem) else os.path.join(stem, "train")
+        raise argparse.ArgumentTypeError(f".bin and .idx are added to {text}; name it {better}")
     return text
 
 

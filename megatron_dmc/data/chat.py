@@ -38,8 +38,10 @@ _NOT_VARIABLES = frozenset(
 _FUNCTIONS = frozenset(("raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"))
 # A text part with one of these is not text alone.
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "file")
-# What a line or a message has beside its text, in other libraries' data.
-_MEDIA_BESIDE = (*_MEDIA, "images", "videos", "audios", "files")
+# What a line or a message has beside its text, in other libraries' data. (A "file" there may say where a text comes from.)
+_MEDIA_BESIDE = ("images", "videos", "audios", *(name for name in _MEDIA if name != "file"))
+# What a tool or a call may hold beside the name of its function.
+_BESIDE_A_NAME = frozenset(("id", "index", "type", "function", "arguments", "description", "parameters", "strict"))
 # Why a conversation is left out, and what to do where none is left.
 _NO_TURN = "without an assistant turn"
 _EMPTY_TURN = "with an empty assistant turn"
@@ -77,8 +79,8 @@ def iter_conversations(path: str | Path, name: str = "data") -> Iterator[Convers
 
     A message is an object with a "role" (system, user, assistant or tool) and a "content", a string or a list of text parts,
     which an assistant's turn with "tool_calls" can do without; null is no content. Its other fields are handed to the chat
-    template, and so are the line's "tools", "documents" and "chat_template_kwargs"; other fields of the line are left out. A
-    field that is null or empty is the same as none.
+    template, and so are the line's "tools", "documents" and "chat_template_kwargs"; other fields of the line are left out, but
+    images, videos and audio are refused. A field that is null or empty is the same as none.
 
     Args:
         name: what errors call the path, such as the flag that named it.
@@ -242,13 +244,16 @@ def _message(value: Any, place: str) -> dict[str, Any]:
 
 
 def _check_function(value: dict[str, Any], place: str) -> None:
-    """A tool, or a call of one, names its function, here or in ``function``, unless it is of another type: it would be written
-    without a name, and learned."""
-    function = value.get("function")
-    is_other = _is_empty(function) and not _is_empty(value.get("type")) and value["type"] != "function"
-    named = value if _is_empty(function) else function
-    name = named.get("name") if isinstance(named, dict) else None
-    if not is_other and not (isinstance(name, str) and name.strip()):
+    """A tool, or a call of one, names its function, here or in ``function``: it would be written without a name, and learned.
+    One of another type or form is the template's to read."""
+    function, kind = value.get("function"), value.get("type")
+    has_function = not _holds_nothing(function)
+    others = (field for name, field in value.items() if name not in _BESIDE_A_NAME)
+    is_other = (
+        not has_function and kind != "function" and not (_holds_nothing(kind) and all(map(_holds_nothing, others)))
+    )
+    names = (value.get("name"), function.get("name") if isinstance(function, dict) else function)
+    if not is_other and not any(isinstance(name, str) and name.strip() for name in names):
         raise ConfigError(
             f'{place} names no function, got {reprlib.repr(value)}; write {{"type": "function", "function": {{"name": ...}}}} '
             "or take it out"
@@ -270,7 +275,7 @@ def _part(value: Any, place: str) -> dict[str, Any]:
 
 
 def _check_no_media(value: dict[str, Any], place: str) -> None:
-    if media := next((name for name in _MEDIA_BESIDE if not _is_empty(value.get(name))), None):
+    if media := next((name for name in _MEDIA_BESIDE if not _holds_nothing(value.get(name))), None):
         raise ConfigError(
             f'{place} has "{media}" beside its text; the model reads text only: take the field out, or leave the line out'
         )
@@ -279,6 +284,13 @@ def _check_no_media(value: dict[str, Any], place: str) -> None:
 def _is_empty(field: Any) -> bool:
     """Whether a field says no more than its absence: exports of tables fill every column."""
     return field is None or (isinstance(field, (str, list, dict)) and not field)
+
+
+def _holds_nothing(field: Any) -> bool:
+    """Whether there is nothing in a field, however deep: a table's columns may have columns of their own."""
+    if isinstance(field, dict | list):
+        return all(map(_holds_nothing, field.values() if isinstance(field, dict) else field))
+    return not (field.strip() if isinstance(field, str) else field)
 
 
 def _is_list_of_objects(value: Any) -> bool:

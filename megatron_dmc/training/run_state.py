@@ -39,14 +39,14 @@ def check_writable(folder: Path) -> None:
 def check_nothing_is_lost(recipe: Recipe) -> None:
     """Raises ConfigError where the run's checkpoints would replace what is not theirs; called before anything is built."""
     root = Path(recipe.checkpoint.directory)
+    mine = Path(os.path.realpath(root))
     for setting, folder in (
         ("checkpoint.load_base", recipe.checkpoint.load_base),
         ("distillation.teacher", recipe.distillation.teacher),
     ):
-        place = None if folder is None else Path(folder).resolve()
-        if place is not None and (
-            place == root.resolve() or (place.parent == root.resolve() and is_checkpoint_name(place.name))
-        ):
+        # os.path.realpath, as Path.resolve raises for links that lead back to themselves.
+        place = None if folder is None else Path(os.path.realpath(folder))
+        if place is not None and (place == mine or (place.parent == mine and is_checkpoint_name(place.name))):
             raise ConfigError(
                 f"{setting} {folder} lies in checkpoint.directory {root}, where this run's checkpoints would replace it; name "
                 "another checkpoint.directory"

@@ -150,11 +150,11 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ),
         *(
             (
-                ["preprocess", "--input", "a", "--tokenizer", "b", "--output", f"d/x{suffix}"],
+                ["preprocess", "--input", "a", "--tokenizer", "b", "--output", f"d/{name}"],
                 2,
-                f"argument --output: {suffix} is added to d/x{suffix}; name it d/x;",
+                f"argument --output: .bin and .idx are added to d/{name}; name it d/{better};",
             )
-            for suffix in (".bin", ".idx")
+            for name, better in (("x.bin", "x"), ("x.idx", "x"), ("x.bin.idx", "x"), (".bin", "train"))
         ),
         (
             ["inspect", "x", "--text", "gone.txt"],

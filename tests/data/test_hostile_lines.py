@@ -126,7 +126,6 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
         (chat(USER, ANSWER | {"tool_calls": [{"function": {"name": " "}}]}), "messages[1].tool_calls[0] names no"),
         (chat(USER, ANSWER | {"tool_calls": [{"function": {"arguments": {}}}]}), "messages[1].tool_calls[0] names no"),
         (chat(USER, ANSWER, tools=[{"type": "function", "function": {"description": "x"}}]), "tools[0] names no function"),
-        (chat(USER, ANSWER, tools=[{"function": "f"}]), "tools[0] names no function"),
         (chat(USER, ANSWER, images=["x.png"]), 'has "images" beside its text; the model reads text only'),
         (chat(USER | {"image": "x.png"}, ANSWER), 'messages[0] has "image" beside its text'),
         (chat(USER, ANSWER | {"weight": 0}, USER, ANSWER), "messages[1].weight is 0, but every turn .* is learned"),
@@ -153,11 +152,39 @@ def test_numbers_beyond_what_a_computer_has(tmp_path: Path) -> None:
 
 
 def test_what_counts_as_a_function(tmp_path: Path) -> None:
-    for tool in (CALL, {"name": "f"}, {"type": "function", "name": "f"}, {"type": "search"}):
+    nothing = {"name": None, "arguments": None}
+    for tool in (
+        *(
+            CALL,
+            {"name": "f"},
+            {"type": "function", "name": "f"},
+            {"type": "search"},
+            {"type": "search", "function": nothing},
+        ),
+        *({"name": "f", "function": {"description": "a"}}, {"function": "f", "arguments": "{}"}),
+        # forms of other vendors
+        *(
+            {"tool_name": "f", "parameters": {}},
+            {"function_declarations": [{"name": "f"}]},
+            {"toolSpec": {"name": "f"}},
+        ),
+    ):
         line = chat(USER, ANSWER | {"tool_calls": [tool], "weight": 1}, tools=[tool])
         (tmp_path / "a.jsonl").write_text(json.dumps(line))
         [found] = iter_conversations(tmp_path / "a.jsonl")
         assert found.tools == found.messages[1]["tool_calls"] == [tool]
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "", " ", [None], [""], {"bytes": None, "path": None}, False])
+def test_columns_without_media_are_let_be(tmp_path: Path, value: Any) -> None:
+    line = chat(USER | {"audio": value}, ANSWER, images=value, image=value)
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    assert len(list(iter_conversations(tmp_path / "a.jsonl"))) == 1
+
+
+def test_a_file_beside_a_conversation_says_where_it_is_from(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat(USER, ANSWER, file="src/a.py")))
+    assert len(list(iter_conversations(tmp_path / "a.jsonl"))) == 1
 
 
 def test_objects_as_deep_as_they_can_be_read(tmp_path: Path) -> None:

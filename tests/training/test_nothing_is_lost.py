@@ -66,3 +66,8 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, setting: str, plac
     (checkpoint / "dmc.json").touch()
     with pytest.raises(ConfigError, match=f"{setting} {checkpoint / place} lies in {checkpoint}, a checkpoint"):
         check(tmp_path, str(tmp_path / "run"), f"{setting}={checkpoint / place}")
+
+
+def test_links_in_a_circle_are_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    check(tmp_path, str(tmp_path / "loop" / "x"))
