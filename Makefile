@@ -76,7 +76,7 @@ test: setup transformers-floor megatron-newest slurm
 	$(BIN)/mypy
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not distributed or quick" \
-	    tests/model tests/training tests/checkpoint tests/inference tests/distributed $(PYTEST_ARGS)
+	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The CPU's, also where there is a GPU.

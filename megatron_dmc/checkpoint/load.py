@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -88,13 +89,29 @@ def load_tensors(
             sharded_state_dict,
             lambda entry: isinstance(entry, ShardedTensor | ShardedObject) and _key(entry) not in stored.entries,
         )
-        state_dict = dist_checkpointing.load(present, str(folder), strict="assume_ok_unexpected")
+        with _without_deprecations():
+            state_dict = dist_checkpointing.load(present, str(folder), strict="assume_ok_unexpected")
     return state_dict
 
 
 def _key(entry: ShardedTensor | ShardedObject) -> str:
     """The name of an entry in a checkpoint."""
     return entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """megatron-core 0.19 calls a function of its own that it has deprecated, and tells the user at every load."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "is deprecated" not in record.getMessage()
+
+    log = logging.getLogger("megatron.core.dist_checkpointing.strategies.common")
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 def _must_fit(

@@ -249,7 +249,8 @@ def test_tags_construct_nothing(tmp_path: Path, name: str, text: str) -> None:
     ("link", "message"),
     [
         ("[{}]", "its aliases spread to more than 100000 entries"),
-        ("{{<<: [{}]}}", "line 7: << merges more than 100000 settings"),
+        # PyYAML 6.0.4 merges equal settings as it reads them: what is left is a section of an unknown name.
+        ("{{<<: [{}]}}", "line 7: << merges more than 100000 settings|a is no setting"),
     ],
 )
 def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path: Path, link: str, message: str) -> None:
