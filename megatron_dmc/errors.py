@@ -4,8 +4,6 @@ import re
 
 # Longer than any number that a person writes or a path holds.
 _MOST_DIGITS = 60
-# In Python's own error for a whole number of more than 4300 digits.
-TOO_LONG_NUMBER = "set_int_max_str_digits"
 
 
 class DMCError(Exception):
@@ -20,6 +18,11 @@ class DMCError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """A signal that asks this process alone to end, such as SIGTERM. Ctrl-C reaches the commands that it started as well."""
+
+
+def is_too_long_number(error: BaseException) -> bool:
+    """Whether Python refused a whole number of more than 4300 digits; its own words speak of its settings."""
+    return "set_int_max_str_digits" in str(error)
 
 
 def shortened(message: str) -> str:

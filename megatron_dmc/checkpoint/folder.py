@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_dmc.errors import TOO_LONG_NUMBER, DMCError
+from megatron_dmc.errors import DMCError, is_too_long_number
 from megatron_dmc.files import ABSENT, why_no_checkpoint, why_no_file
 
 FORMAT_VERSION = 1
@@ -104,9 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        what = (
-            "it holds a number of thousands of digits" if TOO_LONG_NUMBER in str(error) else f"it is not JSON: {error}"
-        )
+        what = "it holds a number of thousands of digits" if is_too_long_number(error) else f"it is not JSON: {error}"
         raise CheckpointError(f"{path} is damaged, {what}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it must hold a JSON object")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.files import ABSENT, checkpoint_below, why_no_file, why_no_folder
 from megatron_dmc.model.model_config import ModelConfig
 
@@ -154,6 +155,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if is_too_long_number(error):
+            raise ConfigError(f"{path} holds a number of thousands of digits; fetch or save it again") from None
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object; fetch or save it again")

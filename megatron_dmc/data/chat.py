@@ -20,16 +20,8 @@ ROLES = ("system", "user", "assistant", "tool")
 # What transformers' apply_chat_template, and what it calls, take beside a template's variables.
 _NOT_VARIABLES = frozenset(
     (
-        *(
-            "self",
-            "conversation",
-            "conversations",
-            "messages",
-            "tools",
-            "documents",
-            "chat_template",
-            "add_generation_prompt",
-        ),
+        *("self", "conversation", "conversations", "messages", "tools", "documents"),
+        *("chat_template", "add_generation_prompt"),
         *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     )

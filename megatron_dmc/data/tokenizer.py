@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_dmc.config import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, ConfigError
+from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.files import ABSENT, why_no_file, why_no_folder
 
 END_OF_TEXT = "<|endoftext|>"
@@ -224,6 +225,10 @@ def _eos_token(path: Path) -> str | None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if is_too_long_number(error):
+            raise ConfigError(
+                f"{path} holds a number of thousands of digits; fetch or save the tokenizer again"
+            ) from None
         raise ConfigError(f"{path} is not JSON: {_one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no JSON object; fetch or save the tokenizer again")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError, is_same_setting
-from megatron_dmc.errors import TOO_LONG_NUMBER
+from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.values import SectionReader, shown
 
@@ -63,10 +63,9 @@ def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return values["recipe"]["model"], values
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}"
+        what = "a number of thousands of digits" if is_too_long_number(error) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"checkpoint.load_base: {path} is damaged, it holds no model section "
-            f"({'a number of thousands of digits' if TOO_LONG_NUMBER in what else what}); name another base"
+            f"checkpoint.load_base: {path} is damaged, it holds no model section ({what}); name another base"
         ) from None
 
 

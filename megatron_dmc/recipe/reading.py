@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.errors import TOO_LONG_NUMBER
+from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.files import why_no_checkpoint
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.base import model_of_base
@@ -239,7 +239,7 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
                 f"{key} needs the environment variable {unset[1]}, which is not set; set it, or give a default: "
                 f"${{oc.env:{unset[1]},DEFAULT}}"
             ) from None
-        if TOO_LONG_NUMBER in str(error):
+        if is_too_long_number(error):
             raise ConfigError(f"{key} holds a number of thousands of digits; write a shorter one") from None
         raise ConfigError(f"{key}: {cut(_one_line(error))}") from None
     read = {

@@ -15,6 +15,7 @@ DAMAGED = [
     ("[]", "holds no JSON object"),
     ('"text"', "holds no JSON object"),
     ("{", "is not JSON"),
+    ('{"n": ' + "9" * 5000 + "}", "holds a number of thousands of digits"),
     ("", "is not JSON"),
 ]
 

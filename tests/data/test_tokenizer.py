@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -112,3 +113,9 @@ def _llama_style(folder, end="</s>"):
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.enable_truncation(2)
     backend.save(str(folder / "tokenizer.json"))
+
+
+def test_a_number_of_thousands_of_digits(tmp_path, tokenizer):
+    shutil.copytree(tokenizer.folder, tmp_path / "t")
+    (tmp_path / "t" / "tokenizer_config.json").write_text('{"model_max_length": ' + "9" * 5000 + "}")
+    fails("tokenizer_config.json holds a number of thousands of digits; fetch or save", load_tokenizer, tmp_path / "t")
