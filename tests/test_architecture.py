@@ -21,7 +21,8 @@ FLOORS = (
     ("recipe",),
     ("data", "distributed"),
     ("checkpoint",),
-    ("training", "convert", "inference", "calibration", "serving"),
+    ("calibration",),
+    ("training", "convert", "inference", "serving"),
     ("evaluation", "baselines", "report", "plan", "cluster_check"),
     ("experiments", "cli", "__main__"),
 )

@@ -18,6 +18,7 @@ from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors
 from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.model.decision_projection import is_input_scale
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.recipe.base import added_tokens
 
@@ -182,7 +183,10 @@ class SavedModel:
 
     def check_has_merged(self) -> None:
         """Raises ConfigError for a retrofit from before its first merging phase: its decisions mean nothing yet."""
-        if not any(phase.merges for phase in self.recipe.phases[: self.info.phase + 1]):
+        phases, phase = self.recipe.phases, self.info.phase
+        # In the middle of a calibration there are no decisions yet.
+        begun = phases[phase].kind != "calibrate" or self.info.step >= sum(x.steps for x in phases[: phase + 1])
+        if not any(x.decides for x in phases[: phase + begun]):
             raise ConfigError(f"{self.folder} was saved before its run began to merge; name a later checkpoint")
 
     def check_fits(self, recipe: Recipe) -> None:
@@ -240,10 +244,10 @@ class SavedModel:
         """
         recipe = recipe or self.recipe
         self.check_fits(recipe)
-        state, lacks = model_state(model_chunks), None
+        state, lacks = model_state(model_chunks), is_input_scale
         if self.base is not None:
             self.base.load_into(model_chunks, recipe)
-            state, lacks = only_decisions(state), is_base_weight
+            state, lacks = only_decisions(state), _is_base_weight_or_input_scale
         elif not self.merges:
             lacks = is_decision
         vocabulary, expected = self.recipe.model.vocab_size, recipe.to_dict()["model"]
@@ -283,6 +287,10 @@ class SavedModel:
             expected_model=expected_model,
             may_be_missing=may_be_missing,
         )
+
+
+def _is_base_weight_or_input_scale(name: str) -> bool:
+    return is_base_weight(name) or is_input_scale(name)
 
 
 def must_be_seen(folder: Path, reads: str) -> None:

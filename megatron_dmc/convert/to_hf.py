@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
+from megatron_dmc.model.decision_projection import DecisionProjection
 from megatron_dmc.model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -64,11 +66,10 @@ def export_hf(
         dmc = source.dmc
         network = empty_model(source.recipe.model, dmc, source.dtype)
         source.load_into([network])
-        parameters = dict(network.named_parameters())
         write_weights(
             temporary,
             dict(hugging_face_shapes(model, dmc)),
-            to_hugging_face(parameters.__getitem__, model, dmc),
+            to_hugging_face(partial(_weight, network), model, dmc),
             dtype=dtype or source.dtype,
             max_shard_size=max_shard_size,
         )
@@ -95,9 +96,18 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
         tensors: dict[str, torch.Tensor] = {}
         for row in rows(model, dmc):
             if is_decision(row.megatron):
-                parts = row.split(network.get_parameter(row.megatron).detach(), model)
+                parts = row.split(_weight(network, row.megatron), model)
                 tensors |= zip(row.hugging_face, (part.to(dtype or source.dtype) for part in parts), strict=True)
         save_tensors(tensors, temporary / ADAPTER_FILE)
+
+
+def _weight(network: torch.nn.Module, name: str) -> torch.Tensor:
+    """A weight as an exported model has it: the decision projection's for its input as it is."""
+    module, _, kind = name.rpartition(".")
+    projection = network.get_submodule(module)
+    if kind == "weight" and isinstance(projection, DecisionProjection):
+        return projection.effective_weight
+    return network.get_parameter(name).detach()
 
 
 def _check_fits_its_base(adapter: SavedModel) -> None:

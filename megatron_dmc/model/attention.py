@@ -1,8 +1,9 @@
 """Self-attention whose keys and values are merged into slots, as a megatron-core module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, count_decisions, takes_effect
+from megatron_dmc.model.decision_projection import DecisionProjection
 from megatron_dmc.model.documents import TokenPlaces, token_places
 from megatron_dmc.ops.attention import Documents, causal_attention, windowed_dmc_attention
 from megatron_dmc.ops.attention.context_parallel import context_parallel_attention
@@ -47,6 +49,23 @@ class StepContext:
     merging: bool = True
     channel_scale: float = 1.0
     alpha_gradient: float = 0.0
+
+
+class BaseAttention(NamedTuple):
+    """What one layer's attention is computed from where nothing merges; of this rank's tokens and heads.
+
+    Attributes:
+        hidden_states: normed, [seq, batch, hidden]; under sequence parallelism this rank's part of seq.
+        query: [batch, seq, heads, head_dim], rotated.
+        key, value: [batch, seq, kv_heads, head_dim], the key rotated.
+        places: of the tokens.
+    """
+
+    hidden_states: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    places: TokenPlaces
 
 
 class DMCCoreAttention(MegatronModule):
@@ -134,6 +153,8 @@ class DMCSelfAttention(SelfAttention):
         self.dmc = dmc
         self.step = StepContext()
         self.statistics = DecisionStatistics()
+        # Sees what the base's attention is made of, where nothing merges.
+        self.observer: Callable[[BaseAttention], None] | None = None
         # The ranks that share a sequence; None: this rank has all of it.
         self.context_group = _context_group(config, self.pg_collection)
         rank = self.pg_collection.tp.rank()
@@ -141,17 +162,7 @@ class DMCSelfAttention(SelfAttention):
         # Global numbers of this rank's KV heads.
         self.kv_heads = range(rank * heads, (rank + 1) * heads)
         if dmc is not None and dmc.has_projection:
-            # megatron-core's own linear layer, under Transformer Engine too: decisions are never computed in FP8.
-            self.decision = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                2 * config.num_query_groups,
-                config=config,
-                init_method=torch.nn.init.zeros_,
-                bias=True,
-                gather_output=False,
-                skip_bias_add=False,
-                tp_group=self.pg_collection.tp,
-            )
+            self.decision = DecisionProjection(config, self.pg_collection.tp)
 
     def forward(
         self,
@@ -187,9 +198,11 @@ class DMCSelfAttention(SelfAttention):
                 raise NotImplementedError("the compressed cache needs a model that merges")
             cos, sin = rotation(angles, query.dtype)
             query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
+            if self.observer is not None:
+                self.observer(BaseAttention(hidden_states, query, key, value, places))
             out = self._attend(query, key, value, documents=places.documents)
         else:
-            decision_logits, omega_logits = self._decision_logits(hidden_states, query, key)
+            decision_logits, omega_logits = self.decision_logits(hidden_states, query, key)
             omega = omega_from_logits(omega_logits)
             if self.dmc.uses_key_channel:
                 query, key = clear_channel(query), clear_channel(key)
@@ -206,7 +219,7 @@ class DMCSelfAttention(SelfAttention):
                 out = self._merge_and_attend(query, tokens, merge_logits, places)
         return self.linear_proj(out.transpose(0, 1).flatten(2))
 
-    def _decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """decision_logits and omega_logits, [batch, seq, kv_heads]."""
         assert self.dmc is not None
         bias, scale = self.dmc.decision_bias, self.dmc.decision_scale

@@ -1,5 +1,6 @@
 """Checks of a recipe's settings against one another; they need no model and no process group."""
 
+import math
 from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError, DMCConfig, check_ranges
@@ -69,6 +70,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
     check_layout(recipe)
     _check_phases(phases, recipe.dmc)
+    _check_calibration(recipe)
     samples = recipe.total_steps * training.global_batch_size
     if samples > MOST_SAMPLES:
         most = MOST_SAMPLES // recipe.total_steps
@@ -102,6 +104,38 @@ def _check_phases(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> None:
             raise ConfigError(
                 f"phases[{i}].kind zero_out is only for dmc.decision_source neuron: projection takes no channel from the "
                 "model; remove the phase"
+            )
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    """Where a ``calibrate`` phase may stand, and that it can see enough."""
+    for i, phase in enumerate(recipe.phases):
+        if phase.kind != "calibrate":
+            continue
+        name = f"phases[{i}].kind calibrate"
+        if not recipe.dmc.has_projection:
+            raise ConfigError(f"{name} is only for dmc.decision_source projection, got {recipe.dmc.decision_source}")
+        before = recipe.phases[:i]
+        if any(other.kind != "pretrain" for other in before):
+            raise ConfigError(
+                f"{name} would undo the decisions of phases[{i - 1}]; put it before every phase that merges"
+            )
+        if not before and recipe.checkpoint.load_base is None:
+            raise ConfigError(f"{name} needs a trained base, whose attention it reads; set checkpoint.load_base")
+        if any(other.kind == "pretrain" for other in recipe.phases[i:]):
+            raise ConfigError(f"{name} comes before a phase that pretrains, which would undo it; put it after")
+        if phase.steps < 2:
+            raise ConfigError(
+                f"phases[{i}].steps must be >= 2 for calibrate, got {phase.steps}: one to learn, one to measure"
+            )
+        samples = phase.fit_steps * recipe.training.global_batch_size
+        needed = recipe.model.hidden_size
+        if samples * recipe.data.sequence_length < needed:
+            each = recipe.training.global_batch_size * recipe.data.sequence_length
+            raise ConfigError(
+                f"phases[{i}].steps ({phase.steps}) of calibrate are too few: they learn from "
+                f"{samples * recipe.data.sequence_length} tokens, and the regression needs more than {needed} "
+                f"(model.hidden_size); set it to {math.ceil(20 * needed / each)} or more"
             )
 
 

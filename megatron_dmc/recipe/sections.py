@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from megatron_dmc.config import Count, CountOrZero, DMCConfig, Range, Ratio
 from megatron_dmc.model.model_config import MISSING, ModelConfig
 
-PhaseKind = Literal["pretrain", "zero_out", "compress", "solidify"]
+PhaseKind = Literal["pretrain", "zero_out", "calibrate", "compress", "solidify"]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 # A rate that is far too high ends in an error of the training itself, which says what to lower. One that is far too low ends
 # in nothing: a float32 weight of 1e-4 does not change by a step of 1e-12.
@@ -36,10 +36,11 @@ class DataConfig:
 class PhaseConfig:
     """One stretch of the run with its own optimizer state and learning-rate schedule (algorithm.md section 5)."""
 
-    # pretrain: no decisions. zero_out (neuron only): frees the channel that decisions are read from. compress: the target
-    # ratio rises to dmc.target_compression_ratio. solidify: it stays there.
+    # pretrain: no decisions. zero_out (neuron only): frees the channel that decisions are read from. calibrate (projection
+    # only): sets the decisions from the base's attention, without training, at the ratio that the next phase starts from.
+    # compress: the target ratio rises to dmc.target_compression_ratio. solidify: it stays there.
     kind: PhaseKind = MISSING
-    steps: Count = MISSING  # optimizer steps
+    steps: Count = MISSING  # global batches: of calibrate the last fifth only measures, of the others optimizer steps
     lr: Annotated[float, Range(1e-12, HIGHEST_RATE)] = 3e-5  # peak learning rate
     min_lr: Annotated[float, Range(0, HIGHEST_RATE)] | None = None  # learning rate at the end; null: lr (constant)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"  # from lr to min_lr, after the warmup
@@ -48,8 +49,18 @@ class PhaseConfig:
 
     @property
     def merges(self) -> bool:
-        """Whether decisions are made and take effect."""
+        """Whether decisions are made and take effect in its steps."""
         return self.kind in ("compress", "solidify")
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model has decisions that mean something after it."""
+        return self.merges or self.kind == "calibrate"
+
+    @property
+    def fit_steps(self) -> int:
+        """Of a ``calibrate`` phase: the steps whose text is learned from. On that of the others the threshold is chosen."""
+        return self.steps - max(1, self.steps // 5)
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,13 @@ class Recipe:
         if not self.distills or self.trains_adapter:
             return None
         return self.distillation.teacher or self.checkpoint.load_base
+
+    def start_ratio(self, phase: int) -> float:
+        """The compression ratio that the phase after a ``calibrate`` phase starts from."""
+        following = self.phases[phase + 1 :]
+        if following and following[0].kind == "compress":
+            return following[0].start_compression_ratio
+        return self.dmc.target_compression_ratio
 
     @property
     def total_steps(self) -> int:

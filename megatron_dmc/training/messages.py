@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dmc import __version__
+from megatron_dmc.calibration import CalibrationResult
 from megatron_dmc.checkpoint.agreement import size_text
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.progress import short_number
@@ -82,8 +83,9 @@ def _phases(recipe: Recipe) -> list[str]:
     per_step = recipe.training.global_batch_size * recipe.data.sequence_length
     goal = recipe.dmc.target_compression_ratio
     lines = []
-    for phase in recipe.phases:
+    for i, phase in enumerate(recipe.phases):
         aim = f", CR {phase.start_compression_ratio:g} to {goal:g}" if phase.kind == "compress" else ""
+        aim = f", CR {recipe.start_ratio(i):g}" if phase.kind == "calibrate" else aim
         lines.append(f"{phase.kind}, {phase.steps} steps, {short_number(phase.steps * per_step)} tokens{aim}")
     return lines
 
@@ -137,6 +139,16 @@ def held_out(loss: float, ratio: float | None, step: int) -> str:
     return f"held-out loss after {step} steps: {loss:.4f} nats per token{merged}"
 
 
+def calibration(result: CalibrationResult) -> str:
+    """What ``calibrate`` found."""
+    r2 = result.r2
+    ratio = 1 / (1 - result.merge_fraction)
+    return (
+        f"calibrated on {short_number(result.tokens)} tokens: predicts {float(r2.mean()):.2f} of the variance of later "
+        f"attention on other text (layers {float(r2.min()):.2f} to {float(r2.max()):.2f}); compression ratio {ratio:.2f}"
+    )
+
+
 def stopped(step: int) -> str:
     return f"asked to stop: saved after step {step}; the same command goes on from there"
 
@@ -162,7 +174,7 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
     ratio, where = held_out_ratio, "held-out samples"
     if ratio is None:
         ratio, where = training_ratio, "the last training batch"
-    if not recipe.phases[-1].merges or ratio is None or ratio >= REACHED * target:
+    if not recipe.phases[-1].decides or ratio is None or ratio >= REACHED * target:
         return None
     if training_ratio is not None and training_ratio >= REACHED * target:
         advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or a higher target"

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +125,9 @@ class Monitor:
         }
         ratio = None if record.layer_head_ratio is None else self._check(record.layer_head_ratio)
         if ratio is not None:
-            digits = max(2, len(str(self._layers - 1)))
-            for layer, share in enumerate(_mean_share(ratio, axis=1)):
-                scalars[f"kept_share_layer/{layer:0{digits}d}"] = float(share)
-                scalars[f"compression_ratio_layer/{layer:0{digits}d}"] = 1 / float(share)
+            for layer, share in zip(self._numbers(), _mean_share(ratio, axis=1), strict=True):
+                scalars[f"kept_share_layer/{layer}"] = float(share)
+                scalars[f"compression_ratio_layer/{layer}"] = 1 / float(share)
         self._write_scalars(scalars, record.step)
         if record.phase != self._phase:
             self._phase = record.phase
@@ -149,6 +148,12 @@ class Monitor:
         """
         self._write_scalars({f"evaluation/{name}": value for name, value in values.items()}, step)
 
+    def log_calibration(self, step: int, r2: Sequence[float]) -> None:
+        """Writes which part of the scores' variance every layer predicts on other text, as ``calibration_r2_layer/<i>``."""
+        self._write_scalars(
+            {f"calibration_r2_layer/{name}": x for name, x in zip(self._numbers(), r2, strict=True)}, step
+        )
+
     def flush(self) -> None:
         """Puts everything on disk; a trainer calls it with each checkpoint."""
         self._guard(self._writer.flush)
@@ -163,6 +168,11 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _numbers(self) -> list[str]:
+        """Of the layers, equally long, so that TensorBoard sorts them."""
+        digits = max(2, len(str(self._layers - 1)))
+        return [f"{layer:0{digits}d}" for layer in range(self._layers)]
 
     def _check(self, ratio: torch.Tensor) -> np.ndarray:
         if tuple(ratio.shape) != (self._layers, self._kv_heads):

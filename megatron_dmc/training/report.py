@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dmc.calibration import CalibrationResult
 from megatron_dmc.checkpoint import CheckpointError
 from megatron_dmc.checkpoint.folder import kept_ratio, read_info
 from megatron_dmc.model.compression_loss import merge_fraction_target
@@ -80,6 +81,12 @@ class Report:
                 self._monitor.log_evaluation(step, values if ratio is None else values | {"compression_ratio": ratio})
         if step == 0:
             self._progress.start_clock(step)
+
+    def calibration(self, result: CalibrationResult, step: int) -> None:
+        """What ``calibrate`` found, after the run's step ``step``."""
+        self._progress.message(messages.calibration(result))
+        if self._monitor is not None:
+            self._monitor.log_calibration(step, result.r2.tolist())
 
     def flush(self) -> None:
         """Puts the curves on disk."""

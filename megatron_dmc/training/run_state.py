@@ -3,6 +3,7 @@
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_dmc.calibration import Calibrator
 from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, publish, read_latest
 from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
@@ -22,6 +24,7 @@ from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_de
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
 from megatron_dmc.files import checkpoint_around
+from megatron_dmc.model.decision_projection import is_input_scale
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
 from megatron_dmc.recipe.values import shown
@@ -80,6 +83,11 @@ def _must_be(name: str, here: Any, there: Any, folder: Path) -> None:
         )
 
 
+def _calibration(calibrator: Calibrator | None) -> dict[str, Any]:
+    """Its entries of a checkpoint's sharded state dict."""
+    return {} if calibrator is None else {"calibration": calibrator.state()}
+
+
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """A checkpoint that is whole on the disk, what it took in seconds, and its files' size."""
@@ -135,8 +143,11 @@ class RunStore:
         if self.background is not None:
             self.background.poll()
 
-    def load(self) -> tuple[int, float]:
+    def load(self, calibrator_at: Callable[[int], Calibrator | None] = lambda step: None) -> tuple[int, float]:
         """Resumes from ``latest``, else starts from ``load_base``, else from the initial weights.
+
+        Args:
+            calibrator_at: what is to go on calibrating after so many steps of the run, if anything is.
 
         Returns:
             Steps done and the share of merged tokens that the gate starts from.
@@ -150,7 +161,7 @@ class RunStore:
         latest = from_first_rank(latest)
         if latest is not None:
             self.started_from = self.root / latest
-            return self._resume(self.started_from)
+            return self._resume(self.started_from, calibrator_at)
         if self.start is not None:
             self.started_from = self.start.folder
             self.start.load_into(self.model, self.recipe)
@@ -159,7 +170,7 @@ class RunStore:
     def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
         return only_decisions(state) if self.recipe.trains_adapter else state
 
-    def _resume(self, folder: Path) -> tuple[int, float]:
+    def _resume(self, folder: Path, calibrator_at: Callable[[int], Calibrator | None]) -> tuple[int, float]:
         with on_all_ranks(f"cannot resume from {folder}"):
             if dist.get_rank() > 0:
                 must_be_seen(folder, "resumes from")
@@ -177,12 +188,17 @@ class RunStore:
             base.load_into(self.model, self.recipe)
         state = model_state(self.model)
         optimizer = OptimizerState(self.optimizer, state, is_loading=True)
+        calibrator = calibrator_at(info.step)
         state = saved.load(
-            {**self._learned(state), **optimizer.state_dict(), "merge_fraction": 0.0},
+            {**self._learned(state), **optimizer.state_dict(), "merge_fraction": 0.0, **_calibration(calibrator)},
             expected_model=self.recipe.to_dict()["model"],
+            may_be_missing=is_input_scale,
         )
-        set_model_state(self.model, state, is_base_weight if self.recipe.trains_adapter else None)
+        is_adapter = self.recipe.trains_adapter
+        set_model_state(self.model, state, lambda name: is_input_scale(name) or (is_adapter and is_base_weight(name)))
         optimizer.load(state)
+        if calibrator is not None:
+            calibrator.load(state["calibration"])
         return info.step, state["merge_fraction"]
 
     def _check_same_run(self, checkpoint: SavedModel) -> None:
@@ -219,14 +235,30 @@ class RunStore:
         gather_parameters(self.model)
         self._save(name, self._learned(model_state(self.model)), self._info("weights", step, phase, ratio))
 
-    def save_full(self, step: int, phase: int, ratio: float | None, merge_fraction: float) -> None:
-        """Saves everything a resume needs, in any layout; ``latest`` is moved to it when it is whole."""
+    def save_full(
+        self,
+        step: int,
+        phase: int,
+        ratio: float | None,
+        merge_fraction: float,
+        calibrator: Calibrator | None = None,
+    ) -> None:
+        """Saves everything a resume needs, in any layout; ``latest`` is moved to it when it is whole.
+
+        Args:
+            calibrator: one that is not finished.
+        """
         # Before the state is gathered: the host's memory holds one checkpoint at a time.
         self.wait()
         gather_parameters(self.model)
         state = model_state(self.model)
         optimizer = OptimizerState(self.optimizer, state)
-        state = {**self._learned(state), **optimizer.state_dict(), "merge_fraction": merge_fraction}
+        state = {
+            **self._learned(state),
+            **optimizer.state_dict(),
+            "merge_fraction": merge_fraction,
+            **_calibration(calibrator),
+        }
         self._save(f"step_{step:08d}", state, self._info("full", step, phase, ratio))
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:

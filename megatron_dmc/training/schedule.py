@@ -30,6 +30,15 @@ class StepPlan:
     target_compression_ratio: float | None
     channel_scale: float
 
+    @property
+    def is_last_in_phase(self) -> bool:
+        return self.step_in_phase + 1 == self.phase.steps
+
+    @property
+    def has_decided(self) -> bool:
+        """Whether decisions mean something once the step is done: while ``calibrate`` goes on they do not yet."""
+        return self.merging or (self.phase.kind == "calibrate" and self.is_last_in_phase)
+
 
 def plan_step(phases: Sequence[PhaseConfig], dmc: DMCConfig, step: int) -> StepPlan:
     """The plan of the step after ``step`` steps of the run; raises IndexError when the run is over."""

@@ -113,10 +113,23 @@ class StepRunner:
         return result
 
     @torch.no_grad()
+    def _forward_step(self, plan: StepPlan) -> StepResult:
+        """The base reads the step's samples."""
+        self._prepare(StepContext(merging=False))
+        gather_parameters(self.model)
+        for chunk in self.model:
+            chunk.eval()
+        first = self.step * self.recipe.training.global_batch_size
+        result = self._reduce(self._forward_backward(self._micro_batches(self.train_data, first), evaluates=True))
+        for chunk in self.model:
+            chunk.train()
+        return result
+
+    @torch.no_grad()
     def evaluate(self, plan: StepPlan) -> StepResult | None:
         """Loss and noise-free decisions on the held-out samples; None without any, or if none of their tokens counts.
 
-        Training goes on as if it had not been called. The plan says whether anything merges.
+        Training goes on as if it had not been called. The plan, of the step before, says whether anything merges.
         """
         if self.valid_data is None:
             return None
@@ -125,7 +138,7 @@ class StepRunner:
         batches = max(1, min(self.recipe.monitor.eval_samples, len(self.valid_data)) // per_batch)
         if len(self.valid_data) < batches * per_batch:
             return None
-        self._prepare(StepContext(plan.merging, plan.channel_scale))
+        self._prepare(StepContext(plan.has_decided, plan.channel_scale))
         gather_parameters(self.model)
         for chunk in self.model:
             chunk.eval()

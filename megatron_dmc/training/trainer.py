@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
+from megatron_dmc.calibration import Calibrator
 from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.data import SampleDataset, build_datasets, check_reach, distinct_valid_samples
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
@@ -47,6 +48,7 @@ class Trainer(StepRunner):
         self.store = RunStore(recipe, self.model, self.optimizer, start)
         self._due = integer_ratios(recipe.phases, recipe.dmc) if recipe.checkpoint.save_every_integer_ratio else {}
         self._scheduler: Any = None
+        self._calibrator: Calibrator | None = None
 
     def run(self) -> StepResult | None:
         """Trains to the end of the recipe (or ``training.exit_after_steps``); resumes from ``latest`` if there is one.
@@ -57,7 +59,8 @@ class Trainer(StepRunner):
             The last evaluation on held-out samples, or None without held-out data or without a step left to do.
         """
         recipe = self.recipe
-        self.step, self.merge_fraction = self.store.load()
+        self._calibrator = None
+        self.step, self.merge_fraction = self.store.load(self._unfinished_calibrator)
         self._scheduler = None
         if self.step >= recipe.total_steps:
             show_finished(recipe)
@@ -77,8 +80,9 @@ class Trainer(StepRunner):
                 plan = plan_step(recipe.phases, recipe.dmc, self.step)
                 result = self._advance(plan, report)
                 done = self.step == recipe.total_steps
+                due = _is_due(self.step, recipe.monitor.eval_interval) or (plan.has_decided and not plan.merging)
                 # A stop waits for no evaluation: what asked for it may allow a run only seconds to save.
-                if done or (not result.stop and _is_due(self.step, recipe.monitor.eval_interval)):
+                if done or (not result.stop and due):
                     evaluation = self.evaluate(plan)
                     report.evaluation(evaluation, self.step)
                     result.stop |= evaluation is not None and evaluation.stop
@@ -94,6 +98,8 @@ class Trainer(StepRunner):
 
     def _advance(self, plan: StepPlan, report: Report) -> StepResult:
         """One step of training, its schedule, and what it says of itself."""
+        if plan.phase.kind == "calibrate":
+            return self._calibrate(plan, report)
         if plan.step_in_phase == 0:
             restart_optimizer(self.optimizer)
         if plan.step_in_phase == 0 or self._scheduler is None:
@@ -107,10 +113,37 @@ class Trainer(StepRunner):
         self.step += 1
         if result.merges:
             self.merge_fraction = result.merge_fraction(noisy=False)
-        if plan.step_in_phase + 1 == plan.phase.steps and plan.phase.kind == "zero_out":
+        if plan.is_last_in_phase and plan.phase.kind == "zero_out":
             self._clear_decision_channel()
         report.step(self._record(plan, result, learning_rate, time.perf_counter() - began))
         return result
+
+    def _calibrate(self, plan: StepPlan, report: Report) -> StepResult:
+        """One global batch that the base reads, and at the phase's end decisions in place of training."""
+        calibrator = self._calibrator = self._calibrator or self._new_calibrator(plan)
+        began = time.perf_counter()
+        with calibrator.observing(plan.step_in_phase):
+            result = self._forward_step(plan)
+        self.step += 1
+        report.step(self._record(plan, result, 0.0, time.perf_counter() - began))
+        found = calibrator.finish_step(plan.step_in_phase)
+        if found is not None:
+            self._calibrator = None
+            self.merge_fraction = found.merge_fraction
+            self.optimizer.reload_model_params()
+            report.calibration(found, self.step)
+        return result
+
+    def _new_calibrator(self, plan: StepPlan) -> Calibrator:
+        return Calibrator(self.recipe, plan.phase, self.recipe.start_ratio(plan.phase_index), self.model)
+
+    def _unfinished_calibrator(self, step: int) -> Calibrator | None:
+        """What a run goes on with that is resumed in the middle of a ``calibrate`` phase."""
+        if step < self.recipe.total_steps:
+            plan = plan_step(self.recipe.phases, self.recipe.dmc, step)
+            if plan.phase.kind == "calibrate" and plan.step_in_phase > 0:
+                self._calibrator = self._new_calibrator(plan)
+        return self._calibrator
 
     def _check_finite(self, plan: StepPlan, result: StepResult) -> None:
         finite = math.isfinite(result.loss) or not result.tokens
@@ -123,6 +156,8 @@ class Trainer(StepRunner):
     def _save(self, plan: StepPlan, result: StepResult, last_step: int, report: Report) -> None:
         """The checkpoints that are due after a step; notes a request to stop."""
         recipe, ratio = self.recipe, result.ratio(noisy=False)
+        if plan.has_decided and not plan.merging:
+            ratio = 1 / (1 - self.merge_fraction)
         done = self.step == recipe.total_steps
         for target, step in self._due.items():
             if step == self.step:
@@ -133,7 +168,7 @@ class Trainer(StepRunner):
         if self.step == last_step or self.stopped or _is_due(self.step, recipe.checkpoint.save_interval):
             # First: a resumed run writes no point before its checkpoint again.
             report.flush()
-            self.store.save_full(self.step, plan.phase_index, ratio, self.merge_fraction)
+            self.store.save_full(self.step, plan.phase_index, ratio, self.merge_fraction, self._calibrator)
         report.saved()
 
     def _record(self, plan: StepPlan, result: StepResult, learning_rate: float, seconds: float) -> StepRecord:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_dmc.ops.attention import dmc_attention, windowed_dmc_attention
 from megatron_dmc.ops.backend import choose
+from megatron_dmc.ops.later_attention import Places, later_attention
 from megatron_dmc.ops.noise import logistic_noise
 from megatron_dmc.ops.pooling import pool
 from tests.support.oracle import Shape, draw_attention, draw_pooling
@@ -27,6 +28,16 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     ),
     "windowed_dmc_attention": lambda **options: windowed_dmc_attention(**ATTENTION, local_window=2, **options),
     "pool": lambda **options: pool(**draw_pooling(Shape(1, 5, 2, 2, 8)), **options),
+    "later_attention": lambda **options: later_attention(
+        ATTENTION["query"],
+        ATTENTION["key"],
+        query_places=Places(torch.arange(5)),
+        key_places=Places(torch.arange(5)),
+        query_weight=torch.zeros(1, 5),
+        key_weight=torch.zeros(1, 5, 2),
+        local_window=1,
+        **options,
+    ),
     "logistic_noise": lambda **options: logistic_noise(1, torch.tensor([0]), 0, [0], torch.arange(3), **options),
 }
 

@@ -1,0 +1,5 @@
+"""Decisions from the base's attention, before any training: scores, their regression, and one threshold for a ratio."""
+
+from megatron_dmc.calibration.calibrator import CalibrationError, CalibrationResult, Calibrator
+
+__all__ = ["CalibrationError", "CalibrationResult", "Calibrator"]
