@@ -28,8 +28,8 @@ from megatron_dmc.recipe import PhaseConfig, Recipe
 
 # Logits of alpha per unit of log score: how sure a decision is at the start.
 SHARPNESS = 3.0
-# Of a head's log scores, where the text tells one token from another.
-LEAST_VARIANCE = 1e-6
+# Of the hidden states' mean square, on text that tells one token from another.
+LEAST_VARIANCE = 1e-4
 DAMAGED = "the base is damaged, or its activations are too large for training.bf16"
 # Of all decisions, at least, where the ratio is to start near 1: further from their tokens they could not be trained.
 LEAST_SHARE_BELOW = 0.005
@@ -66,10 +66,10 @@ class _Layer:
         errors: of the held-out scores y and their predictions p, float64 [4, kv_heads]: number, sums of y, y^2 and (y - p)^2.
     """
 
-    def __init__(self, attention: DMCSelfAttention, input_layernorm: torch.nn.Module, rows: int) -> None:
-        self.attention, self.input_layernorm = attention, input_layernorm
+    def __init__(self, attention: DMCSelfAttention, input_layernorm: torch.nn.Module, rows: slice) -> None:
+        self.attention, self.input_layernorm, self.rows = attention, input_layernorm, rows
         device, heads = attention.decision.weight.device, len(attention.kv_heads)
-        self.sums: Sums | None = Sums.empty(attention.config.hidden_size, heads, rows, device)
+        self.sums: Sums | None = Sums.empty(attention.config.hidden_size, heads, rows.stop - rows.start, device)
         self.errors = torch.zeros(4, heads, dtype=torch.float64, device=device)
 
     def take_sums(self) -> Sums:
@@ -107,9 +107,11 @@ class _Layer:
             )
         if not bool(torch.isfinite(sums.products).all() & torch.isfinite(self.sums.gram).all()):
             return f"the hidden states or the attention of layer {self.number} are not finite on this text; {DAMAGED}"
-        variance = sums.squares / sums.tokens - (sums.targets / sums.tokens).square()
-        if bool((variance < LEAST_VARIANCE).all()):
-            return f"every token of the text gets the same attention in layer {self.number}; name text that varies"
+        square = self.sums.gram.diagonal(self.rows.start).clone()
+        dist.all_reduce(square, group=token_group)
+        mean = sums.features[self.rows] / sums.tokens
+        if float((square / sums.tokens - mean.square()).sum() / (square / sums.tokens).sum()) < LEAST_VARIANCE:
+            return f"all tokens of the text have nearly the same hidden state in layer {self.number}; name text that varies"
         return None
 
     def entries(self) -> Iterator[tuple[str, Tensor, int | None]]:
@@ -130,10 +132,17 @@ class Calibrator:
         phase: of kind calibrate.
         ratio: the compression ratio that the decisions are to start at.
         model_chunks: this rank's.
+        step: of the phase, that it begins with; after 0 it needs :meth:`load`.
     """
 
     def __init__(
-        self, recipe: Recipe, phase: PhaseConfig, ratio: float, model_chunks: Sequence[torch.nn.Module]
+        self,
+        recipe: Recipe,
+        phase: PhaseConfig,
+        ratio: float,
+        model_chunks: Sequence[torch.nn.Module],
+        *,
+        step: int = 0,
     ) -> None:
         self.recipe, self.phase, self.ratio = recipe, phase, ratio
         hidden_size, ranks = recipe.model.hidden_size, parallel_state.get_tensor_model_parallel_world_size()
@@ -141,14 +150,17 @@ class Calibrator:
         # The ranks that share a gram's rows, and those that see other tokens of the same layers.
         self._row_group = parallel_state.get_tensor_model_parallel_group() if hidden_size % ranks == 0 else None
         self._token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        rows = hidden_size if self._row_group is None else hidden_size // ranks
-        self._rows = slice(0, rows) if self._row_group is None else slice(rank * rows, (rank + 1) * rows)
+        size = hidden_size if self._row_group is None else hidden_size // ranks
+        rows = slice(0, size) if self._row_group is None else slice(rank * size, (rank + 1) * size)
         every: list[Any] = [layer for chunk in model_chunks for layer in chunk.modules()]
         self.layers = [
             _Layer(layer.self_attention, layer.input_layernorm, rows)
             for layer in every
             if isinstance(getattr(layer, "self_attention", None), DMCSelfAttention)
         ]
+        if step >= phase.fit_steps:
+            for layer in self.layers:
+                layer.take_sums()
         device = next(model_chunks[0].parameters()).device
         self.histogram = Histogram(device)
         # Decisions that took effect, and all; tokens that were learned from.
@@ -176,7 +188,7 @@ class Calibrator:
     def _learn(self, layer: _Layer, seen: Observation, attention: BaseAttention) -> None:
         learns = seen.learns.expand(seen.scores.shape[:2])
         assert layer.sums is not None
-        layer.sums.add(seen.hidden_states[learns], seen.scores[learns], self._rows)
+        layer.sums.add(seen.hidden_states[learns], seen.scores[learns], layer.rows)
 
     def _compare(self, layer: _Layer, seen: Observation, attention: BaseAttention) -> None:
         # What the decisions' logits will be made of, [batch, seq, kv_heads].

@@ -46,6 +46,17 @@ CASES = [
     Case("DMC-C, tied embeddings", {"dmc.per_layer": True, "model.share_embeddings_and_output_weights": True}),
     Case("packed documents, window", {"data.reset_at_documents": True, "dmc.local_window": 4}),
     Case("bf16", {"training.bf16": True}),
+    Case(
+        "calibrated",
+        {
+            "dmc.local_window": 4,
+            "dmc.operation": "evict",
+            "data.reset_at_documents": True,
+            "training.train": "adapter",
+            "dmc.target_compression_ratio": 2.0,
+            "phases": [{"kind": "calibrate", "steps": 5}, {"kind": "solidify", "steps": 2, "lr": 1e-3}],
+        },
+    ),
 ]
 # Attention on a GPU is bf16 in any case.
 GPU_CASES = [Case(case.name, case.overrides | {"training.bf16": True}) for case in CASES if case.precision == "fp32"]

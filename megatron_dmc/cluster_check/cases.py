@@ -69,7 +69,8 @@ def start_recipe(folder: Path, case: Case) -> Recipe:
 def case_recipe(folder: Path, case: Case, layout: Layout) -> Recipe:
     """The steps to compare; raises ConfigError for a layout that is not supported."""
     values = _values(folder, case, run_folder(folder, case, layout), layout.overrides)
-    values["checkpoint"]["load_base"] = str(initial_weights(folder, case))
+    calibrates = values["phases"][0]["kind"] == "calibrate"
+    values["checkpoint"]["load_base"] = str((_base_weights if calibrates else initial_weights)(folder, case))
     if values["distillation"].get("weight") and values["training"].get("train") != "adapter":
         values["distillation"]["teacher"] = str(_base_weights(folder, case))
     return recipe_from_dict(values)

@@ -30,6 +30,7 @@ from megatron_dmc.recipe.base import model_differences
 from megatron_dmc.recipe.values import shown
 from megatron_dmc.training.optimizer import gather_parameters
 from megatron_dmc.training.optimizer_state import OptimizerState
+from megatron_dmc.training.schedule import plan_step
 
 
 def check_writable(folder: Path) -> None:
@@ -81,6 +82,11 @@ def _must_be(name: str, here: Any, there: Any, folder: Path) -> None:
             f"{name} is {shown(here)}, but {folder} was trained with {shown(there)}; set {name}={shown(there)} again, or "
             "start in a new checkpoint.directory with checkpoint.load_base"
         )
+
+
+def _optimizer(state: OptimizerState | None) -> dict[str, Any]:
+    """Its entries of a checkpoint's sharded state dict."""
+    return {} if state is None else state.state_dict()
 
 
 def _calibration(calibrator: Calibrator | None) -> dict[str, Any]:
@@ -167,6 +173,10 @@ class RunStore:
             self.start.load_into(self.model, self.recipe)
         return 0, 0.0
 
+    def _has_trained(self, step: int) -> bool:
+        """Whether the optimizer has a state after so many steps; ``calibrate`` takes none, and each phase begins with none."""
+        return plan_step(self.recipe.phases, self.recipe.dmc, step - 1).phase.kind != "calibrate"
+
     def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
         return only_decisions(state) if self.recipe.trains_adapter else state
 
@@ -187,16 +197,17 @@ class RunStore:
             assert base is not None
             base.load_into(self.model, self.recipe)
         state = model_state(self.model)
-        optimizer = OptimizerState(self.optimizer, state, is_loading=True)
+        optimizer = OptimizerState(self.optimizer, state, is_loading=True) if self._has_trained(info.step) else None
         calibrator = calibrator_at(info.step)
         state = saved.load(
-            {**self._learned(state), **optimizer.state_dict(), "merge_fraction": 0.0, **_calibration(calibrator)},
+            {**self._learned(state), **_optimizer(optimizer), "merge_fraction": 0.0, **_calibration(calibrator)},
             expected_model=self.recipe.to_dict()["model"],
             may_be_missing=is_input_scale,
         )
         is_adapter = self.recipe.trains_adapter
         set_model_state(self.model, state, lambda name: is_input_scale(name) or (is_adapter and is_base_weight(name)))
-        optimizer.load(state)
+        if optimizer is not None:
+            optimizer.load(state)
         if calibrator is not None:
             calibrator.load(state["calibration"])
         return info.step, state["merge_fraction"]
@@ -252,10 +263,10 @@ class RunStore:
         self.wait()
         gather_parameters(self.model)
         state = model_state(self.model)
-        optimizer = OptimizerState(self.optimizer, state)
+        optimizer = OptimizerState(self.optimizer, state) if self._has_trained(step) else None
         state = {
             **self._learned(state),
-            **optimizer.state_dict(),
+            **_optimizer(optimizer),
             "merge_fraction": merge_fraction,
             **_calibration(calibrator),
         }

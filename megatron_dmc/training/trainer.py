@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_dmc.calibration import Calibrator
 from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.config import ConfigError
 from megatron_dmc.data import SampleDataset, build_datasets, check_reach, distinct_valid_samples
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
@@ -135,7 +136,8 @@ class Trainer(StepRunner):
         return result
 
     def _new_calibrator(self, plan: StepPlan) -> Calibrator:
-        return Calibrator(self.recipe, plan.phase, self.recipe.start_ratio(plan.phase_index), self.model)
+        ratio = self.recipe.start_ratio(plan.phase_index)
+        return Calibrator(self.recipe, plan.phase, ratio, self.model, step=plan.step_in_phase)
 
     def _unfinished_calibrator(self, step: int) -> Calibrator | None:
         """What a run goes on with that is resumed in the middle of a ``calibrate`` phase."""
@@ -182,6 +184,11 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
     if load_base is not None:
         start = SavedModel.open(load_base)
         start.check_fits(recipe)
+        if start.merges and any(phase.kind == "calibrate" for phase in recipe.phases):
+            raise ConfigError(
+                f"{load_base} is a retrofitted model, and calibrate would replace its decisions; name its base in "
+                "checkpoint.load_base, or remove the phase"
+            )
     if recipe.teacher is not None:
         teacher = start if recipe.teacher == load_base and start is not None else SavedModel.open(recipe.teacher)
         teacher.check_teaches(recipe)

@@ -1,0 +1,171 @@
+"""The phase ``calibrate``: decisions from the base's attention, whole or resumed; what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dmc.calibration import CalibrationError
+from megatron_dmc.config import ConfigError
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import load_tokenizer
+from megatron_dmc.inference.loading import load_model
+from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.recipe import load_recipe
+from megatron_dmc.training.schedule import plan_step
+from megatron_dmc.training.trainer import Trainer
+from tests.support.tensors import assert_same_tensors
+from tests.support.toy import LR, recipe_values, scalars, train, weights, write_recipe, write_text
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+CALIBRATE = {"kind": "calibrate", "steps": 10}
+DMC = {"local_window": 4, "operation": "evict", "decision_bias": 5.0, "decision_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, and a base that has learned some of them, in ``base/checkpoints/final``."""
+    folder = tmp_path_factory.mktemp("data")
+    write_text(folder)
+    values = recipe_values(folder, folder / "base", [{"kind": "pretrain", "steps": 40, "lr": LR}])
+    values["model"]["init_method_std"] = 0.2
+    train(write_recipe(folder / "base", values))
+    return folder
+
+
+def recipe(data: Path, run: Path, phases: list[dict[str, Any]], *, bf16: bool = False, **dmc: Any) -> Path:
+    values = recipe_values(data, run, phases, **({"target_compression_ratio": 3.0} | DMC | dmc))
+    values["checkpoint"]["load_base"] = str(data / "base" / "checkpoints" / "final")
+    values["training"] |= {"train": "adapter", "bf16": bf16}
+    return write_recipe(run, values)
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3.0])
+@pytest.mark.parametrize("per_layer", [False, True], ids=["per head", "per layer"])
+def test_a_calibration_alone_is_a_model_at_the_asked_ratio(
+    data: Path, tmp_path: Path, ratio: float, per_layer: bool
+) -> None:
+    """On text that it did not read."""
+    path = recipe(data, tmp_path, [CALIBRATE], target_compression_ratio=ratio, per_layer=per_layer)
+    trainer = train(path)
+    assert scalars(tmp_path, "evaluation/compression_ratio")[10] == pytest.approx(ratio, rel=0.1)
+    for layer in range(2):
+        assert 0.2 < scalars(tmp_path, f"calibration_r2_layer/{layer:02d}")[10] < 1
+    loaded = load_model(tmp_path / "checkpoints" / "final", must_merge=True)
+    assert loaded.compression_ratio == pytest.approx(ratio, rel=0.02)
+    same = weights(trainer)
+    for name, value in loaded.model.named_parameters():
+        assert torch.equal(value, same["module." + name]), name
+
+
+def test_the_base_stays_what_it_is(data: Path, tmp_path: Path) -> None:
+    before = dict(load_model(data / "base" / "checkpoints" / "final").model.named_parameters())
+    for name, weight in weights(train(recipe(data, tmp_path, [CALIBRATE]))).items():
+        name = name.removeprefix("module.")
+        if ".decision." in name:
+            assert weight.any()
+        else:
+            assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_resumed_equals_not_stopped(data: Path, tmp_path: Path, bf16: bool) -> None:
+    """Stopped while it learns, after that, between the phases, and in the next phase."""
+    phases = [CALIBRATE, {"kind": "solidify", "steps": 4, "lr": 1e-2}]
+    runs = []
+    for name, exits in (("whole", []), ("stopped", [3, 6, 1, 2])):
+        path = recipe(data, tmp_path / name, phases, bf16=bf16)
+        for steps in exits:
+            train(path, f"training.exit_after_steps={steps}")
+        runs.append(weights(train(path)))
+    assert_same_tensors(runs[1], runs[0])
+
+
+def test_a_step_moves_logits_by_the_learning_rate_whatever_stands_out(data: Path, tmp_path: Path) -> None:
+    """The sum of |D h| over the channels is about 1: the mean of a channel's |D h| is its share of the whole."""
+    trainer = train(recipe(data, tmp_path, [CALIBRATE]))
+    seen: list[torch.Tensor] = []
+    layers = dmc_layers(trainer.model[0])
+    hooks = [
+        x.decision.register_forward_pre_hook(lambda module, args: seen.append(args[0] * module.input_scale))
+        for x in layers
+    ]
+    trainer.evaluate(plan_step(trainer.recipe.phases, trainer.recipe.dmc, trainer.recipe.total_steps - 1))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) >= len(layers)
+    for scaled in seen:
+        assert 0.4 < float(scaled.abs().sum(-1).mean()) < 1.6
+    for layer in layers:
+        exponents = layer.decision.input_scale.log2()
+        assert torch.equal(exponents, exponents.round())
+
+
+def test_training_goes_on_from_a_calibrated_checkpoint(data: Path, tmp_path: Path) -> None:
+    train(recipe(data, tmp_path / "first", [CALIBRATE]))
+    path = recipe(data, tmp_path / "second", [{"kind": "solidify", "steps": 2, "lr": 1e-3}])
+    train(path, f"checkpoint.load_base={tmp_path}/first/checkpoints/final")
+    assert scalars(tmp_path / "second", "evaluation/compression_ratio")[0] == pytest.approx(3.0, rel=0.1)
+    path = recipe(data, tmp_path / "third", [CALIBRATE])
+    with pytest.raises(ConfigError, match="is a retrofitted model, and calibrate would replace its decisions"):
+        train(path, f"checkpoint.load_base={tmp_path}/first/checkpoints/final")
+
+
+def test_a_checkpoint_from_the_middle_has_no_decisions(data: Path, tmp_path: Path) -> None:
+    train(recipe(data, tmp_path, [CALIBRATE]), "training.exit_after_steps=9")
+    with pytest.raises(ConfigError, match="was saved before its run began to merge"):
+        load_model(tmp_path / "checkpoints" / "step_00000009", must_merge=True)
+
+
+@pytest.mark.parametrize(
+    ("phases", "overrides", "problem"),
+    [
+        (
+            [CALIBRATE],
+            ["dmc.decision_source=neuron"],
+            "calibrate is only for dmc.decision_source projection, got neuron",
+        ),
+        (
+            [{"kind": "solidify", "steps": 1}, CALIBRATE],
+            [],
+            r"phases\[1\].kind calibrate would undo the decisions of phases\[0\]",
+        ),
+        ([CALIBRATE | {"steps": 1}], [], r"phases\[0\].steps must be >= 2 for calibrate, got 1"),
+        ([CALIBRATE], ["checkpoint.load_base=null", "training.train=full"], "calibrate needs a trained base"),
+        (
+            [CALIBRATE | {"steps": 2}],
+            ["training.global_batch_size=1", "training.micro_batch_size=1", "data.sequence_length=17"],
+            r"learn from 17 tokens, and the regression needs more than 32 .*set it to 38 or more",
+        ),
+        ([CALIBRATE], ["dmc.local_window=33"], r"dmc.local_window \(33\) must be smaller than data.sequence_length"),
+    ],
+)
+def test_recipes_that_cannot_calibrate(
+    data: Path, tmp_path: Path, phases: list[dict[str, Any]], overrides: list[str], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_recipe(recipe(data, tmp_path, phases), overrides)
+
+
+def test_constant_text_is_refused(data: Path, tmp_path: Path) -> None:
+    build_indexed_dataset(["a" * 40_000], load_tokenizer(str(data / "tokenizer")), str(tmp_path / "constant"))
+    path = recipe(data, tmp_path / "run", [CALIBRATE])
+    with pytest.raises(CalibrationError, match="all tokens of the text have nearly the same hidden state in layer"):
+        train(path, f"data.train=[{tmp_path}/constant]")
+
+
+def test_a_damaged_base_is_refused(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_recipe(recipe(data, tmp_path, [CALIBRATE])))
+    load = trainer.store.load
+
+    def damaged(*arguments: Any) -> Any:
+        found = load(*arguments)
+        with torch.no_grad():
+            dmc_layers(trainer.model[0])[1].linear_qkv.weight[3, 3] = float("nan")
+        return found
+
+    trainer.store.load = damaged  # type: ignore[method-assign]
+    with pytest.raises(CalibrationError, match="layer 1 are not finite"):
+        trainer.run()
