@@ -36,7 +36,8 @@ class Sums(NamedTuple):
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
     def add(self, features: Tensor, targets: Tensor, rows: slice) -> None:
-        """float32 [tokens, hidden] and [tokens, targets]: products in float32, their sums in float64."""
+        """[tokens, hidden] and [tokens, targets]; products in float64: those about the means are differences of these."""
+        features, targets = features.double(), targets.double()
         self.tokens.add_(len(features))
         self.features.add_(features.sum(0))
         self.targets.add_(targets.sum(0))
