@@ -82,7 +82,7 @@ test: setup transformers-floor megatron-newest slurm
 # The CPU's, also where there is a GPU.
 bench: setup
 	@set -e; export CUDA_VISIBLE_DEVICES=; \
-	    for name in attention pooling retrofit_step adapter_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
+	    for name in attention pooling retrofit_step adapter_step calibrate_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py $(CHECK_ARGS)

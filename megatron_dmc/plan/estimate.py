@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from megatron_dmc.plan.cluster import Cluster, Layout, find_layout
 from megatron_dmc.plan.communication import StepTime, Traffic, data_messages, stage_traffic, step_time
-from megatron_dmc.plan.flops import Work, step_work
+from megatron_dmc.plan.flops import Work, forward_share, step_work
 from megatron_dmc.plan.memory import Footprints, StageMemory, stage_memory, whole_model
-from megatron_dmc.recipe import Recipe
+from megatron_dmc.recipe import PhaseConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         return self.recipe.training.global_batch_size * self.recipe.data.sequence_length
+
+    def seconds(self, phase: PhaseConfig) -> float:
+        """Of a whole phase."""
+        share = forward_share(self.recipe) if phase.kind == "calibrate" else 1.0
+        return phase.steps * share * self.time.total
+
+    @property
+    def run_seconds(self) -> float:
+        return sum(map(self.seconds, self.recipe.phases))
 
     @property
     def mfu(self) -> float:

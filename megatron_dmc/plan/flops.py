@@ -39,12 +39,26 @@ def layer_weights(model: ModelConfig, *, projects: bool) -> int:
     return attention + 3 * model.hidden_size * model.ffn_hidden_size + decisions
 
 
-def layer_work(recipe: Recipe) -> Work:
-    """One transformer layer."""
+def _layer_forward(recipe: Recipe) -> tuple[float, float]:
+    """Operations of one layer's forward pass: of its matrices, and of attention."""
     model, seq = recipe.model, recipe.data.sequence_length
     projects = recipe.merges and recipe.dmc.has_projection
     linear = 2.0 * layer_weights(model, projects=projects) * seq
-    attention = 2.0 * seq**2 * model.num_attention_heads * model.head_dim
+    return linear, 2.0 * seq**2 * model.num_attention_heads * model.head_dim
+
+
+def forward_share(recipe: Recipe) -> float:
+    """What a step of ``calibrate`` does of a training step's work: one forward pass, with attention's scores once more."""
+    model, training = recipe.model, recipe.training
+    linear, attention = _layer_forward(recipe)
+    forward = (linear + 1.5 * attention) * model.num_layers + _output_forward(recipe)
+    whole = step_work(recipe)
+    return forward * training.global_batch_size / (whole.model + whole.recomputed)
+
+
+def layer_work(recipe: Recipe) -> Work:
+    """One transformer layer."""
+    linear, attention = _layer_forward(recipe)
     forward = linear + attention
     backward = (1 if recipe.trains_adapter else 2) * linear + 2 * attention
     again = {"none": 0.0, "selective": attention, "full": forward}[recipe.training.recompute]
@@ -53,8 +67,12 @@ def layer_work(recipe: Recipe) -> Work:
 
 def output_work(recipe: Recipe) -> Work:
     """The output layer; the embedding is a lookup."""
-    forward = 2.0 * recipe.model.hidden_size * recipe.model.vocab_size * recipe.data.sequence_length
+    forward = _output_forward(recipe)
     return Work(forward * _passes(recipe) + (1 if recipe.trains_adapter else 2) * forward)
+
+
+def _output_forward(recipe: Recipe) -> float:
+    return 2.0 * recipe.model.hidden_size * recipe.model.vocab_size * recipe.data.sequence_length
 
 
 def step_work(recipe: Recipe) -> Work:

@@ -108,7 +108,7 @@ def headline(plan: Plan) -> str:
     """The answer in one line: fits or not, on how many GPUs, in what time."""
     cluster, stage = plan.cluster, plan.fullest
     nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes of {cluster.gpus_per_node}"
-    hours = plan.recipe.total_steps * plan.time.total / 3600
+    hours = plan.run_seconds / 3600
     return (
         f"{'fits' if plan.fits else 'does not fit'} on {cluster.gpus} x {cluster.gpu.label} ({nodes}): needs "
         f"{_gb(stage.total)} of {_gb(cluster.gpu.usable)} per GPU; would take {_duration(hours * 3600)}, "
@@ -235,7 +235,7 @@ def _search_table(found: Sequence[Plan], console: Console) -> tuple[str, Table]:
             f"{time.total:.2f}",
             f"{time.bubble / time.total:.0%}",
             f"{plan.mfu:.2f}",
-            _duration(plan.recipe.total_steps * time.total),
+            _duration(plan.run_seconds),
         )
     title = "layouts that fit, the fastest first (GB: of the fullest GPU; bubble: part of a step in which GPUs wait)"
     return title if found else "no layout fits", table
@@ -247,8 +247,8 @@ def _phases(plan: Plan) -> list[dict[str, Any]]:
             "phase": phase.kind,
             "steps": phase.steps,
             "tokens": phase.steps * plan.tokens_per_step,
-            "days": phase.steps * plan.time.total / 86400,
-            "gpu_hours": phase.steps * plan.time.total * plan.cluster.gpus / 3600,
+            "days": plan.seconds(phase) / 86400,
+            "gpu_hours": plan.seconds(phase) * plan.cluster.gpus / 3600,
         }
         for phase in plan.recipe.phases
     ]

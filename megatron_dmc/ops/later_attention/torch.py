@@ -6,8 +6,8 @@ from torch import Tensor
 from megatron_dmc.ops.later_attention.types import Places
 from megatron_dmc.ops.matrix_product import matrix_product
 
-# Scores that are held at a time: 64 MB in float32.
-MOST_SCORES = 2**24
+# Scores that are held at a time. A CPU's cache holds 4 MB of them; a GPU is busy with 256 MB.
+MOST_SCORES = {"cpu": 2**20, "cuda": 2**26}
 
 
 def later_attention(
@@ -28,7 +28,7 @@ def later_attention(
     # [batch, kv_heads, head_dim, seq]
     keys = key.permute(0, 2, 3, 1).to(wide)
     largest = keys.new_full((batch, kv_heads, heads // kv_heads, seq), float("-inf"))
-    rows = max(MOST_SCORES // (batch * heads * seq), 1)
+    rows = max(MOST_SCORES[query.device.type] // (batch * heads * seq), 1)
     for begin in range(0, query.shape[1], rows):
         part = slice(begin, begin + rows)
         positions = query_places.positions[part]
