@@ -95,7 +95,6 @@ class StepRunner:
         asked_to_stop: Callable[[], bool],
     ) -> None:
         self.recipe, self.train_data, self.valid_data = recipe, train_data, valid_data
-        self.recall_data = None if valid_data is None else SecondCopies(valid_data)
         self._asked_to_stop = asked_to_stop
         self.config = megatron_config(recipe)
         chunks = build_chunks(recipe, self.config, recipe.dmc if recipe.merges else None)
@@ -135,7 +134,7 @@ class StepRunner:
         context = StepContext(plan.merging, plan.channel_scale)
         result = self._evaluate(self.valid_data, context)
         if result is not None and self.recipe.merges:
-            copies = self._evaluate(self.recall_data, context)
+            copies = self._evaluate(self._second_copies(), context)
             if copies is not None:
                 result.recall_loss = copies.loss
                 result.stop |= copies.stop
@@ -144,8 +143,11 @@ class StepRunner:
     @torch.no_grad()
     def measure_base_recall(self) -> float | None:
         """``StepResult.recall_loss`` of this model without decisions: the base's as long as no other weight has changed."""
-        result = self._evaluate(self.recall_data, StepContext(merging=False))
+        result = self._evaluate(self._second_copies(), StepContext(merging=False))
         return None if result is None else result.loss
+
+    def _second_copies(self) -> SecondCopies | None:
+        return None if self.valid_data is None else SecondCopies(self.valid_data)
 
     def _evaluate(self, data: SampleDataset | None, context: StepContext) -> StepResult | None:
         """None without samples, or if none of their tokens counts."""
