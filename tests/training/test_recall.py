@@ -157,6 +157,10 @@ def test_a_run_that_loses_recall_says_so(
         "dmc.target_compression_ratio"
         for step in (first, 8, 12)
     ]
+    # Seen at the end alone, it is said once.
+    more = ["monitor.eval_interval=0", f"checkpoint.directory={tmp_path / 'end'}", "monitor.tensorboard=null"]
+    assert main(["retrofit", str(path), *overrides, *more]) == 0
+    assert lines(capsys, "warning: recall") == warnings[-1:]
     for limit, run in (("null", "never"), ("1000", "high")):
         more = [f"monitor.recall_limit={limit}", f"checkpoint.directory={tmp_path / run}"]
         assert main(["retrofit", str(path), *overrides, *more, "monitor.tensorboard=null"]) == 0
