@@ -44,7 +44,10 @@ CASES = [
         },
     ),
     Case("DMC-C, tied embeddings", {"dmc.per_layer": True, "model.share_embeddings_and_output_weights": True}),
-    Case("packed documents, window", {"data.reset_at_documents": True, "dmc.local_window": 4}),
+    Case(
+        "packed documents, window",
+        {"data.reset_at_documents": True, "data.repeat_fraction": 0.5, "dmc.local_window": 4},
+    ),
     Case("bf16", {"training.bf16": True}),
     Case(
         "calibrated",

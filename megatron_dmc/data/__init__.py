@@ -6,12 +6,15 @@ from megatron_dmc.data.chat_template import load_chat_template
 from megatron_dmc.data.documents import iter_documents, standard_library_documents
 from megatron_dmc.data.heldout import HeldoutWindows, heldout_windows
 from megatron_dmc.data.reach import check_reach
+from megatron_dmc.data.repeats import Repeats, SecondCopies
 from megatron_dmc.data.samples import SampleDataset, build_datasets, distinct_valid_samples, global_batch
 from megatron_dmc.data.split import split_documents
 
 __all__ = [
     "HeldoutWindows",
+    "Repeats",
     "SampleDataset",
+    "SecondCopies",
     "build_chat_dataset",
     "build_datasets",
     "build_indexed_dataset",

@@ -1,4 +1,4 @@
-"""One checkpoint's loss on held-out text, the ratio it reaches there, and the bytes its cache really holds."""
+"""One checkpoint's loss on held-out text and on repeated text, the ratio it reaches, and the bytes its cache really holds."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from megatron_dmc.checkpoint.folder import kept_ratio
 from megatron_dmc.data import heldout_windows
 from megatron_dmc.evaluation.cache_size import measure_cache
-from megatron_dmc.evaluation.perplexity import evaluate
+from megatron_dmc.evaluation.perplexity import evaluate, measure_recall
 from megatron_dmc.experiments.small_run import CACHE_TOKENS
 from megatron_dmc.inference.loading import load_model
 
@@ -27,12 +27,15 @@ def measure(checkpoint: str, *, smoke: bool) -> dict[str, Any]:
     windows = heldout_windows(
         "data/valid", data.sequence_length, loaded.tokenizer, reset_at_documents=data.reset_at_documents
     )
-    result = evaluate(loaded, windows, limit=SMOKE_WINDOWS if smoke else WINDOWS)
+    limit = SMOKE_WINDOWS if smoke else WINDOWS
+    result = evaluate(loaded, windows, limit=limit)
     row: dict[str, Any] = {
         "checkpoint": checkpoint,
         "loss": result.loss,
         "loss_per_byte": result.loss_per_byte,
         "perplexity": result.perplexity,
+        # None where no token of a second copy counts.
+        "recall_loss": measure_recall(loaded, windows, limit=limit),
     }
     if result.layer_head_ratio is None:
         return row

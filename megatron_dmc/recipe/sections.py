@@ -30,6 +30,8 @@ class DataConfig:
     cache: str = MISSING  # a folder for the dataset indices
     seed: Seed = 1234  # of the order of the samples
     reset_at_documents: bool = False  # positions, attention and merging begin anew at every packed document
+    # share of the training samples that are a text twice, which trains recall; null: 1/3 if training.train is adapter, else 0
+    repeat_fraction: Annotated[float, Range(0, 1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class MonitorConfig:
     eval_interval: CountOrZero = 0  # steps between evaluations; 0: only before the first step and after the last
     # samples of data.valid in an evaluation, in whole global batches; one at least
     eval_samples: Annotated[int, Range(0, 2**20)] = 32
+    # nats per token; a run warns where its loss on repeated text lies further above the base's; null: never
+    recall_limit: Annotated[float, Range(0, 1000)] | None = 0.25
     progress_bar: bool = True  # what a run says: bar or lines, banner, held-out losses; false: only warnings
 
 
@@ -170,6 +174,13 @@ class Recipe:
     def trains_adapter(self) -> bool:
         """Whether the base is frozen."""
         return self.training.train == "adapter"
+
+    @property
+    def repeat_fraction(self) -> float:
+        """How many of the training samples are a text twice."""
+        if self.data.repeat_fraction is None:
+            return 1 / 3 if self.trains_adapter else 0.0
+        return self.data.repeat_fraction
 
     @property
     def distills(self) -> bool:

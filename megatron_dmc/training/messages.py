@@ -1,7 +1,9 @@
 """What a run tells its reader in words: what it is, where it starts, what it saved, and how it ended."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_dmc import __version__
@@ -10,9 +12,12 @@ from megatron_dmc.checkpoint.agreement import size_text
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.progress import short_number
 from megatron_dmc.training.run_state import SavedCheckpoint
+from megatron_dmc.training.step import StepResult
 
 # A ratio below this share of its target misses it.
 REACHED = 0.95
+# Nobody is told to have a larger fraction of the samples repeated: a model must still see text that does not repeat.
+MOST_REPEATS = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def banner(
         *([("teacher", "none: distillation.weight is 0, so distillation.teacher is not used")] if unused else []),
         ("layout", _layout(recipe, world)),
         *(("phase", line) for line in _phases(recipe)),
-        ("data", ", ".join(data.train)),
+        ("data", ", ".join(data.train) + _repeats(recipe.repeat_fraction)),
         ("held out", ", ".join(data.valid) or "nothing"),
         ("checkpoints", f"{checkpoint.directory}, {every}"),
         ("TensorBoard", monitor.tensorboard or "none"),
@@ -88,6 +93,14 @@ def _phases(recipe: Recipe) -> list[str]:
         aim = f", CR {recipe.start_ratio(i):g}" if phase.kind == "calibrate" else aim
         lines.append(f"{phase.kind}, {phase.steps} steps, {short_number(phase.steps * per_step)} tokens{aim}")
     return lines
+
+
+def _repeats(fraction: float) -> str:
+    if not fraction:
+        return ""
+    simple = Fraction(fraction).limit_denominator(12)
+    share = str(simple) if math.isclose(simple, fraction, rel_tol=1e-9) else f"{fraction:g}"
+    return f", {'all' if fraction == 1 else share} of the samples a text twice"
 
 
 def started(folder: Path | None, step: int) -> str:
@@ -134,9 +147,30 @@ def below_targets(names: Sequence[str]) -> str:
     return f"{len(names)} checkpoints were saved below their targets: {', '.join(names)}"
 
 
-def held_out(loss: float, ratio: float | None, step: int) -> str:
+def held_out(result: StepResult, step: int) -> str:
+    """An evaluation after so many steps."""
+    ratio, recall, gap = result.ratio(noisy=False), result.recall_loss, result.recall_gap
     merged = "" if ratio is None else f", compression ratio {ratio:.2f}"
-    return f"held-out loss after {step} steps: {loss:.4f} nats per token{merged}"
+    copied = "" if recall is None else f", recall {recall:.2f}"
+    over = "" if gap is None else f" ({gap:+.2f} over the base)"
+    return f"held-out loss after {step} steps: {result.loss:.4f} nats per token{merged}{copied}{over}"
+
+
+def recall_behind(recipe: Recipe, gap: float | None) -> str | None:
+    """A warning where copying costs too much more than it costs the base; None where all is well.
+
+    Args:
+        gap: ``StepResult.recall_gap``.
+    """
+    limit = recipe.monitor.recall_limit
+    if gap is None or limit is None or gap <= limit:
+        return None
+    repeats = ["a larger data.repeat_fraction"] if recipe.repeat_fraction < MOST_REPEATS else []
+    remedies = ", ".join(["more steps", *repeats, "a larger dmc.local_window"])
+    return (
+        f"warning: recall falls behind: {gap:.2f} nats per token above the base on repeated text (limit {limit:g}, "
+        f"monitor.recall_limit); try {remedies}, or a lower dmc.target_compression_ratio"
+    )
 
 
 def calibration(result: CalibrationResult) -> str:

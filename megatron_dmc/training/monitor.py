@@ -141,10 +141,11 @@ class Monitor:
             )
         self._last_step = record.step
 
-    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes held-out results as ``evaluation/<name>``.
+    def log_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Writes held-out results as ``evaluation/<name>``; None stands for what was not measured.
 
-        ``lm_loss`` (nats per token) joins the loss's chart, ``compression_ratio`` the ratio's.
+        ``lm_loss`` (nats per token) joins the loss's chart, ``compression_ratio`` the ratio's; ``recall_loss`` and
+        ``recall_gap`` (nats per token) have one of their own.
         """
         self._write_scalars({f"evaluation/{name}": value for name, value in values.items()}, step)
 
@@ -260,7 +261,13 @@ def _charts() -> dict[str, dict[str, list[str | list[str]]]]:
             "compression ratio: achieved and target": ["Multiline", ratios],
             "share of tokens that every layer keeps (1 / ratio)": ["Multiline", ["^kept_share_layer/.*$"]],
         },
-        "loss": {"language-modelling loss": ["Multiline", ["^loss/lm$", "^evaluation/lm_loss$"]]},
+        "loss": {
+            "language-modelling loss": ["Multiline", ["^loss/lm$", "^evaluation/lm_loss$"]],
+            "recall: loss on repeated text, and how far it lies above the base's": [
+                "Multiline",
+                ["^evaluation/recall_loss$", "^evaluation/recall_gap$"],
+            ],
+        },
     }
 
 

@@ -39,6 +39,8 @@ class Report:
         self.recipe, self._store = recipe, store
         # What is below its target: {phase: names}
         self._below: dict[int, list[str]] = {}
+        # Phases in which recall was seen to fall behind.
+        self._behind: set[int] = set()
         monitor, first = recipe.monitor, dist.get_rank() == 0
         self._monitor = None
         if monitor.tensorboard is not None and first:
@@ -71,14 +73,23 @@ class Report:
         if self._monitor is not None and (record.step % self.recipe.monitor.log_interval == 0 or last):
             self._monitor.log_step(record, last=last)
 
-    def evaluation(self, result: StepResult | None, step: int) -> None:
+    def evaluation(self, result: StepResult | None, step: int, phase: int) -> None:
         """Held-out loss after so many steps; None: nothing was held out."""
         if result is not None:
-            ratio = result.ratio(noisy=False)
-            self._progress.message(messages.held_out(result.loss, ratio, step))
+            self._progress.message(messages.held_out(result, step))
+            warning = messages.recall_behind(self.recipe, result.recall_gap)
+            # The run's last evaluation is judged by ``ended``.
+            if warning is not None and phase not in self._behind and step < self.recipe.total_steps:
+                self._behind.add(phase)
+                self._progress.message(warning, important=True)
             if self._monitor is not None:
-                values = {"lm_loss": result.loss}
-                self._monitor.log_evaluation(step, values if ratio is None else values | {"compression_ratio": ratio})
+                values = {
+                    "lm_loss": result.loss,
+                    "compression_ratio": result.ratio(noisy=False),
+                    "recall_loss": result.recall_loss,
+                    "recall_gap": result.recall_gap,
+                }
+                self._monitor.log_evaluation(step, values)
         if step == 0:
             self._progress.start_clock(step)
 
@@ -115,11 +126,14 @@ class Report:
         self._progress.message(messages.stopped(step), important=True)
 
     def ended(self, evaluation: StepResult | None, last: StepResult) -> None:
-        """Warns where the run missed its target. ``last``: of the last global batch."""
-        held_out = None if evaluation is None else evaluation.ratio(noisy=False)
-        warning = messages.missed_target(self.recipe, held_out, last.ratio(noisy=False))
-        if warning is not None:
-            self._progress.message(warning, important=True)
+        """Warns where the run missed its target or lost recall. ``last``: of the last global batch."""
+        held_out, gap = (None, None) if evaluation is None else (evaluation.ratio(noisy=False), evaluation.recall_gap)
+        for warning in (
+            messages.missed_target(self.recipe, held_out, last.ratio(noisy=False)),
+            messages.recall_behind(self.recipe, gap),
+        ):
+            if warning is not None:
+                self._progress.message(warning, important=True)
 
 
 def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, step: int) -> None:

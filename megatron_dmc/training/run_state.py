@@ -111,6 +111,8 @@ class RunStore:
         start: ``recipe.checkpoint.load_base``, opened; None for a run from initial weights.
         base: what an adapter's checkpoints say of their base; None where all weights are trained.
         vocabulary: what the checkpoints say of theirs, see ``CheckpointInfo``.
+        base_recall_loss: what copying costs the base, see ``StepResult``; None: not known. A full checkpoint of a run that
+            trains all weights keeps it, as its base is gone after the first step. An adapter's base can be measured again.
         started_from: the checkpoint that ``load`` found; None for initial weights.
         saved: what has been saved and not reported yet; the reporter takes it out.
     """
@@ -125,6 +127,7 @@ class RunStore:
         known = rows if start is None else known_tokens(rows, start.vocabulary, recipe.data.tokenizer)
         self.vocabulary = known if known < rows else None
         self.datasets = {prefix: content_digest(prefix) for prefix in recipe.data.train}
+        self.base_recall_loss: float | None = None
         self.started_from: Path | None = None
         self.saved: deque[SavedCheckpoint] = deque()
         self.background = BackgroundWriter() if recipe.checkpoint.async_save else None
@@ -210,7 +213,15 @@ class RunStore:
             optimizer.load(state)
         if calibrator is not None:
             calibrator.load(state["calibration"])
+        # Checkpoints of older versions have none.
+        known = state.get("base_recall_loss")
+        self.base_recall_loss = known if self._holds_out_the_same(saved) else None
         return info.step, state["merge_fraction"]
+
+    def _holds_out_the_same(self, checkpoint: SavedModel) -> bool:
+        """Whether an evaluation reads the samples that it read when this checkpoint was saved."""
+        mine, saved = self.recipe, checkpoint.recipe
+        return (mine.data.valid, mine.monitor.eval_samples) == (saved.data.valid, saved.monitor.eval_samples)
 
     def _check_same_run(self, checkpoint: SavedModel) -> None:
         """The data's position is steps x batch: what it depends on must not change under a run."""
@@ -225,6 +236,10 @@ class RunStore:
         ):
             for name in names:
                 _must_be(f"{section}.{name}", mine[section][name], saved[section][name], folder)
+        # Versions that know no repeats had none.
+        was_known = "repeat_fraction" in info.recipe["data"]
+        repeated = checkpoint.recipe.repeat_fraction if was_known else 0.0
+        _must_be("data.repeat_fraction", self.recipe.repeat_fraction, repeated, folder)
         for prefix, digest in self.datasets.items():
             if info.datasets is not None and info.datasets.get(prefix) != digest:
                 raise ConfigError(
@@ -270,6 +285,8 @@ class RunStore:
             "merge_fraction": merge_fraction,
             **_calibration(calibrator),
         }
+        if self.base_recall_loss is not None and not self.recipe.trains_adapter:
+            state["base_recall_loss"] = self.base_recall_loss
         self._save(f"step_{step:08d}", state, self._info("full", step, phase, ratio))
 
     def _save(self, name: str, state: dict[str, Any], info: CheckpointInfo) -> None:

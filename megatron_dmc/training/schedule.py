@@ -9,6 +9,8 @@ from megatron_dmc.recipe import PhaseConfig
 
 # zero_out fades the channel over the first part of its steps and trains on with the channel at zero (paper, section 4).
 FADE_FRACTION = 0.8
+# Of the samples that calibrate learns from.
+CALIBRATION_REPEATS = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,20 @@ class StepPlan:
 
 def plan_step(phases: Sequence[PhaseConfig], dmc: DMCConfig, step: int) -> StepPlan:
     """The plan of the step after ``step`` steps of the run; raises IndexError when the run is over."""
-    index = 0
-    while step >= phases[index].steps:
-        step -= phases[index].steps
-        index += 1
+    index, step = _phase_of(phases, step)
     phase = phases[index]
     merging = phase.merges
     scale = max(0.0, 1 - step / (FADE_FRACTION * phase.steps)) if phase.kind == "zero_out" else 1.0
     return StepPlan(index, phase, step, merging, _target(phase, dmc, step) if merging else None, scale)
+
+
+def _phase_of(phases: Sequence[PhaseConfig], step: int) -> tuple[int, int]:
+    """Which phase a step of the run belongs to, and how many steps of that phase come before it."""
+    index = 0
+    while step >= phases[index].steps:
+        step -= phases[index].steps
+        index += 1
+    return index, step
 
 
 def _target(phase: PhaseConfig, dmc: DMCConfig, step: int) -> float:
@@ -59,6 +67,24 @@ def _target(phase: PhaseConfig, dmc: DMCConfig, step: int) -> float:
     start = phase.start_compression_ratio
     # The last step of the phase has reached the goal.
     return start + (goal - start) * min(1.0, (step + 1) / phase.steps)
+
+
+def repeat_fraction(phases: Sequence[PhaseConfig], elsewhere: float, step: int) -> float:
+    """How many samples of a step are a text twice.
+
+    ``calibrate`` learns from as many repeats as not, because they show what copying asks for; it chooses its threshold on
+    text as it is.
+
+    Args:
+        elsewhere: in the phases that train.
+    """
+    try:
+        phase, done = _phase_of(phases, step)
+    except IndexError:  # a dataset may be longer than its run
+        return elsewhere
+    if phases[phase].kind != "calibrate":
+        return elsewhere
+    return CALIBRATION_REPEATS if done < phases[phase].fit_steps else 0.0
 
 
 def integer_ratios(phases: Sequence[PhaseConfig], dmc: DMCConfig) -> dict[int, int]:

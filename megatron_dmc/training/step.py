@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dmc.checkpoint import SavedModel
-from megatron_dmc.data import SampleDataset, global_batch
+from megatron_dmc.data import SampleDataset, SecondCopies, global_batch
 from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
@@ -35,6 +35,9 @@ class StepResult:
         stop: whether any rank was asked to stop.
         grad_norm: before clipping.
         updated: whether the optimizer took the step.
+        recall_loss: of an evaluation, nats per token on second copies of held-out text; None: no token there counts, or the
+            run's model has no decisions.
+        base_recall_loss: the same of the base; None: not known.
     """
 
     loss: float
@@ -44,6 +47,8 @@ class StepResult:
     stop: bool = False
     grad_norm: float = 0.0
     updated: bool = True
+    recall_loss: float | None = None
+    base_recall_loss: float | None = None
 
     @property
     def merges(self) -> bool:
@@ -54,6 +59,13 @@ class StepResult:
 
     def ratio(self, *, noisy: bool) -> float | None:
         return 1 / (1 - self.merge_fraction(noisy=noisy)) if self.merges else None
+
+    @property
+    def recall_gap(self) -> float | None:
+        """Nats per token that copying costs more than it costs the base."""
+        if self.recall_loss is None or self.base_recall_loss is None:
+            return None
+        return self.recall_loss - self.base_recall_loss
 
     @property
     def layer_head_ratio(self) -> Tensor | None:
@@ -129,22 +141,43 @@ class StepRunner:
     def evaluate(self, plan: StepPlan) -> StepResult | None:
         """Loss and noise-free decisions on the held-out samples; None without any, or if none of their tokens counts.
 
+        A model with decisions reads them once more, each as a text twice: that is the result's ``recall_loss``.
         Training goes on as if it had not been called. The plan, of the step before, says whether anything merges.
         """
-        if self.valid_data is None:
+        context = StepContext(plan.has_decided, plan.channel_scale)
+        result = self._evaluate(self.valid_data, context)
+        if result is not None and self.recipe.merges:
+            copies = self._evaluate(self._second_copies(), context)
+            if copies is not None:
+                result.recall_loss = copies.loss
+                result.stop |= copies.stop
+        return result
+
+    @torch.no_grad()
+    def measure_base_recall(self) -> float | None:
+        """``StepResult.recall_loss`` of this model without decisions: the base's as long as no other weight has changed."""
+        result = self._evaluate(self._second_copies(), StepContext(merging=False))
+        return None if result is None else result.loss
+
+    def _second_copies(self) -> SecondCopies | None:
+        return None if self.valid_data is None else SecondCopies(self.valid_data)
+
+    def _evaluate(self, data: SampleDataset | None, context: StepContext) -> StepResult | None:
+        """None without samples, or if none of their tokens counts."""
+        if data is None:
             return None
         per_batch = self.recipe.training.global_batch_size
         # No sample twice, but where there are too few for one global batch.
-        batches = max(1, min(self.recipe.monitor.eval_samples, len(self.valid_data)) // per_batch)
-        if len(self.valid_data) < batches * per_batch:
+        batches = max(1, min(self.recipe.monitor.eval_samples, len(data)) // per_batch)
+        if len(data) < batches * per_batch:
             return None
-        self._prepare(StepContext(plan.has_decided, plan.channel_scale))
+        self._prepare(context)
         gather_parameters(self.model)
         for chunk in self.model:
             chunk.eval()
         outputs = []
         for i in range(batches):
-            micro_batches = self._micro_batches(self.valid_data, i * per_batch)
+            micro_batches = self._micro_batches(data, i * per_batch)
             outputs += self._forward_backward(micro_batches, evaluates=True)
         result = self._reduce(outputs)
         for chunk in self.model:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_dmc.calibration import Calibrator
 from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.config import ConfigError
-from megatron_dmc.data import SampleDataset, build_datasets, check_reach, distinct_valid_samples
+from megatron_dmc.data import Repeats, SampleDataset, build_datasets, check_reach, distinct_valid_samples
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.errors import DMCError
@@ -20,7 +21,7 @@ from megatron_dmc.training.monitor import StepRecord
 from megatron_dmc.training.optimizer import phase_scheduler, restart_optimizer
 from megatron_dmc.training.report import Report, show_few_samples, show_finished, show_start, step_record
 from megatron_dmc.training.run_state import RunStore, check_nothing_is_lost, check_writable
-from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step
+from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step, repeat_fraction
 from megatron_dmc.training.signals import StopRequest
 from megatron_dmc.training.step import StepResult, StepRunner
 
@@ -74,7 +75,7 @@ class Trainer(StepRunner):
         evaluation: StepResult | None = None
         with Report(recipe, self.store, self.step) as report, self.store:
             if self.step == 0:
-                report.evaluation(self.evaluate(plan_step(recipe.phases, recipe.dmc, 0)), 0)
+                self._evaluate_and_report(plan_step(recipe.phases, recipe.dmc, 0), report)
             while self.step < last_step and not self.stopped:
                 self.store.poll()
                 report.saved()
@@ -84,8 +85,7 @@ class Trainer(StepRunner):
                 due = _is_due(self.step, recipe.monitor.eval_interval) or (plan.has_decided and not plan.merging)
                 # A stop waits for no evaluation: what asked for it may allow a run only seconds to save.
                 if done or (not result.stop and due):
-                    evaluation = self.evaluate(plan)
-                    report.evaluation(evaluation, self.step)
+                    evaluation = self._evaluate_and_report(plan, report)
                     result.stop |= evaluation is not None and evaluation.stop
                 self._save(plan, result, last_step, report)
             self.store.wait()
@@ -96,6 +96,22 @@ class Trainer(StepRunner):
             if self.step == recipe.total_steps:
                 report.ended(evaluation, result)
         return evaluation
+
+    def _evaluate_and_report(self, plan: StepPlan, report: Report) -> StepResult | None:
+        result = self.evaluate(plan)
+        if result is not None and result.recall_loss is not None:
+            if self.store.base_recall_loss is None and self._is_base_without_decisions():
+                self.store.base_recall_loss = self.measure_base_recall()
+            result.base_recall_loss = self.store.base_recall_loss
+        report.evaluation(result, self.step, plan.phase_index)
+        return result
+
+    def _is_base_without_decisions(self) -> bool:
+        """Whether this model is its base as long as nothing merges."""
+        start = self.store.start
+        return self.recipe.trains_adapter or (
+            self.step == 0 and (start is None or start.is_adapter or not start.merges)
+        )
 
     def _advance(self, plan: StepPlan, report: Report) -> StepResult:
         """One step of training, its schedule, and what it says of itself."""
@@ -204,7 +220,9 @@ def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, 
     size = recipe.training.global_batch_size
     distinct = distinct_valid_samples(recipe.data, max(recipe.monitor.eval_samples, size))
     held_out = max(min(recipe.monitor.eval_samples, distinct), size) if recipe.data.valid else 0
-    return *build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out), distinct
+    train, valid = build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out)
+    fractions = partial(repeat_fraction, recipe.phases, recipe.repeat_fraction)
+    return Repeats(train, lambda number: fractions(number // size)), valid, distinct
 
 
 def _is_due(step: int, interval: int) -> bool:

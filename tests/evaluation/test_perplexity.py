@@ -9,7 +9,8 @@ import torch
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data import HeldoutWindows
-from megatron_dmc.evaluation.perplexity import evaluate
+from megatron_dmc.data.repeats import text_twice
+from megatron_dmc.evaluation.perplexity import evaluate, measure_recall
 from megatron_dmc.inference.loading import LoadedModel
 from megatron_dmc.model.gpt import dmc_layers
 from tests.support.models import positions, random_model, tokens
@@ -76,3 +77,27 @@ def test_packed_documents_equal_each_alone(variant: str) -> None:
     expected_ratio = WINDOWS * LENGTH / (WINDOWS * LENGTH - merged)
     torch.testing.assert_close(result.layer_head_ratio, expected_ratio, rtol=1e-12, atol=0)
     assert result.compression_ratio == pytest.approx(1 / float((1 / expected_ratio).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recall_of_packed_documents_equals_each_alone(variant: str) -> None:
+    """Documents of one token have nothing to copy, and a cut one as much as is there."""
+    loaded = loaded_model(VARIANTS[variant])
+    windows = HeldoutWindows(STREAM.numpy(), LENGTH, 2.0, starts=numpy.array(STARTS))
+    total, tokens = 0.0, 0
+    for i in range(4):
+        sample, second = text_twice(windows[i])
+        begins = [*sample["document_starts"].nonzero().flatten().tolist(), LENGTH]
+        for begin, end in itertools.pairwise(begins):
+            ids, labels = sample["tokens"][None, begin:end], sample["labels"][None, begin:end]
+            with torch.no_grad():
+                losses = loaded.model(ids, positions(ids), None, labels=labels)[0]
+            total, tokens = total + float(losses[second[begin:end]].sum()), tokens + int(second[begin:end].sum())
+    assert 40 < tokens < 4 * 20
+    assert measure_recall(loaded, windows, batch_size=3, limit=4) == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_recall_where_nothing_counts() -> None:
+    loaded = loaded_model(None)
+    windows = HeldoutWindows(STREAM.numpy(), LENGTH, 2.0, trained=numpy.zeros(len(STREAM)))
+    assert measure_recall(loaded, windows) is None

@@ -59,6 +59,22 @@ def test_the_table_shows_every_model(summary: dict[str, Any]) -> None:
     assert lines[-1] == "a text"
 
 
+def test_recall_is_shown_where_it_was_measured(summary: dict[str, Any]) -> None:
+    """Results of an older version do not have it."""
+    console = Console(width=130)
+    with console.capture() as capture:
+        show(summary, console)
+    assert "recall" not in capture.get()
+    for i, row in enumerate((summary["base"], summary["control"], *summary["dmc"])):
+        row["recall_loss"] = 0.5 + i
+    with console.capture() as capture:
+        show(summary, console)
+    assert (
+        "recall (nats per token on the second copy of a text): base 0.50; control 1.50; recommended 4.50; adapter, distilled "
+        "7.50; paper's form 10.50"
+    ) in " ".join(capture.get().split())
+
+
 def test_the_table_says_why_the_log_has_other_numbers(summary: dict[str, Any]) -> None:
     console = Console(width=130)
     with console.capture() as capture:

@@ -121,6 +121,23 @@ def test_achieved_and_target_share_a_chart(tmp_path):
     }
 
 
+def test_recall_has_a_chart_of_its_own(tmp_path):
+    with Monitor(tmp_path, LAYERS, KV_HEADS) as monitor:
+        monitor.log_evaluation(0, {"lm_loss": 1.5, "compression_ratio": None, "recall_loss": 0.5, "recall_gap": 0.0})
+        monitor.log_evaluation(1, {"lm_loss": 1.5, "compression_ratio": 1.4, "recall_loss": 0.75, "recall_gap": 0.25})
+    events = read(tmp_path)
+    assert scalars(events, "evaluation/compression_ratio") == [(1, pytest.approx(1.4))]
+    assert scalars(events, "evaluation/recall_gap") == [(0, 0.0), (1, 0.25)]
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
+    shown = [
+        {tag for tag in events.Tags()["scalars"] if any(re.match(regex, tag) for regex in chart)} for chart in charts
+    ]
+    assert {"evaluation/recall_loss", "evaluation/recall_gap"} in shown
+    assert {"evaluation/lm_loss"} in shown
+
+
 def test_heatmap_is_written_at_its_interval(tmp_path):
     with Monitor(tmp_path, LAYERS, KV_HEADS, heatmap_interval=10) as monitor:
         for step in range(1, 21):

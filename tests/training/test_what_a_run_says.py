@@ -63,7 +63,7 @@ def test_a_run_introduces_itself(data: Path, tmp_path: Path, capsys: pytest.Capt
         ["layout", "TP 1 x PP 1 x CP 1 x DP 1 on 1 CPU process"],
         ["phase", "compress, 6 steps, 792 tokens, CR 1 to 3"],
         ["phase", "solidify, 2 steps, 264 tokens"],
-        ["data", str(data / "train")],
+        ["data", f"{data / 'train'}, 1/3 of the samples a text twice"],
         ["held out", str(data / "valid")],
         ["checkpoints", f"{tmp_path / 'checkpoints'}, every 5 steps"],
         ["TensorBoard", str(tmp_path / "tensorboard")],

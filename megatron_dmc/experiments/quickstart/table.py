@@ -38,6 +38,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for checkpoint, row in rows(summary).items():
         table.add_row(*row, speed.get(checkpoint, ""))
     console.print(table)
+    if (recall := recall_line(summary)) is not None:
+        console.print(recall, highlight=False)
     console.print("\n[bold]hf/ continues a text:[/bold]")
     console.print(summary["generation"]["dmc"]["text"], markup=False, highlight=False)
 
@@ -59,6 +61,16 @@ def rows(summary: dict[str, Any]) -> dict[str, tuple[str, ...]]:
             f"{row['cache_bytes'] / 1024:.0f} of {row['plain_cache_bytes'] / 1024:.0f} KiB",
         )
     return found
+
+
+def recall_line(summary: dict[str, Any]) -> str | None:
+    """What copying from the context costs every model at its final ratio; None for results that do not say it."""
+    final = [row for row in summary["dmc"] if row["checkpoint"].endswith("/final")]
+    named = {"base": summary["base"], "control": summary["control"]} | {RUNS[row["run"]]: row for row in final}
+    if any(row.get("recall_loss") is None for row in named.values()):
+        return None
+    models = "; ".join(f"{name} {row['recall_loss']:.2f}" for name, row in named.items())
+    return f"recall (nats per token on the second copy of a text): {models}"
 
 
 def _losses(row: dict[str, Any], control: float) -> tuple[str, str, str, str]:
