@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from megatron_dmc.errors import DMCError
 
 DecisionSource = Literal["neuron", "projection"]
+RatioControl = Literal["loss", "offset"]
 Operation = Literal["merge", "evict"]
 
 
@@ -104,6 +105,9 @@ class DMCConfig:
         window_size: tokens. Only the last so many tokens of a slot count in it (12: the authors' code). null: all do, by an
             exact scan.
         per_layer: DMC-C: all heads of a layer take one decision, by the mean of their logits.
+        ratio_control: what keeps the ratio at its target in training. ``loss`` (the paper): a loss that presses every
+            decision towards merging while the ratio is below it. ``offset``: one number, added to all decisions' logits,
+            that is moved after every step; for decisions that a calibration has set.
         loss_coefficient: lambda of the one-sided compression loss.
         seed: of the decisions' noise.
     """
@@ -117,11 +121,13 @@ class DMCConfig:
     operation: Operation = "merge"
     window_size: Count | None = None
     per_layer: bool = False
+    ratio_control: RatioControl = "loss"
     loss_coefficient: Annotated[float, Range(0, 1e6)] = 1.0
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
 
     def __post_init__(self) -> None:
-        for name, choices in (("decision_source", DecisionSource), ("operation", Operation)):
+        choices_of = {"decision_source": DecisionSource, "operation": Operation, "ratio_control": RatioControl}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         for name, kind in (("local_window", int), ("window_size", int), ("seed", int), ("per_layer", bool)):
@@ -129,6 +135,10 @@ class DMCConfig:
             if type(value) is not kind and not (name == "window_size" and value is None):
                 raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
         check_ranges(self)
+        if self.ratio_control == "offset" and not self.has_projection:
+            raise ConfigError(
+                "ratio_control offset needs decision_source projection, got neuron; set ratio_control to loss"
+            )
         if self.evicts and self.local_window == 0:
             raise ConfigError(
                 "operation evict needs local_window >= 1, got 0: a token would be gone before it is seen; set local_window "

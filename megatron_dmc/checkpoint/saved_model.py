@@ -18,7 +18,7 @@ from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors
 from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.model.decision_projection import is_input_scale
+from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.recipe.base import added_tokens
 
@@ -244,10 +244,10 @@ class SavedModel:
         """
         recipe = recipe or self.recipe
         self.check_fits(recipe)
-        state, lacks = model_state(model_chunks), is_input_scale
+        state, lacks = model_state(model_chunks), is_buffer
         if self.base is not None:
             self.base.load_into(model_chunks, recipe)
-            state, lacks = only_decisions(state), _is_base_weight_or_input_scale
+            state, lacks = only_decisions(state), _is_base_weight_or_buffer
         elif not self.merges:
             lacks = is_decision
         vocabulary, expected = self.recipe.model.vocab_size, recipe.to_dict()["model"]
@@ -289,8 +289,8 @@ class SavedModel:
         )
 
 
-def _is_base_weight_or_input_scale(name: str) -> bool:
-    return is_base_weight(name) or is_input_scale(name)
+def _is_base_weight_or_buffer(name: str) -> bool:
+    return is_base_weight(name) or is_buffer(name)
 
 
 def must_be_seen(folder: Path, reads: str) -> None:

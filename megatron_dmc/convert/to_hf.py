@@ -11,7 +11,7 @@ import torch
 
 from megatron_dmc.checkpoint import CheckpointError, SavedModel, copy_tokenizer
 from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import (
     GENERATION_CONFIG,
     check_companions,
@@ -69,7 +69,7 @@ def export_hf(
         write_weights(
             temporary,
             dict(hugging_face_shapes(model, dmc)),
-            to_hugging_face(partial(_weight, network), model, dmc),
+            to_hugging_face(partial(_weight, network, dmc), model, dmc),
             dtype=dtype or source.dtype,
             max_shard_size=max_shard_size,
         )
@@ -96,17 +96,17 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
         tensors: dict[str, torch.Tensor] = {}
         for row in rows(model, dmc):
             if is_decision(row.megatron):
-                parts = row.split(_weight(network, row.megatron), model)
+                parts = row.split(_weight(network, dmc, row.megatron), model)
                 tensors |= zip(row.hugging_face, (part.to(dtype or source.dtype) for part in parts), strict=True)
         save_tensors(tensors, temporary / ADAPTER_FILE)
 
 
-def _weight(network: torch.nn.Module, name: str) -> torch.Tensor:
+def _weight(network: torch.nn.Module, dmc: DMCConfig | None, name: str) -> torch.Tensor:
     """A weight as an exported model has it: the decision projection's for its input as it is."""
     module, _, kind = name.rpartition(".")
     projection = network.get_submodule(module)
-    if kind == "weight" and isinstance(projection, DecisionProjection):
-        return projection.effective_weight
+    if isinstance(projection, DecisionProjection) and dmc is not None:
+        return projection.effective_weight if kind == "weight" else projection.effective_bias(dmc.decision_scale)
     return network.get_parameter(name).detach()
 
 

@@ -228,6 +228,7 @@ class DMCSelfAttention(SelfAttention):
         else:
             projected, _ = self.decision(hidden_states)
             decision_logits, omega_logits = projection_logits(projected.transpose(0, 1), bias, scale)
+            decision_logits = decision_logits + self.decision.offset
         if self.dmc.per_layer:
             # Summed over the tensor-parallel ranks, forward and backward.
             total = tensor_parallel.reduce_from_tensor_model_parallel_region(decision_logits.sum(-1, keepdim=True))

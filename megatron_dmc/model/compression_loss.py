@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Logits.
+CLOSE = 0.5
+
 
 class DecisionStatistics:
-    """Counts of one layer since the last reset, int64 [3, kv_heads]: tokens merged with noise, merged without it, all."""
+    """Counts of one layer since the last reset, int64 [4, kv_heads]: tokens merged with noise, merged without it, all, and
+    those whose decision is close (see count_decisions)."""
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
@@ -43,9 +47,10 @@ def takes_effect(positions: Tensor, remaining: Tensor, local_window: int) -> Ten
 
 
 def count_decisions(merge_logits: Tensor, decision_logits: Tensor, in_effect: Tensor) -> Tensor:
-    """Counts for DecisionStatistics: int64 [3, kv_heads].
+    """Counts for DecisionStatistics: int64 [4, kv_heads].
 
-    All tokens count. One whose decision takes no effect has a slot of its own.
+    All tokens count. One whose decision takes no effect has a slot of its own. A decision is close if half a logit more or
+    less would change it: their number says how fast the ratio changes with an offset.
 
     Args:
         merge_logits: with noise, [batch, seq, kv_heads].
@@ -54,7 +59,8 @@ def count_decisions(merge_logits: Tensor, decision_logits: Tensor, in_effect: Te
     """
     tokens = torch.full_like(merge_logits[0, 0], merge_logits[..., 0].numel(), dtype=torch.int64)
     noisy, noise_free = (((x > 0) & in_effect[..., None]).sum(dim=(0, 1)) for x in (merge_logits, decision_logits))
-    return torch.stack([noisy, noise_free, tokens])
+    close = ((decision_logits.abs() < CLOSE) & in_effect[..., None]).sum(dim=(0, 1))
+    return torch.stack([noisy, noise_free, tokens, close])
 
 
 class CompressionLoss(torch.autograd.Function):

@@ -17,9 +17,12 @@ class DecisionProjection(ColumnParallelLinear):
 
     Attributes:
         input_scale: the diagonal of D, [hidden]; powers of two, so that U D is exact in every dtype.
+        offset: added to the logits a of all heads, and the same in all layers, [1]; float32 in a model of any dtype. What
+            keeps the ratio at its target moves it.
     """
 
     input_scale: Tensor
+    offset: Tensor
 
     def __init__(self, config: TransformerConfig, tp_group: dist.ProcessGroup) -> None:
         super().__init__(
@@ -33,6 +36,13 @@ class DecisionProjection(ColumnParallelLinear):
             tp_group=tp_group,
         )
         self.register_buffer("input_scale", torch.ones_like(self.weight[0], requires_grad=False))
+        self.register_buffer("offset", torch.zeros(1, device=self.weight.device))
+
+    def _apply(self, fn: Any, *arguments: Any, **settings: Any) -> Any:
+        """As torch's, which converts a model; the offset moves by less than bfloat16 can hold."""
+        module = super()._apply(fn, *arguments, **settings)
+        self.offset = self.offset.float()
+        return module
 
     def forward(self, input_: Tensor, *arguments: Any, **settings: Any) -> Any:
         # U D, not D h: that would be kept for the backward pass, as large as the hidden states.
@@ -42,6 +52,12 @@ class DecisionProjection(ColumnParallelLinear):
     def effective_weight(self) -> Tensor:
         """U D: the map of h itself, as an exported model has it. [rows, hidden]"""
         return self.weight.detach() * self.input_scale
+
+    def effective_bias(self, scale: float) -> Tensor:
+        """beta with the offset in it, as an exported model has it; ``scale``: dmc.decision_scale. [rows]"""
+        bias = self.bias.detach().float()
+        bias[0::2] += self.offset / scale
+        return bias
 
     @torch.no_grad()
     def set_input_scale(self, mean_square: Tensor) -> None:
@@ -61,6 +77,6 @@ class DecisionProjection(ColumnParallelLinear):
         self.weight.copy_(weight / self.input_scale)
 
 
-def is_input_scale(name: str) -> bool:
-    """Whether a checkpoint's tensor is one's ``input_scale``; checkpoints of version 0.3 and older have none: it was 1."""
-    return name.endswith("decision.input_scale")
+def is_buffer(name: str) -> bool:
+    """Whether a checkpoint's tensor is a projection's ``input_scale`` or ``offset``; older ones have neither: 1 and 0."""
+    return name.endswith(("decision.input_scale", "decision.offset"))

@@ -24,7 +24,7 @@ from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_de
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
 from megatron_dmc.files import checkpoint_around
-from megatron_dmc.model.decision_projection import is_input_scale
+from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
 from megatron_dmc.recipe.values import shown
@@ -205,10 +205,10 @@ class RunStore:
         state = saved.load(
             {**self._learned(state), **_optimizer(optimizer), "merge_fraction": 0.0, **_calibration(calibrator)},
             expected_model=self.recipe.to_dict()["model"],
-            may_be_missing=is_input_scale,
+            may_be_missing=is_buffer,
         )
         is_adapter = self.recipe.trains_adapter
-        set_model_state(self.model, state, lambda name: is_input_scale(name) or (is_adapter and is_base_weight(name)))
+        set_model_state(self.model, state, lambda name: is_buffer(name) or (is_adapter and is_base_weight(name)))
         if optimizer is not None:
             optimizer.load(state)
         if calibrator is not None:

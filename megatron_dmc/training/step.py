@@ -14,13 +14,16 @@ from torch import Tensor
 from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.data import SampleDataset, SecondCopies, global_batch
 from megatron_dmc.model.attention import StepContext
-from megatron_dmc.model.compression_loss import compression_ratio, merge_fraction_target
+from megatron_dmc.model.compression_loss import CLOSE, compression_ratio, merge_fraction_target
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config, wrap_chunks
 from megatron_dmc.training.forward_step import build_forward_step, forward_step, on_this_context_rank
 from megatron_dmc.training.optimizer import build_optimizer, gather_parameters
 from megatron_dmc.training.schedule import StepPlan
+
+# Of a Newton step, because a batch's ratio is not the text's; and logits.
+OFFSET_GAIN, LONGEST_OFFSET_STEP = 1.0, 0.5
 
 
 @dataclass
@@ -31,7 +34,7 @@ class StepResult:
         loss: LM loss, nats per token; NaN where no token counts (chat data whose batch holds no assistant's words).
         distillation_loss: nats per token; 0 without a teacher.
         tokens: that count in the losses.
-        counts: [3, layers, kv_heads], see DecisionStatistics.
+        counts: [4, layers, kv_heads], see DecisionStatistics.
         stop: whether any rank was asked to stop.
         grad_norm: before clipping.
         updated: whether the optimizer took the step.
@@ -121,6 +124,8 @@ class StepRunner:
         outputs = self._forward_backward(micro_batches)
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
+        if plan.target_compression_ratio is not None and self.recipe.dmc.ratio_control == "offset":
+            self._move_offset(offset_step(result.counts, plan.target_compression_ratio))
         result.grad_norm, result.updated = float(grad_norm), bool(updated)
         return result
 
@@ -203,6 +208,8 @@ class StepRunner:
 
         megatron-core divides all gradients by the global batch's valid tokens; that is undone here.
         """
+        if self.recipe.dmc.ratio_control == "offset":
+            return 0.0
         if not plan.merging or self.merge_fraction >= merge_fraction_target(plan.target_compression_ratio or 1.0):
             return 0.0
         recipe = self.recipe
@@ -235,7 +242,7 @@ class StepRunner:
         """The step's one message: losses of the last stage, decision counts of every layer, and requests to stop, summed."""
         model = self.recipe.model
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        counts = torch.zeros(3, model.num_layers, model.num_query_groups, dtype=torch.float64, device=device)
+        counts = torch.zeros(4, model.num_layers, model.num_query_groups, dtype=torch.float64, device=device)
         for layer in self._layers():
             if layer.statistics.counts is not None:
                 heads = layer.kv_heads
@@ -255,10 +262,28 @@ class StepRunner:
             stop=bool(stops > 0),
         )
 
+    def _move_offset(self, step: float) -> None:
+        for layer in self._layers():
+            layer.decision.offset += step
+
     def _clear_decision_channel(self) -> None:
         for layer in self._layers():
             layer.clear_decision_channel()
         self.optimizer.reload_model_params()
+
+
+def offset_step(counts: Tensor, target: float) -> float:
+    """By how much to move the decisions' offset after a global batch, in logits: a part of a Newton step to the target.
+
+    Args:
+        counts: [4, layers, kv_heads], see DecisionStatistics.
+        target: compression ratio.
+    """
+    _, merged, tokens, close = counts.sum(dim=(1, 2)).tolist()
+    # Merged tokens per logit of offset. Where hardly any decision is close, the longest step finds some.
+    slope = max(close / (2 * CLOSE), 1e-3 * tokens)
+    missing = merge_fraction_target(target) * tokens - merged
+    return max(-LONGEST_OFFSET_STEP, min(LONGEST_OFFSET_STEP, OFFSET_GAIN * missing / slope))
 
 
 def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
