@@ -82,6 +82,13 @@ Count = Annotated[int, Range(1, MOST)]
 CountOrZero = Annotated[int, Range(0, MOST)]
 # More tokens per slot than any sequence could use.
 Ratio = Annotated[float, Range(1, 10_000)]
+# What omega_floor was before it was a setting: the bf16 epsilon of the authors' code.
+PAPER_OMEGA_FLOOR = 2.0**-7
+
+
+def saved_dmc_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved ``dmc`` section as it was meant: one without ``omega_floor`` is from before that setting. Empty: defaults."""
+    return {"omega_floor": PAPER_OMEGA_FLOOR, **values} if values else values
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ class DMCConfig:
         decision_bias: c, in logits. The logits start at a = -c (append) and b = +c (full weight).
         decision_scale: s, multiplies the projection's output: s (W h + beta). Under Adam it acts as a learning-rate
             multiplier of W and beta.
+        omega_floor: added to the weight: omega = sigmoid(b) + omega_floor. The default keeps a weight above zero and no more,
+            so that one token of full weight outweighs thousands of others. 0.0078125 (2^-7): the authors' code.
         temperature: tau of the Gumbel-sigmoid that relaxes alpha in training.
         local_window: w, tokens. A decision takes effect when its token is w tokens old; until then the token stays raw.
             0: at once (the paper).
@@ -112,6 +121,7 @@ class DMCConfig:
     decision_source: DecisionSource = "projection"
     decision_bias: Annotated[float, Range(0, 10_000)] = 5.0
     decision_scale: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    omega_floor: Annotated[float, Range(1e-12, 1)] = 2.0**-24
     temperature: Annotated[float, Range(1e-6, 1000)] = 0.1
     local_window: CountOrZero = 0
     operation: Operation = "merge"
@@ -169,11 +179,11 @@ class DMCConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DMCConfig":
-        """The inverse of :meth:`to_dict`; raises ConfigError for a key it does not know."""
+        """The inverse of :meth:`to_dict`, of earlier versions too; raises ConfigError for a key it does not know."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown DMC setting {', '.join(unknown)}; it may come from a newer megatron_dmc")
-        return cls(**values)
+        return cls(**saved_dmc_settings(values))
 
 
 def _plain(number: float) -> str:

@@ -66,7 +66,7 @@ class DMCLlamaAttention(nn.Module):
             decision_logits, omega_logits = projection_logits(self.decision(hidden), bias, scale)
         if self.dmc["per_layer"]:
             decision_logits = decision_logits.mean(-1, keepdim=True).expand_as(decision_logits)
-        alpha, omega = decision_logits > 0, omega_from_logits(omega_logits)
+        alpha, omega = decision_logits > 0, omega_from_logits(omega_logits, self.dmc["omega_floor"])
         if cache is not None:
             out = cache.attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
         else:

@@ -190,7 +190,7 @@ class DMCSelfAttention(SelfAttention):
             out = self._attend(query, key, value, documents=places.documents)
         else:
             decision_logits, omega_logits = self._decision_logits(hidden_states, query, key)
-            omega = omega_from_logits(omega_logits)
+            omega = omega_from_logits(omega_logits, self.dmc.omega_floor)
             if self.dmc.uses_key_channel:
                 query, key = clear_channel(query), clear_channel(key)
             if inference_context is not None:

@@ -6,9 +6,6 @@ decision_logits a -> merge_logits l, with noise and temperature in training, bin
 import torch
 from torch import Tensor
 
-# The authors' bf16 epsilon, here in every dtype. It keeps a slot's weight above 0.
-OMEGA_EPS = 2.0**-7
-
 
 def neuron_logits(query: Tensor, key: Tensor, bias: float) -> tuple[Tensor, Tensor]:
     """The ``neuron`` source: a_t = k_t[-1] - c, b_t = (mean of q_t[-1] over the query heads that share the KV head) + c.
@@ -41,9 +38,9 @@ def projection_logits(projected: Tensor, bias: float, scale: float) -> tuple[Ten
     return decision_logits - bias, omega_logits + bias
 
 
-def omega_from_logits(omega_logits: Tensor) -> Tensor:
-    """omega = sigmoid(b) + 2^-7."""
-    return torch.sigmoid(omega_logits) + OMEGA_EPS
+def omega_from_logits(omega_logits: Tensor, floor: float) -> Tensor:
+    """omega = sigmoid(b) + floor. The floor keeps a slot's weight above 0."""
+    return torch.sigmoid(omega_logits) + floor
 
 
 def relaxed_merge_logits(decision_logits: Tensor, noise: Tensor, temperature: float) -> Tensor:

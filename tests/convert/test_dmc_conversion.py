@@ -129,6 +129,19 @@ def test_an_export_from_before_there_was_a_window(dmc_checkpoint: Path, tmp_path
     assert (dmc.local_window, dmc.operation) == (0, "merge")
 
 
+@pytest.mark.parametrize("dmc_checkpoint", [DMCConfig(omega_floor=2**-7)], ids=["projection"], indirect=True)
+def test_an_export_from_before_omega_had_a_floor_of_its_own(dmc_checkpoint: Path, tmp_path: Path) -> None:
+    export_hf(dmc_checkpoint, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["dmc"].pop("omega_floor") == 2**-7
+    path.write_text(json.dumps(config))
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert old.config.dmc["omega_floor"] == 2**-7
+    import_hf(tmp_path / "hf", tmp_path / "again")
+    assert SavedModel.open(tmp_path / "again").recipe.dmc.omega_floor == 2**-7
+
+
 @pytest.mark.parametrize("dmc_checkpoint", [DMC["neuron"]], ids=["neuron"], indirect=True)
 def test_a_retrofit_that_has_not_begun_to_merge(dmc_checkpoint: Path, tmp_path: Path) -> None:
     """In zero_out the channel still belongs to the base's attention: read as decisions it is noise."""

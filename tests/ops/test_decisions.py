@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from megatron_dmc.ops.decisions import (
-    OMEGA_EPS,
     clear_channel,
     hard_merge_logits,
     neuron_logits,
@@ -53,8 +52,10 @@ def test_merge_logits_relaxed_and_hard() -> None:
 
 
 def test_omega_stays_above_zero() -> None:
-    omega = omega_from_logits(torch.tensor([-INFINITY, 0.0, INFINITY]))
-    torch.testing.assert_close(omega, torch.tensor([0.0, 0.5, 1.0]) + OMEGA_EPS)
+    for floor in (2**-7, 2**-24):
+        omega = omega_from_logits(torch.tensor([-INFINITY, 0.0, INFINITY]), floor)
+        torch.testing.assert_close(omega, torch.tensor([0.0, 0.5, 1.0]) + floor)
+        assert omega[0] == floor
 
 
 def test_clear_channel_stops_the_gradient_of_the_last_channel() -> None:
