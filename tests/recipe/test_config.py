@@ -50,7 +50,9 @@ def test_what_was_saved_before_omega_had_a_floor_of_its_own(tmp_path: Path) -> N
     assert recipe_from_dict(whole.to_dict()) == whole
 
 
-@pytest.mark.parametrize("name", ["quickstart/recipe", "quickstart/adapter", "quickstart/neuron", "llama2_7b_dmc8/paper"])
+@pytest.mark.parametrize(
+    "name", ["quickstart/recipe", "quickstart/adapter", "quickstart/neuron", "llama2_7b_dmc8/paper"]
+)
 def test_recipes_whose_numbers_are_published_keep_the_floor_of_then(name: str) -> None:
     recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text("utf-8"))
     assert recipe["dmc"]["omega_floor"] == 2**-7
