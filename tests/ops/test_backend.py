@@ -10,6 +10,7 @@ from megatron_dmc.ops.attention import dmc_attention, windowed_dmc_attention
 from megatron_dmc.ops.backend import choose
 from megatron_dmc.ops.noise import logistic_noise
 from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.residual import residual
 from tests.support.oracle import Shape, draw_attention, draw_pooling
 
 
@@ -26,6 +27,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         *(ATTENTION[name] for name in ("query", "key", "value", "merge_logits")), **options
     ),
     "windowed_dmc_attention": lambda **options: windowed_dmc_attention(**ATTENTION, local_window=2, **options),
+    "residual": lambda **options: residual(
+        ATTENTION["key"], ATTENTION["value"], torch.sigmoid(ATTENTION["merge_logits"]), **options
+    ),
     "pool": lambda **options: pool(**draw_pooling(Shape(1, 5, 2, 2, 8)), **options),
     "logistic_noise": lambda **options: logistic_noise(1, torch.tensor([0]), 0, [0], torch.arange(3), **options),
 }
