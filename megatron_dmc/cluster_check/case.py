@@ -45,6 +45,10 @@ CASES = [
     ),
     Case("DMC-C, tied embeddings", {"dmc.per_layer": True, "model.share_embeddings_and_output_weights": True}),
     Case("packed documents, window", {"data.reset_at_documents": True, "dmc.local_window": 4}),
+    Case(
+        "absorbing, packed documents",
+        {"data.reset_at_documents": True, "dmc.local_window": 4, "dmc.operation": "absorb"},
+    ),
     Case("bf16", {"training.bf16": True}),
 ]
 # Attention on a GPU is bf16 in any case.

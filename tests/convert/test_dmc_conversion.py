@@ -76,6 +76,8 @@ DMC = {
     "neuron-local-window": DMCConfig(decision_source="neuron", decision_bias=0.3, local_window=4),
     "projection-local-window": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4),
     "projection-evict": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4, operation="evict"),
+    "projection-absorb": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4, operation="absorb"),
+    "neuron-absorb": DMCConfig(decision_source="neuron", decision_bias=0.3, local_window=4, operation="absorb"),
 }
 
 
@@ -96,7 +98,7 @@ def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path:
     assert (logits - megatron_logits(network)).abs().max() > 1e-2
 
 
-THERE_AND_BACK = ("projection", "neuron", "neuron-local-window", "projection-evict")
+THERE_AND_BACK = ("projection", "neuron", "neuron-local-window", "projection-evict", "projection-absorb")
 
 
 @pytest.mark.parametrize("dmc_checkpoint", [DMC[name] for name in THERE_AND_BACK], ids=THERE_AND_BACK, indirect=True)

@@ -22,7 +22,8 @@ def test_a_source_is_the_channel_or_a_projection(source: str) -> None:
 
 def test_the_cache_takes_its_settings() -> None:
     config = DMCConfig(local_window=16, operation="evict")
-    assert config.evicts and not DMCConfig().evicts
+    assert (config.merges, config.absorbs) == (False, False)
+    assert (DMCConfig().merges, DMCConfig().absorbs) == (True, False)
     inspect.signature(LayerCache).bind(**config.cache_settings())
     assert config.cache_settings() == {
         "local_window": 16,
@@ -30,6 +31,12 @@ def test_the_cache_takes_its_settings() -> None:
         "window_size": None,
         "clears_last_channel": False,
     }
+
+
+def test_omega_has_no_bias_where_tokens_are_absorbed() -> None:
+    absorbing = DMCConfig(local_window=16, operation="absorb", decision_bias=3.0)
+    assert absorbing.absorbs and not absorbing.merges
+    assert (absorbing.omega_bias, DMCConfig(decision_bias=3.0).omega_bias) == (0.0, 3.0)
 
 
 def test_what_was_saved_before_omega_had_a_floor_of_its_own(tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ class KeyGradients:
             self.key, self.value = _Sum(keys.key, dtype), _Sum(keys.value, dtype)
         self.fade_logits = None if keys.fade_logits is None else _Sum(keys.fade_logits, None)
         # Of mean_key, mean_value, log_mass.
-        self.residual: list[_Sum] = []
+        self.after_each: list[_Sum] = []
         if keys.mean_key is not None and keys.mean_value is not None and keys.log_mass is not None:
-            self.residual = [_Sum(keys.mean_key, dtype), _Sum(keys.mean_value, dtype), _Sum(keys.log_mass, None)]
+            self.after_each = [_Sum(keys.mean_key, dtype), _Sum(keys.mean_value, dtype), _Sum(keys.log_mass, None)]
 
     def add_near(self, key: Tensor, value: Tensor, at: slice) -> None:
         self.key.add(key, at)
@@ -137,9 +137,18 @@ class KeyGradients:
         if self.fade_logits is not None and gradients.fade_logits is not None:
             self.fade_logits.add(gradients.fade_logits, at)
 
+    def residual(self, at: slice | Tensor) -> OneKey:
+        """What gradients of the residual slot after these tokens are added to in place, before ``add_residual``."""
+        key, value, log_mass = (total.result()[:, at] for total in self.after_each)
+        # A selection is a copy, which add_residual writes back; a slice is the sum itself.
+        return OneKey(key, value, log_mass)
+
     def add_residual(self, gradients: OneKey, at: slice | Tensor) -> None:
-        for total, part in zip(self.residual, gradients, strict=True):
-            total.add(part, at)
+        """Gradients of key and value are those that ``residual`` gave, added to; that of log_weight is added here."""
+        key, value, log_mass = (total.result() for total in self.after_each)
+        if isinstance(at, Tensor):
+            key[:, at], value[:, at] = gradients.key, gradients.value
+        log_mass[:, at] += gradients.log_weight
 
     def add_rows(self, others: "KeyGradients", at: slice) -> None:
         """Gradients of all rows' tokens ``at``, which lie one after another: [1, batch * tokens, ...]."""
@@ -176,12 +185,12 @@ class KeyGradients:
     def _of_absorbed(self, absorbed: _Absorbed) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of key, value and weight."""
         after_each = Residual(*self.keys[-3:])  # type: ignore[arg-type]
-        grads = Residual(*(x.result() for x in self.residual))
+        grads = Residual(*(x.result() for x in self.after_each))
         tensors = absorbed.key, absorbed.value, absorbed.weight, absorbed.starts
         return residual_backward(grads, *tensors, after_each)[:3]
 
     def _all(self) -> list["_Sum"]:
-        sums = [self.far_key, self.far_value, self.key, self.value, *self.residual]
+        sums = [self.far_key, self.far_value, self.key, self.value, *self.after_each]
         return sums if self.fade_logits is None else [*sums, self.fade_logits]
 
 

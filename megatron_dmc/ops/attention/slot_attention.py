@@ -17,7 +17,7 @@ from megatron_dmc.ops.attention.diagonal import diagonal_backward, diagonal_forw
 from megatron_dmc.ops.attention.fading_keys import fading_backward, fading_forward
 from megatron_dmc.ops.attention.flash import flash_backward, flash_forward
 from megatron_dmc.ops.attention.keys import KeyGradients, Keys, keys_of
-from megatron_dmc.ops.attention.one_key import OneKey, add_one_key_gradients, join_one_key
+from megatron_dmc.ops.attention.one_key import add_one_key_gradients, join_one_key
 from megatron_dmc.ops.attention.parts import Parts
 from megatron_dmc.ops.attention.types import Attended, Form, States, join
 
@@ -71,11 +71,11 @@ def attend_backward(
         d_later = gradients.query
         sums.add_far(gradients, parts.own)
         if form.operation == "absorb":
-            one = keys.residual(parts.own)
-            into = d_later, torch.zeros_like(one.key), torch.zeros_like(one.value)
-            d_log_mass = add_one_key_gradients(into, grad, later, one, Attended(*of_later), form.kernel.softmax_scale)
-            sums.add_residual(OneKey(*into[1:], d_log_mass), parts.own)
-            del into
+            one, sum_of_one = keys.residual(parts.own), sums.residual(parts.own)
+            into, scale = (d_later, sum_of_one.key, sum_of_one.value), form.kernel.softmax_scale
+            d_log_mass = add_one_key_gradients(into, grad, later, one, Attended(*of_later), scale)
+            sums.add_residual(sum_of_one._replace(log_weight=d_log_mass), parts.own)
+            del into, sum_of_one
         if parts.before.stop:
             settings = replace(form.kernel, causal=False)
             gradients = fading_backward(grad, later, keys.far(parts.before), Attended(*of_later), settings)
