@@ -121,6 +121,22 @@ def test_hugging_face_generate_equals_training_form(case: dict[str, Any]) -> Non
     assert_same(torch.stack(made.logits, dim=1), expected)
 
 
+def test_a_fresh_absorbing_projection_is_its_base_and_learns() -> None:
+    """Its logits are constants at first; through noisy decisions both of them get a gradient, in every layer and head."""
+    base, model = random_model(None), random_model(DMCConfig(operation="absorb", local_window=4, decision_bias=1.0))
+    model.load_state_dict(base.state_dict(), strict=False)
+    for layer in dmc_layers(model):
+        for parameter in layer.decision.parameters():
+            torch.nn.init.zeros_(parameter)
+    ids = tokens(2, LENGTH)
+    with torch.no_grad():
+        assert_same(model(ids, positions(ids), None), base(ids, positions(ids), None))
+    model.train()(ids, positions(ids), torch.arange(2)).square().mean().backward()
+    for layer in dmc_layers(model):
+        gradient = layer.decision.bias.grad
+        assert gradient.isfinite().all() and gradient.all()
+
+
 def test_fresh_projection_is_its_base_to_the_last_bit() -> None:
     base = random_model(None)
     patched = random_model(DMCConfig())
