@@ -39,9 +39,12 @@ def both(**options: object) -> tuple[Callable[..., tuple[Tensor, ...]], Callable
 @pytest.mark.parametrize("shape", [Shape(2, seq, 2, 2, 8) for seq in LENGTHS], ids=str)
 def test_equals_the_oracle(shape: Shape, decisions: Decisions) -> None:
     assert_equals_oracle(*both(), tokens(shape, decisions), 1e-11, floor=1.0)
+    # The form of a GPU, too, which knows documents.
+    starts = torch.zeros(shape.batch, shape.seq, dtype=torch.bool)
+    assert_equals_oracle(both(document_starts=starts)[0], both()[1], tokens(shape, decisions), 1e-11, floor=1.0)
 
 
-@pytest.mark.parametrize("shape", [Shape(2, seq, 2, 2, 8) for seq in (1, 33, 65)], ids=str)
+@pytest.mark.parametrize("shape", [Shape(2, seq, 2, 2, 8) for seq in (1, 33, 64, 65)], ids=str)
 def test_a_state_that_is_carried_equals_the_oracle(shape: Shape) -> None:
     """From the sums before the first token to those after the last, with gradients through both."""
     draw, inputs = Draw(5), tokens(shape)

@@ -79,7 +79,7 @@ class _Absorbed(NamedTuple):
     Attributes:
         key, value: raw, the key rotated.
         alpha, keep, omega: the token's share that is absorbed, 1 - that, and its weight; [batch, seq, kv_heads].
-        starts: bool [batch, seq], the first token of a document, which is never absorbed.
+        starts: bool [batch, seq], the first token of a document, which is never absorbed; None: rows of one document each.
     """
 
     key: Tensor
@@ -87,7 +87,7 @@ class _Absorbed(NamedTuple):
     alpha: Tensor
     keep: Tensor
     omega: Tensor
-    starts: Tensor
+    starts: Tensor | None
 
     @classmethod
     def of(cls, states: States, form: Form) -> "_Absorbed | None":
@@ -98,11 +98,7 @@ class _Absorbed(NamedTuple):
         assert key is not None and value is not None and logits is not None and omega is not None
         logits, omega = (x.to(torch.promote_types(key.dtype, torch.float32)) for x in (logits, omega))
         documents = form.kernel.documents
-        if documents is not None:
-            starts = documents.starts.view(key.shape[:2])
-        else:
-            starts = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
-            starts[:, 0] = True
+        starts = None if documents is None else documents.starts.view(key.shape[:2])
         # 1 - alpha as a sigmoid of its own: the difference has no digits left where alpha is near 1.
         return cls(key, value, torch.sigmoid(logits), torch.sigmoid(-logits), omega, starts)
 

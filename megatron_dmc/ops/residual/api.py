@@ -44,8 +44,7 @@ def residual(
             f"{tuple(key.shape)}, value {tuple(value.shape)}, weight {tuple(weight.shape)}"
         )
     implementation = choose(backend, {"torch": torch_residual, "naive": naive.residual})
-    starts = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
-    starts[:, 0] = initial_state is None
-    if document_starts is not None:
-        starts = starts | document_starts
+    starts = document_starts
+    if starts is not None and initial_state is None:
+        starts = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
     return implementation(key, value, weight, starts, initial_state)

@@ -7,9 +7,12 @@ from megatron_dmc.ops.residual.types import Residual, ResidualState
 
 
 def residual(
-    key: Tensor, value: Tensor, weight: Tensor, starts: Tensor, initial_state: ResidualState | None = None
+    key: Tensor, value: Tensor, weight: Tensor, starts: Tensor | None, initial_state: ResidualState | None = None
 ) -> tuple[Residual, ResidualState]:
     """N_t = N_{t-1} + weight_t, K_t = sum of weight_j key_j / N_t, V_t likewise; all sums are 0 at a start."""
+    if starts is None:
+        starts = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
+        starts[:, 0] = initial_state is None
     tokens = torch.cat([key, value], dim=-1)
     sums, mass = torch.zeros_like(tokens[:, 0]), torch.zeros_like(weight[:, 0])
     if initial_state is not None:
