@@ -28,12 +28,14 @@ DMC_FORMS: dict[str, dict[str, Any]] = {
     "window, merge, no free channel": {"local_window": LOCAL_WINDOW, "operation": "merge"},
     "window, evict, free channel": {"local_window": LOCAL_WINDOW, "operation": "evict", "bias_channel": -1},
     "window, evict, no free channel": {"local_window": LOCAL_WINDOW, "operation": "evict"},
+    "window, absorb, free channel": {"local_window": LOCAL_WINDOW, "operation": "absorb", "bias_channel": -1},
+    "window, absorb, no free channel": {"local_window": LOCAL_WINDOW, "operation": "absorb"},
 }
 FORMS = ("plain", *DMC_FORMS, "dense mask")
 
 
 def inputs(seq: int, heads: int, head_dim: int, own_slots: bool = True) -> list[Tensor]:
-    """query, key, value, pooled_key, pooled_value, merge_logits and the output's gradient; the last channel is free.
+    """query, key, value, pooled_key, pooled_value, merge_logits, omega and the output's gradient; the last channel is free.
 
     Without ``own_slots`` the key and value are the slots: only merging with a window reads both.
     """
@@ -41,9 +43,10 @@ def inputs(seq: int, heads: int, head_dim: int, own_slots: bool = True) -> list[
     query, key, value, grad = (torch.randn(1, seq, heads, head_dim) for _ in range(4))
     merge_logits = 4 * torch.randn(1, seq, heads)
     slots = [torch.randn(1, seq, heads, head_dim) for _ in range(2)] if own_slots else [key, value]
+    omega = torch.randn(1, seq, heads).exp()
     for x in (query, key, slots[0]):
         x[..., -1] = 0
-    return [x.requires_grad_() for x in (query, key, value, *slots, merge_logits)] + [grad]
+    return [x.requires_grad_() for x in (query, key, value, *slots, merge_logits, omega)] + [grad]
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -59,20 +62,16 @@ def dense_mask(merge_logits: Tensor) -> Tensor:
     return mask.masked_fill_(torch.ones(seq, seq, dtype=torch.bool).triu(1), float("-inf"))
 
 
-def attend(
-    form: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pooled_key: Tensor,
-    pooled_value: Tensor,
-    merge_logits: Tensor,
-) -> Tensor:
+def attend(form: str, query: Tensor, key: Tensor, value: Tensor, *decided: Tensor) -> Tensor:
+    """``decided``: pooled_key, pooled_value, merge_logits, omega."""
+    pooled_key, pooled_value, merge_logits, omega = decided
     if form == "plain":
         return plain(query, key, value)
     if form == "dense mask":
         return plain(query, pooled_key, pooled_value, dense_mask(merge_logits))
-    return windowed_dmc_attention(query, key, value, pooled_key, pooled_value, merge_logits, **DMC_FORMS[form])
+    options = DMC_FORMS[form]
+    weights = {"omega": omega} if options.get("operation") == "absorb" else {}
+    return windowed_dmc_attention(query, key, value, pooled_key, pooled_value, merge_logits, **options, **weights)
 
 
 def step(form: str, *tensors: Tensor) -> None:
@@ -97,6 +96,9 @@ def measure(seq: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     steps: dict[str, Callable[[], None]] = {form: functools.partial(step, form, *tensors) for form in forms}
     seconds = common.interleaved_seconds(steps, options.rounds, options.clock)
     times = common.ratio_to("plain", seconds)
+    over_evict = {
+        form: common.ratio_to(form.replace("absorb", "evict"), seconds)[form] for form in forms if "absorb" in form
+    }
     sizes = {
         form: int(common.in_own_process(__file__, ["--peak", form, "--seq", str(seq), *_shape(options)]))
         for form in forms
@@ -107,6 +109,7 @@ def measure(seq: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             "form": form,
             "ms": common.median_ms(seconds[form]),
             "time over plain": times[form],
+            "time over evict": over_evict.get(form),
             "peak MiB": sizes[form] / 2**20,
             "memory over plain": sizes[form] / sizes["plain"],
         }

@@ -10,7 +10,7 @@ from megatron_dmc.errors import DMCError
 
 DecisionSource = Literal["neuron", "projection"]
 RatioControl = Literal["loss", "offset"]
-Operation = Literal["merge", "evict"]
+Operation = Literal["merge", "evict", "absorb"]
 
 
 class ConfigError(DMCError, ValueError):
@@ -83,6 +83,13 @@ Count = Annotated[int, Range(1, MOST)]
 CountOrZero = Annotated[int, Range(0, MOST)]
 # More tokens per slot than any sequence could use.
 Ratio = Annotated[float, Range(1, 10_000)]
+# What omega_floor was before it was a setting: the bf16 epsilon of the authors' code.
+PAPER_OMEGA_FLOOR = 2.0**-7
+
+
+def saved_dmc_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved ``dmc`` section as it was meant: one without ``omega_floor`` is from before that setting. Empty: defaults."""
+    return {"omega_floor": PAPER_OMEGA_FLOOR, **values} if values else values
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,19 @@ class DMCConfig:
         decision_source: where the logits of alpha (merge) and omega (weight) come from. ``neuron`` (the paper): the last
             channel of key and query. ``projection``: a linear map of the layer's normed attention input, which starts at
             zero.
-        decision_bias: c, in logits. The logits start at a = -c (append) and b = +c (full weight).
+        decision_bias: c, in logits. The logits start at a = -c (append) and b = +c (full weight; with ``absorb`` at b = 0,
+            where a token weighs 1).
         decision_scale: s, multiplies the projection's output: s (W h + beta). Under Adam it acts as a learning-rate
             multiplier of W and beta.
+        omega_floor: added to the weight: omega = sigmoid(b) + omega_floor. The default keeps a weight above zero and no more,
+            so that one token of full weight outweighs thousands of others. 0.0078125 (2^-7): the authors' code. ``merge``
+            only.
         temperature: tau of the Gumbel-sigmoid that relaxes alpha in training.
         local_window: w, tokens. A decision takes effect when its token is w tokens old; until then the token stays raw.
             0: at once (the paper).
         operation: what then becomes of a token with alpha 1. ``merge``: it joins the slot before it. ``evict``: it is
-            dropped (DMS, arXiv 2506.05345), which needs a local_window.
+            dropped (DMS, arXiv 2506.05345). ``absorb``: it joins a weighted mean of all such tokens of its head, one more
+            slot that weighs as much as they do. Evicting and absorbing need a local_window.
         window_size: tokens. Only the last so many tokens of a slot count in it (12: the authors' code). null: all do, by an
             exact scan.
         per_layer: DMC-C: all heads of a layer take one decision, by the mean of their logits.
@@ -116,6 +128,7 @@ class DMCConfig:
     decision_source: DecisionSource = "projection"
     decision_bias: Annotated[float, Range(0, 10_000)] = 5.0
     decision_scale: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    omega_floor: Annotated[float, Range(1e-12, 1)] = 2.0**-24
     temperature: Annotated[float, Range(1e-6, 1000)] = 0.1
     local_window: CountOrZero = 0
     operation: Operation = "merge"
@@ -139,14 +152,15 @@ class DMCConfig:
             raise ConfigError(
                 "ratio_control offset needs decision_source projection, got neuron; set ratio_control to loss"
             )
-        if self.evicts and self.local_window == 0:
+        if not self.merges and self.local_window == 0:
             raise ConfigError(
-                "operation evict needs local_window >= 1, got 0: a token would be gone before it is seen; set local_window "
-                "(16 or more), or operation merge"
+                f"operation {self.operation} needs local_window >= 1, got 0: a token would be gone before it is seen; set "
+                "local_window (16 or more), or operation merge"
             )
-        if self.evicts and self.window_size is not None:
+        if not self.merges and self.window_size is not None:
             raise ConfigError(
-                f"window_size must be null for operation evict (nothing is merged), got {self.window_size}"
+                f"window_size must be null for operation {self.operation} (nothing is merged into the slot before), got "
+                f"{self.window_size}"
             )
 
     @property
@@ -160,9 +174,19 @@ class DMCConfig:
         return self.decision_source == "projection"
 
     @property
-    def evicts(self) -> bool:
-        """Whether a token with alpha 1 is dropped, not merged."""
-        return self.operation == "evict"
+    def merges(self) -> bool:
+        """Whether a token with alpha 1 is merged into the slot before it."""
+        return self.operation == "merge"
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether a token with alpha 1 joins the residual slot of its head."""
+        return self.operation == "absorb"
+
+    @property
+    def omega_bias(self) -> float:
+        """What is added to the logit of omega."""
+        return 0.0 if self.absorbs else self.decision_bias
 
     def cache_settings(self) -> dict[str, Any]:
         """The keyword arguments of a layer's compressed cache, see ``LayerCache``."""
@@ -179,11 +203,11 @@ class DMCConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DMCConfig":
-        """The inverse of :meth:`to_dict`; raises ConfigError for a key it does not know."""
+        """The inverse of :meth:`to_dict`, of earlier versions too; raises ConfigError for a key it does not know."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown DMC setting {', '.join(unknown)}; it may come from a newer megatron_dmc")
-        return cls(**values)
+        return cls(**saved_dmc_settings(values))
 
 
 def _plain(number: float) -> str:

@@ -108,7 +108,7 @@ def test_what_is_not_there_is_found(text: str, problem: str) -> None:
 
 def test_what_is_there_is_let_be() -> None:
     text = (
-        "`ops/pooling/api.py: pool`, `config.py: DMCConfig.evicts`, `recipe/sections.py: DataConfig.seed`, "
+        "`ops/pooling/api.py: pool`, `config.py: DMCConfig.merges`, `recipe/sections.py: DataConfig.seed`, "
         "`ops/<op>/naive.py`, `tests/support/oracle.py: Shape`, `recipe/`, [algorithm](algorithm.md), `docs/settings.md`, https://x.org/a/b.md"
     )
     assert list(problems(DOCS / "page.md", text)) == []

@@ -220,7 +220,10 @@ class Calibrator:
         slopes = fit.weight.new_tensor([-SHARPNESS, OMEGA_SHARPNESS[dmc.operation]])
         # [kv_heads, 2, hidden] and [kv_heads, 2]: rows a_0, b_0, a_1, b_1, ...
         weight, logits = slopes[:, None] * fit.weight.T[:, None], slopes * fit.offset[:, None]
-        untrained = torch.cat(projection_logits(torch.zeros(1, 1, 2), dmc.decision_bias, dmc.decision_scale)).flatten()
+        nothing = torch.zeros(1, 1, 2)
+        untrained = torch.cat(
+            projection_logits(nothing, dmc.decision_bias, dmc.omega_bias, dmc.decision_scale)
+        ).flatten()
         projection.weight.copy_(weight.flatten(0, 1) / projection.input_scale.double() / dmc.decision_scale)
         projection.bias.copy_(((logits - untrained.to(logits)) / dmc.decision_scale).flatten())
 

@@ -27,6 +27,7 @@ MEANING = (
     "decision_source",
     "decision_bias",
     "decision_scale",
+    "omega_floor",
     "local_window",
     "operation",
     "window_size",

@@ -48,6 +48,10 @@ CASES = [
         "packed documents, window",
         {"data.reset_at_documents": True, "data.repeat_fraction": 0.5, "dmc.local_window": 4},
     ),
+    Case(
+        "absorbing, packed documents",
+        {"data.reset_at_documents": True, "dmc.local_window": 4, "dmc.operation": "absorb"},
+    ),
     Case("bf16", {"training.bf16": True}),
     Case(
         "calibrated",

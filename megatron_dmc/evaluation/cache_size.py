@@ -18,6 +18,7 @@ class CacheSize:
     """tokens read; slots [layers, kv_heads] they became; bytes held for them, and by a plain cache of the same dtype.
 
     window: the last tokens, which stay as they are (``dmc.local_window``).
+    residual: slots of a head that hold what was absorbed, 0 or 1.
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class CacheSize:
     cache_bytes: int
     plain_cache_bytes: int
     window: int = 0
+    residual: int = 0
 
     @property
     def layer_head_ratio(self) -> Tensor:
@@ -46,7 +48,7 @@ class CacheSize:
         decided = self.tokens - self.window - 1
         if decided * MERGES_EVERYTHING_BELOW < 1:
             return []
-        kept = (self.slots.double().mean(1) - self.window - 1) / decided
+        kept = (self.slots.double().mean(1) - self.window - self.residual - 1) / decided
         return (kept < MERGES_EVERYTHING_BELOW).nonzero()[:, 0].tolist()
 
 
@@ -74,4 +76,5 @@ def measure_cache(loaded: LoadedModel, tokens: Tensor) -> CacheSize:
         cache_bytes=context.nbytes,
         plain_cache_bytes=plain_cache_bytes(loaded, len(tokens)),
         window=loaded.recipe.dmc.local_window,
+        residual=int(loaded.recipe.dmc.absorbs),
     )

@@ -11,7 +11,8 @@ class DMCLlamaConfig(LlamaConfig):
     """LlamaConfig with DMC's settings (Nawrot et al., ICML 2024, arXiv 2403.09636).
 
     Args:
-        dmc: the settings of the retrofit, as DMCConfig.to_dict() gives them; missing ones have DMCConfig's defaults.
+        dmc: the settings of the retrofit, as DMCConfig.to_dict() gives them; missing ones have DMCConfig's defaults, but
+            ``omega_floor`` is 2^-7 where others are given, as it was before it was a setting.
         prefill_chunk_tokens: a longer prompt goes through the layers in pieces of so many tokens. (The name is not
             prefill_chunk_size, because generate() has a setting of that name.)
         kwargs: LlamaConfig's.

@@ -22,6 +22,7 @@ from megatron_dmc.ops.decisions import (
     hard_merge_logits,
     neuron_logits,
     omega_from_logits,
+    omega_of_absorbed,
     projection_logits,
 )
 from megatron_dmc.ops.decode import LayerCache
@@ -42,6 +43,7 @@ class DMCLlamaAttention(nn.Module):
         self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         self.dmc = config.dmc
         self.neuron = config.dmc["decision_source"] == "neuron"
+        self.absorbs = config.dmc["operation"] == "absorb"
         kv_heads = config.num_key_value_heads or config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
@@ -58,15 +60,21 @@ class DMCLlamaAttention(nn.Module):
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        biases = self.dmc["decision_bias"], 0.0 if self.absorbs else self.dmc["decision_bias"]
         if self.neuron:
-            decision_logits, omega_logits = neuron_logits(query, key, self.dmc["decision_bias"])
+            decision_logits, omega_logits = neuron_logits(query, key, *biases)
             query, key = clear_channel(query), clear_channel(key)
         else:
-            bias, scale = self.dmc["decision_bias"], self.dmc["decision_scale"]
-            decision_logits, omega_logits = projection_logits(self.decision(hidden), bias, scale)
+            decision_logits, omega_logits = projection_logits(
+                self.decision(hidden), *biases, self.dmc["decision_scale"]
+            )
         if self.dmc["per_layer"]:
             decision_logits = decision_logits.mean(-1, keepdim=True).expand_as(decision_logits)
-        alpha, omega = decision_logits > 0, omega_from_logits(omega_logits)
+        alpha = decision_logits > 0
+        if self.absorbs:
+            omega = omega_of_absorbed(omega_logits)
+        else:
+            omega = omega_from_logits(omega_logits, self.dmc["omega_floor"])
         if cache is not None:
             out = cache.attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
         else:
@@ -79,8 +87,13 @@ class DMCLlamaAttention(nn.Module):
                 clear_last_channel=self.neuron,
                 **when,
             )
-            channel = -1 if self.neuron else None
-            out = windowed_dmc_attention(*states, hard_merge_logits(decision_logits), bias_channel=channel, **when)
+            out = windowed_dmc_attention(
+                *states,
+                hard_merge_logits(decision_logits),
+                omega=omega if self.absorbs else None,
+                bias_channel=-1 if self.neuron else None,
+                **when,
+            )
         return self.o_proj(out.flatten(2))
 
 

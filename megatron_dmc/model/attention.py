@@ -25,6 +25,7 @@ from megatron_dmc.ops.decisions import (
     hard_merge_logits,
     neuron_logits,
     omega_from_logits,
+    omega_of_absorbed,
     projection_logits,
     relaxed_merge_logits,
 )
@@ -94,20 +95,16 @@ class DMCCoreAttention(MegatronModule):
         self.exchange = cast(Literal["all_gather", "a2a"], cp_comm_type or "all_gather")
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pooled_key: Tensor | None = None,
-        pooled_value: Tensor | None = None,
-        merge_logits: Tensor | None = None,
-        *,
-        documents: Documents | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, *decided: Tensor, documents: Documents | None = None
     ) -> Tensor:
+        """``decided``: pooled_key, pooled_value and merge_logits, and omega where tokens are absorbed; nothing: plain."""
+        given: list[Tensor | None] = [*decided, None, None, None, None]
+        pooled_key, pooled_value, merge_logits, omega = given[:4]
         settings: dict[str, Any] = {"softmax_scale": self.softmax_scale}
         if self.dmc is not None and merge_logits is not None:
             settings["local_window"], settings["operation"] = self.dmc.local_window, self.dmc.operation
             settings["bias_channel"] = -1 if self.dmc.uses_key_channel else None
+            settings["omega"] = omega
         if self.group is not None:
             states = query, key, value, pooled_key, pooled_value, merge_logits
             settings |= {"group": self.group, "exchange": self.exchange}
@@ -203,7 +200,10 @@ class DMCSelfAttention(SelfAttention):
             out = self._attend(query, key, value, documents=places.documents)
         else:
             decision_logits, omega_logits = self.decision_logits(hidden_states, query, key)
-            omega = omega_from_logits(omega_logits)
+            if self.dmc.absorbs:
+                omega = omega_of_absorbed(omega_logits)
+            else:
+                omega = omega_from_logits(omega_logits, self.dmc.omega_floor)
             if self.dmc.uses_key_channel:
                 query, key = clear_channel(query), clear_channel(key)
             if inference_context is not None:
@@ -222,12 +222,14 @@ class DMCSelfAttention(SelfAttention):
     def decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """decision_logits and omega_logits, [batch, seq, kv_heads]."""
         assert self.dmc is not None
-        bias, scale = self.dmc.decision_bias, self.dmc.decision_scale
+        biases = self.dmc.decision_bias, self.dmc.omega_bias
         if self.dmc.uses_key_channel:
-            decision_logits, omega_logits = neuron_logits(query, key, bias)
+            decision_logits, omega_logits = neuron_logits(query, key, *biases)
         else:
             projected, _ = self.decision(hidden_states)
-            decision_logits, omega_logits = projection_logits(projected.transpose(0, 1), bias, scale)
+            decision_logits, omega_logits = projection_logits(
+                projected.transpose(0, 1), *biases, self.dmc.decision_scale
+            )
             decision_logits = decision_logits + self.decision.offset
         if self.dmc.per_layer:
             # Summed over the tensor-parallel ranks, forward and backward.
@@ -277,7 +279,8 @@ class DMCSelfAttention(SelfAttention):
             document_starts=places.starts,
             merge=pool if self.context_group is None else partial(context_parallel_pool, group=self.context_group),
         )
-        return self._attend(*states, merge_logits, documents=places.documents)
+        weights = (tokens.omega,) if self.dmc.absorbs else ()
+        return self._attend(*states, merge_logits, *weights, documents=places.documents)
 
     def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding, with the last channel scaled before and after it in phase zero_out."""
@@ -289,7 +292,7 @@ class DMCSelfAttention(SelfAttention):
     def _attend(self, *tensors: Tensor, documents: Documents | None) -> Tensor:
         attend = self.core_attention if documents is None else partial(self.core_attention, documents=documents)
         if self.checkpoint_core_attention and self.training:
-            # The merge logits need a gradient. Checkpointing gives it only to arguments.
+            # The merge logits and omega need a gradient. Checkpointing gives it only to arguments.
             return tensor_parallel.checkpoint(attend, False, *tensors)
         return attend(*tensors)
 

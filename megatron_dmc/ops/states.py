@@ -1,10 +1,11 @@
 """From keys and values before rotary embedding to the tensors of attention: raw keys for the local window, and slots."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from megatron_dmc.ops.attention.types import Operation
 from megatron_dmc.ops.decisions import clear_channel
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.rotary import rotate
@@ -16,7 +17,7 @@ def attention_states(
     tokens: Tokens,
     *,
     local_window: int,
-    operation: Literal["merge", "evict"],
+    operation: Operation,
     window_size: int | None,
     clear_last_channel: bool,
     document_starts: Tensor | None = None,
@@ -24,7 +25,7 @@ def attention_states(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The first five arguments of windowed_dmc_attention.
 
-    A slot is rotated at the position of its latest token. Without a window no query reads the raw keys, and with eviction
+    A slot is rotated at the position of its latest token. Without a window no query reads the raw keys, and without merging
     none reads slots: the tensors that are read are returned in their place.
 
     Args:
@@ -45,7 +46,7 @@ def attention_states(
         return clear_channel(x) if clear_last_channel else x
 
     query = rotated(query)
-    if operation == "evict":
+    if operation != "merge":
         key = rotated(key)
         return query, key, value, key, value
     pooled_key, pooled_value = merge(key, value, alpha, omega, window_size=window_size, document_starts=document_starts)

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, saved_dmc_settings
 from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.files import why_no_checkpoint
 from megatron_dmc.model.model_config import MISSING
@@ -44,6 +44,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe that a checkpoint was written with, all its settings; raises ConfigError as :func:`load_recipe` does."""
+    # A damaged file may hold anything; what is no section is refused below.
+    if isinstance(values, dict) and isinstance(values.get("dmc"), dict):
+        values = {**values, "dmc": saved_dmc_settings(values["dmc"])}
     return _build(values, from_person=False)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention import windowed_dmc_attention
+from tests.support.oracle import takes_omega
 from tests.support.scripts import load_benchmark
 
 # A first block, groups of two and of one, and a rest: every case of the sliding window's CPU form.
@@ -19,6 +20,8 @@ ORACLES = {
     "window, merge, no free channel": {"local_window": WINDOW, "operation": "merge"},
     "window, evict, free channel": {"local_window": WINDOW, "operation": "evict"},
     "window, evict, no free channel": {"local_window": WINDOW, "operation": "evict"},
+    "window, absorb, free channel": {"local_window": WINDOW, "operation": "absorb"},
+    "window, absorb, no free channel": {"local_window": WINDOW, "operation": "absorb"},
     "dense mask": {"local_window": 0},
 }
 
@@ -37,10 +40,11 @@ def test_every_form_equals_its_oracle(attention: ModuleType, form: str) -> None:
     *tensors, direction = attention.inputs(SEQ, 2, 16)
     attention.step(form, *tensors, direction)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = windowed_dmc_attention(*exact, backend="naive", **ORACLES[form])
+    read = exact if ORACLES[form].get("operation") == "absorb" else exact[:6]
+    expected = takes_omega(windowed_dmc_attention)(*read, backend="naive", **ORACLES[form])
     expected.backward(direction.double())
     torch.testing.assert_close(attention.attend(form, *tensors).double(), expected, rtol=1e-5, atol=1e-5)
-    names = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits")
+    names = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits", "omega")
     for name, got, wanted in zip(names, gradients(tensors), gradients(exact), strict=True):
         if name == "merge_logits" and form == "dense mask":  # that form gives none
             continue

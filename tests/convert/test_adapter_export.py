@@ -32,6 +32,7 @@ DMC = {
     "merge": DMCConfig(decision_bias=0.5),
     "window": DMCConfig(decision_bias=0.5, local_window=4),
     "evict": DMCConfig(decision_bias=0.5, local_window=4, operation="evict"),
+    "absorb": DMCConfig(decision_bias=0.5, local_window=4, operation="absorb"),
 }
 
 

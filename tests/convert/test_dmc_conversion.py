@@ -76,6 +76,8 @@ DMC = {
     "neuron-local-window": DMCConfig(decision_source="neuron", decision_bias=0.3, local_window=4),
     "projection-local-window": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4),
     "projection-evict": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4, operation="evict"),
+    "projection-absorb": DMCConfig(decision_source="projection", decision_bias=0.5, local_window=4, operation="absorb"),
+    "neuron-absorb": DMCConfig(decision_source="neuron", decision_bias=0.3, local_window=4, operation="absorb"),
 }
 
 
@@ -96,7 +98,7 @@ def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path:
     assert (logits - megatron_logits(network)).abs().max() > 1e-2
 
 
-THERE_AND_BACK = ("projection", "neuron", "neuron-local-window", "projection-evict")
+THERE_AND_BACK = ("projection", "neuron", "neuron-local-window", "projection-evict", "projection-absorb")
 
 
 @pytest.mark.parametrize("dmc_checkpoint", [DMC[name] for name in THERE_AND_BACK], ids=THERE_AND_BACK, indirect=True)
@@ -127,6 +129,19 @@ def test_an_export_from_before_there_was_a_window(dmc_checkpoint: Path, tmp_path
     import_hf(tmp_path / "hf", tmp_path / "again")
     dmc = SavedModel.open(tmp_path / "again").recipe.dmc
     assert (dmc.local_window, dmc.operation) == (0, "merge")
+
+
+@pytest.mark.parametrize("dmc_checkpoint", [DMCConfig(omega_floor=2**-7)], ids=["projection"], indirect=True)
+def test_an_export_from_before_omega_had_a_floor_of_its_own(dmc_checkpoint: Path, tmp_path: Path) -> None:
+    export_hf(dmc_checkpoint, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["dmc"].pop("omega_floor") == 2**-7
+    path.write_text(json.dumps(config))
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert old.config.dmc["omega_floor"] == 2**-7
+    import_hf(tmp_path / "hf", tmp_path / "again")
+    assert SavedModel.open(tmp_path / "again").recipe.dmc.omega_floor == 2**-7
 
 
 @pytest.mark.parametrize("dmc_checkpoint", [DMC["neuron"]], ids=["neuron"], indirect=True)

@@ -17,6 +17,7 @@ from megatron_dmc.ops.attention.context_parallel import context_parallel_attenti
 from megatron_dmc.ops.context_parallel import local_positions
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.pooling.context_parallel import context_parallel_pool
+from tests.support.oracle import takes_omega
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 8, 4, 8
 
@@ -88,15 +89,24 @@ def pooling_errors(seq: int) -> dict[str, float]:
     return errors
 
 
+cut_attention = takes_omega(context_parallel_attention)
+naive_windowed = takes_omega(lambda *x, **options: naive.windowed_dmc_attention(*x, **options)[0])
+
+
+def read_by(operation: str) -> list[str]:
+    """Names of the tensors that an operation is a function of."""
+    names = ["query", "key", "value", "pooled_key", "pooled_value", "merge_logits", "omega"]
+    return names[: {"plain": 3, "absorb": 7}.get(operation, 6)]
+
+
 def attention_errors(seq: int) -> dict[str, float]:
     group, ranks = dist.group.WORLD, dist.get_world_size()
     mine = local_positions(seq // ranks, group)
-    names = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits")
     errors = {}
     for operation, window, channel in itertools.product(
-        ("plain", "merge", "evict"), (0, 1, 4, seq // 2 // ranks, 17, seq), (None, -1)
+        ("plain", "merge", "evict", "absorb"), (0, 1, 4, seq // 2 // ranks, 17, seq), (None, -1)
     ):
-        if (operation == "plain" and (window or channel)) or (operation == "evict" and window == 0):
+        if (operation == "plain" and (window or channel)) or (operation in ("evict", "absorb") and window == 0):
             continue
         tensors = draw(seq, window)
         if channel is not None:
@@ -106,15 +116,15 @@ def attention_errors(seq: int) -> dict[str, float]:
         def oracle(*x: Tensor, operation: str = operation, window: int = window) -> Tensor:
             if operation == "plain":
                 return naive.dmc_attention(*x, torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64))[0]
-            return naive.windowed_dmc_attention(*x, local_window=window, operation=operation)[0]
+            return naive_windowed(*x, local_window=window, operation=operation)
 
-        arguments = [tensors[name] for name in (names[:3] if operation == "plain" else names)]
+        arguments = [tensors[name] for name in read_by(operation)]
         whole = run(oracle, arguments, None)
         for exchange in ("all_gather", "a2a"):
             options: dict[str, Any] = {"group": group, "exchange": exchange}
             if operation != "plain":
                 options |= {"local_window": window, "operation": operation, "bias_channel": channel}
-            cut = run(lambda *x, options=options: context_parallel_attention(*x, **options), arguments, mine)
+            cut = run(lambda *x, options=options: cut_attention(*x, **options), arguments, mine)
             if channel is not None:  # its gradient is not the caller's
                 for gradients in (cut, whole):
                     for place in (1, 2, 4):
@@ -129,25 +139,24 @@ def packed_errors(seq: int) -> dict[str, float]:
     starts = torch.zeros(BATCH, seq, dtype=torch.bool)
     starts[0, [1, seq // 4, seq // 2, seq - 2]] = True
     errors = {}
-    for operation, window in (("plain", 0), ("merge", 0), ("merge", 3), ("merge", seq // 3), ("evict", 5)):
+    absorbing = [("absorb", window) for window in (1, 5, seq // 2 // dist.get_world_size(), seq // 3)]
+    for operation, window in (("plain", 0), ("merge", 0), ("merge", 3), ("merge", seq // 3), ("evict", 5), *absorbing):
         tensors = draw(seq, window)
-        names = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits")
-        names = names[:3] if operation == "plain" else names
-        arguments = [tensors[name] for name in names]
+        arguments = [tensors[name] for name in read_by(operation)]
 
         def oracle(*x: Tensor, operation: str = operation, window: int = window) -> Tensor:
             if operation == "plain":
                 never = torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64)
                 return naive.dmc_attention(*x, never, None, starts)[0]
             options: dict[str, Any] = {"local_window": window, "operation": operation, "document_starts": starts}
-            return naive.windowed_dmc_attention(*x, **options)[0]
+            return naive_windowed(*x, **options)
 
         whole = run(oracle, arguments, None)
         for exchange in ("all_gather", "a2a"):
             options: dict[str, Any] = {"group": group, "exchange": exchange, "documents": Documents.from_starts(starts)}
             if operation != "plain":
                 options |= {"local_window": window, "operation": operation}
-            cut = run(lambda *x, options=options: context_parallel_attention(*x, **options), arguments, mine)
+            cut = run(lambda *x, options=options: cut_attention(*x, **options), arguments, mine)
             errors[f"{exchange}-{operation}-w{window}-documents"] = worst(cut, whole, mine)
     return errors
 

@@ -168,6 +168,12 @@ def size(slots: list[list[int]], tokens: int, window: int) -> CacheSize:
     return CacheSize(tokens, torch.tensor(slots), 512, 1024, window)
 
 
+def test_the_residual_slot_is_no_token_that_a_layer_kept() -> None:
+    """100 decisions, one token kept without one, a window of 10, and the slot that all were absorbed into."""
+    slots = torch.tensor([[12, 12], [62, 62]])
+    assert CacheSize(111, slots, 512, 1024, 10, residual=1).layers_that_merge_everything == [0]
+
+
 @pytest.mark.parametrize(
     ("slots", "tokens", "window", "flagged"),
     [

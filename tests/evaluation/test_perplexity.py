@@ -31,6 +31,7 @@ VARIANTS = {
     "truncated": DMCConfig(window_size=4, decision_bias=0.5),
     "merge-local5": DMCConfig(local_window=5, decision_bias=0.5),
     "evict-local5": DMCConfig(operation="evict", local_window=5, decision_bias=0.5),
+    "absorb-local5": DMCConfig(operation="absorb", local_window=5, decision_bias=0.5),
 }
 
 

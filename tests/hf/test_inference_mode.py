@@ -11,6 +11,7 @@ VARIANTS = {
     "truncated": {"window_size": 3},
     "window": {"local_window": 4},
     "evict": {"local_window": 4, "operation": "evict"},
+    "absorb": {"local_window": 4, "operation": "absorb"},
 }
 MODES = {"inference": torch.inference_mode, "no-grad": torch.no_grad, "grad": torch.enable_grad}
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}

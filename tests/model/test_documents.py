@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[DMCConfig | None, dict[str, Any]]] = {
     "neuron": (DMCConfig(decision_source="neuron", decision_bias=0.5), FULL),
     "merge-local5": (DMCConfig(local_window=5, decision_bias=0.5), FULL),
     "evict-local5": (DMCConfig(operation="evict", local_window=5, decision_bias=0.5), {}),
+    "absorb-local5": (DMCConfig(operation="absorb", local_window=5, decision_bias=0.5), SELECTIVE),
     "truncated": (DMCConfig(window_size=4, decision_bias=0.5), {}),
 }
 

@@ -30,7 +30,7 @@ VARIANTS = {
         decision_source=source, operation=operation, local_window=local_window, decision_bias=0.5
     )
     for source in ("projection", "neuron")
-    for operation in ("merge", "evict")
+    for operation in ("merge", "evict", "absorb")
     for local_window in (1, 16, 100)
 }
 LENGTH = 61
@@ -78,7 +78,10 @@ def test_cache_equals_training_form(case: dict[str, Any], sizes: list[int]) -> N
     logits, context = through_cache(case, sizes)
     assert_same(logits, case["expected"])
     merged = sum(int(layer.statistics.counts[1].sum()) for layer in dmc_layers(case["model"]))
-    assert int(context.slots.sum()) == 2 * LENGTH * SIZES.num_layers * SIZES.num_query_groups - merged
+    heads = 2 * SIZES.num_layers * SIZES.num_query_groups
+    # What a head absorbed is one slot more.
+    residual = heads if case["dmc"].absorbs and case["dmc"].local_window < LENGTH else 0
+    assert int(context.slots.sum()) == LENGTH * heads - merged + residual
 
 
 def hugging_face(case: dict[str, Any]) -> DMCLlamaForCausalLM:
@@ -116,6 +119,22 @@ def test_hugging_face_generate_equals_training_form(case: dict[str, Any]) -> Non
     with torch.no_grad():
         expected = case["model"](ids, positions(ids), None)[:, 39:-1]
     assert_same(torch.stack(made.logits, dim=1), expected)
+
+
+def test_a_fresh_absorbing_projection_is_its_base_and_learns() -> None:
+    """Its logits are constants at first; through noisy decisions both of them get a gradient, in every layer and head."""
+    base, model = random_model(None), random_model(DMCConfig(operation="absorb", local_window=4, decision_bias=1.0))
+    model.load_state_dict(base.state_dict(), strict=False)
+    for layer in dmc_layers(model):
+        for parameter in layer.decision.parameters():
+            torch.nn.init.zeros_(parameter)
+    ids = tokens(2, LENGTH)
+    with torch.no_grad():
+        assert_same(model(ids, positions(ids), None), base(ids, positions(ids), None))
+    model.train()(ids, positions(ids), torch.arange(2)).square().mean().backward()
+    for layer in dmc_layers(model):
+        gradient = layer.decision.bias.grad
+        assert gradient.isfinite().all() and gradient.all()
 
 
 def test_fresh_projection_is_its_base_to_the_last_bit() -> None:

@@ -11,6 +11,7 @@ from megatron_dmc.ops.backend import choose
 from megatron_dmc.ops.later_attention import Places, later_attention
 from megatron_dmc.ops.noise import logistic_noise
 from megatron_dmc.ops.pooling import pool
+from megatron_dmc.ops.residual import residual
 from tests.support.oracle import Shape, draw_attention, draw_pooling
 
 
@@ -27,6 +28,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         *(ATTENTION[name] for name in ("query", "key", "value", "merge_logits")), **options
     ),
     "windowed_dmc_attention": lambda **options: windowed_dmc_attention(**ATTENTION, local_window=2, **options),
+    "residual": lambda **options: residual(
+        ATTENTION["key"], ATTENTION["value"], torch.sigmoid(ATTENTION["merge_logits"]), **options
+    ),
     "pool": lambda **options: pool(**draw_pooling(Shape(1, 5, 2, 2, 8)), **options),
     "later_attention": lambda **options: later_attention(
         ATTENTION["query"],

@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 KINDS = {
     "exact": Kind(),
     "truncated12": Kind(window_size=12),
-    **{f"{operation}-w{w}": Kind(w, operation) for operation in ("merge", "evict") for w in (1, 16, 100)},
+    **{f"{operation}-w{w}": Kind(w, operation) for operation in ("merge", "evict", "absorb") for w in (1, 16, 100)},
     "merge-w5-truncated12": Kind(5, "merge", 12),
 }
 by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -143,7 +143,13 @@ def test_training_form_is_the_cache(clears, kind):
     given = KeysAndValues(tokens.key, tokens.value, alpha, tokens.omega, cos, sin)
     states = attention_states(tokens.query, given, **kind._asdict(), clear_last_channel=clears)
     when = {"local_window": kind.local_window, "operation": kind.operation}
-    expected = windowed_dmc_attention(*states, hard_merge_logits(alpha), bias_channel=-1 if clears else None, **when)
+    expected = windowed_dmc_attention(
+        *states,
+        hard_merge_logits(alpha),
+        omega=tokens.omega if kind.operation == "absorb" else None,
+        bias_channel=-1 if clears else None,
+        **when,
+    )
     for cuts in ([65], [20, 40, 5], [1] * 65):
         out = through_cache(tokens, cuts, LayerCache(*kind, clears_last_channel=clears))
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
@@ -212,7 +218,7 @@ def plain_bytes(cache: LayerCache, head_dim: int, element: int) -> int:
 
 @pytest.mark.parametrize("cuts", [[2048], [2000] + [1] * 48, [512] * 4], ids=["prefill", "prefill+steps", "chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["exact", "merge-w16", "evict-w16"])
+@pytest.mark.parametrize("kind", ["exact", "merge-w16", "evict-w16", "absorb-w16"])
 def test_bytes_follow_the_sum_of_lengths(kind, dtype, cuts):
     tokens = make_tokens(Shape(1, 2048, 2, 2, 64), merge=0.75, dtype=dtype)
     cache = LayerCache(*KINDS[kind])

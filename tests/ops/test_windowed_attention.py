@@ -13,9 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dmc.ops.attention import dmc_attention, windowed_dmc_attention
-from tests.support.oracle import Shape, assert_equals_oracle, draw_attention, outputs_and_gradients
+from tests.support.oracle import (
+    INFINITY,
+    Decisions,
+    Shape,
+    assert_equals_oracle,
+    draw_attention,
+    outputs_and_gradients,
+    takes_omega,
+)
 
-OPERATIONS = ("merge", "evict")
+OPERATIONS = ("merge", "evict", "absorb")
+attend = takes_omega(windowed_dmc_attention)
 
 
 def inputs(
@@ -26,16 +35,18 @@ def inputs(
 
 
 def output_and_gradients(tensors: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    outputs, gradients = outputs_and_gradients(partial(windowed_dmc_attention, **options), tensors)
+    outputs, gradients = outputs_and_gradients(partial(attend, **options), tensors)
     return [*outputs, *gradients]
 
 
 def assert_equal_to_oracle(shape: Shape, tolerance: float, **options: Any) -> None:
-    """Options are windowed_dmc_attention's, bias_channel and dtype for the fast form only."""
+    """Options are windowed_dmc_attention's; bias_channel, dtype and decisions for the fast form only."""
     channel, dtype = options.pop("bias_channel", None), options.pop("dtype", torch.float64)
-    drawn = draw_attention(shape, channel=channel, dtype=dtype, seed=shape.seq)
-    fast = partial(windowed_dmc_attention, bias_channel=channel, **options)
-    oracle = partial(windowed_dmc_attention, backend="naive", **options)
+    decisions: Decisions = options.pop("decisions", "mixed")
+    absorbs = options["operation"] == "absorb"
+    drawn = draw_attention(shape, channel=channel, dtype=dtype, decisions=decisions, seed=shape.seq, absorbs=absorbs)
+    fast = partial(attend, bias_channel=channel, **options)
+    oracle = partial(attend, backend="naive", **options)
     assert_equals_oracle(fast, oracle, drawn, tolerance, bias_channel=channel)
 
 
@@ -55,6 +66,12 @@ def assert_equal_to_oracle(shape: Shape, tolerance: float, **options: Any) -> No
 )
 def test_equals_the_oracle(shape: Shape, local_window: int, operation: str, channel: int | None) -> None:
     assert_equal_to_oracle(shape, 1e-12, local_window=local_window, operation=operation, bias_channel=channel)
+
+
+@pytest.mark.parametrize("decisions", ["soft", "hard", "none", "all"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_kind_of_decision_equals_the_oracle(operation: str, decisions: str) -> None:
+    assert_equal_to_oracle(Shape(2, 63, 4, 2, 16), 1e-12, local_window=5, operation=operation, decisions=decisions)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -94,6 +111,57 @@ def test_evict_is_dms_as_written() -> None:
                 torch.testing.assert_close(out[b, i, head], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_absorb_sees_the_mean_of_what_was_evicted() -> None:
+    """Binary decisions, omega 1: the residual slot is the absorbed tokens' mean, with the weight of their number."""
+    seq, window = 41, 6
+    query, key, value, _, _, merge_logits, _ = inputs(seq, decisions="hard", absorbs=True)
+    ones = torch.ones_like(merge_logits)
+    out = attend(query, key, value, key, value, merge_logits, ones, local_window=window, operation="absorb")
+    for b in range(len(query)):
+        for head in range(query.shape[2]):
+            kv = head // 2
+            for i in range(seq):
+                gone = [j for j in range(1, i - window + 1) if merge_logits[b, j, kv] > 0]
+                kept = [j for j in range(i + 1) if j not in gone]
+                keys, values = key[b, kept, kv], value[b, kept, kv]
+                weights = torch.ones(len(kept), dtype=torch.float64)
+                if gone:
+                    keys = torch.cat([keys, key[b, gone, kv].mean(0, keepdim=True)])
+                    values = torch.cat([values, value[b, gone, kv].mean(0, keepdim=True)])
+                    weights = torch.cat([weights, torch.tensor([float(len(gone))], dtype=torch.float64)])
+                scores = keys @ query[b, i, head] / math.sqrt(query.shape[-1]) + weights.log()
+                torch.testing.assert_close(out[b, i, head], scores.softmax(0) @ values, rtol=1e-12, atol=1e-12)
+
+
+def test_absorb_without_weight_is_evict() -> None:
+    *tensors, omega = inputs(130, absorbs=True)
+    expected = output_and_gradients(tensors, local_window=9, operation="evict")
+    for light in (0.0, 1e-30, 1e-20):
+        found = output_and_gradients([*tensors, torch.full_like(omega, light)], local_window=9, operation="absorb")
+        for got, wanted in zip(found[:7], expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("decisions", ["hard", "all", "none", "mixed"])
+def test_gradients_of_absorb_are_finite(decisions: Decisions, dtype: torch.dtype) -> None:
+    """And binary logits get none: nothing would change."""
+    tensors = inputs(100, decisions=decisions, dtype=dtype, absorbs=True)
+    out, *gradients = output_and_gradients(tensors, local_window=3, operation="absorb")
+    assert all(x.isfinite().all() for x in (out, *gradients))
+    assert not gradients[5][tensors[5].abs() == INFINITY].any()
+
+
+def test_absorb_never_sees_the_future_nor_another_row() -> None:
+    tensors = inputs(70, decisions="mixed", absorbs=True)
+    out = attend(*tensors, local_window=4, operation="absorb")
+    changed = [x.clone() for x in tensors]
+    for x in changed[1:]:
+        x[0, 40:] = x[0, 40:].flip(0)
+    again = attend(*changed, local_window=4, operation="absorb")
+    assert torch.equal(out[0, :40], again[0, :40]) and torch.equal(out[1], again[1])
+
+
 @pytest.mark.parametrize("channel", [None, -1], ids=lambda c: f"channel{c}")
 def test_without_a_window_it_is_dmc_attention_to_the_last_bit(channel: int | None) -> None:
     query, key, value, pooled_key, pooled_value, merge_logits = inputs(70, channel=channel, dtype=torch.float32)
@@ -105,7 +173,7 @@ def test_without_a_window_it_is_dmc_attention_to_the_last_bit(channel: int | Non
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_window_over_the_whole_text_is_plain_attention(operation: str) -> None:
-    tensors = inputs(50)
+    tensors = inputs(50, absorbs=operation == "absorb")
     query, key, value = (x.transpose(1, 2) for x in tensors[:3])
     plain = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
     out, *gradients = output_and_gradients(tensors, local_window=50, operation=operation)
@@ -144,7 +212,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("local_window", [16, 256])
 def test_no_tensor_grows_with_the_square_of_the_sequence(local_window: int, operation: str) -> None:
     seq, heads, head_dim = 2048, 2, 16
-    tensors = inputs(seq, batch=1, heads=heads, head_dim=head_dim, dtype=torch.float32)
+    options: dict[str, Any] = {"dtype": torch.float32, "absorbs": operation == "absorb"}
+    tensors = inputs(seq, batch=1, heads=heads, head_dim=head_dim, **options)
     with Largest() as largest:
         output_and_gradients(tensors, local_window=local_window, operation=operation)
     # Blocks of keys overlap by a window less one: at most twice the keys.
@@ -156,7 +225,11 @@ def test_no_tensor_grows_with_the_square_of_the_sequence(local_window: int, oper
     [
         ({"local_window": -1}, "local_window must be >= 0 for merge, got -1"),
         ({"local_window": 0, "operation": "evict"}, "local_window must be >= 1 for evict, got 0"),
-        ({"local_window": 1, "operation": "drop"}, "operation must be merge or evict, got 'drop'"),
+        ({"local_window": 0, "operation": "absorb"}, "local_window must be >= 1 for absorb, got 0"),
+        ({"local_window": 1, "operation": "drop"}, "operation must be merge, evict or absorb, got 'drop'"),
+        ({"local_window": 1, "operation": "absorb"}, "operation absorb needs omega, the tokens' weights"),
+        ({"local_window": 1, "omega": torch.ones(2, 5, 2)}, "operation merge takes no omega; leave it out"),
+        ({"local_window": 1, "operation": "absorb", "omega": torch.ones(2, 5)}, r"omega must be .* \(2, 5, 2\), got"),
         ({"local_window": 1, "backend": "cuda"}, "backend must be auto, torch or naive"),
     ],
 )

@@ -131,6 +131,19 @@ def test_layers_add_up(elsewhere: Elsewhere, overrides: tuple[str, ...]) -> None
     assert made.working == pytest.approx(whole.working, rel=0.1)
 
 
+@pytest.mark.parametrize("layout", [(), ("parallel.context_parallel_size=2",)], ids=["one-rank", "CP2"])
+def test_absorbing_keeps_the_weights_of_tokens(elsewhere: Elsewhere, layout: tuple[str, ...]) -> None:
+    """The residual slot's means are made again in the backward pass: a layer keeps no key or value more than evicting does."""
+    evict, absorb = (
+        elsewhere(planning.footprint, tiny(f"dmc.operation={operation}", "dmc.local_window=16", *layout), "middle", 2)
+        for operation in ("evict", "absorb")
+    )
+    tokens, kv_heads = 2 * 128 // (2 if layout else 1), 2
+    of_one = 4 * tokens * kv_heads  # a float32 number of every token and KV head
+    assert 2 * of_one <= absorb.kept - evict.kept <= 2 * 5 * of_one
+    assert absorb.working > evict.working
+
+
 def test_a_teacher_and_an_adapter_count(elsewhere: Elsewhere) -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     alone = elsewhere(planning.stages, replace(tiny(), parallel=parallel), 2)

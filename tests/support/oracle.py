@@ -63,8 +63,12 @@ def draw_attention(
     channel: int | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    absorbs: bool = False,
 ) -> dict[str, Tensor]:
-    """windowed_dmc_attention's tensors by name; ``channel`` is zero in query and keys, and the logits are float32 or wider."""
+    """windowed_dmc_attention's tensors by name; ``channel`` is zero in query and keys, and the logits are float32 or wider.
+
+    ``absorbs``: with omega, over the range that clamped logits have.
+    """
     draw = Draw(seed)
     batch, seq, heads, kv_heads, head_dim = shape
     tensors = {"query": draw.normal(batch, seq, heads, head_dim)}
@@ -75,7 +79,19 @@ def draw_attention(
             tensors[name][..., channel] = 0
     wide = torch.promote_types(dtype, torch.float32)
     merge_logits = draw.merge_logits(shape, decisions).to(wide)
-    return {name: x.to(dtype) for name, x in tensors.items()} | {"merge_logits": merge_logits}
+    drawn = {name: x.to(dtype) for name, x in tensors.items()} | {"merge_logits": merge_logits}
+    if absorbs:
+        drawn["omega"] = (3 * draw.normal(batch, seq, kv_heads)).clamp(-15, 8).exp().to(wide)
+    return drawn
+
+
+def takes_omega(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """windowed_dmc_attention with omega as one more positional argument, which may be absent."""
+
+    def function(*tensors: Tensor, **options: Any) -> Tensor:
+        return attend(*tensors[:6], **options, **({"omega": tensors[6]} if len(tensors) > 6 else {}))
+
+    return function
 
 
 def draw_pooling(

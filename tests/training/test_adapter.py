@@ -177,6 +177,7 @@ def test_an_adapter_goes_on_from_another(data: Path, tmp_path: Path) -> None:
         (["dmc.local_window=33"], "dmc.local_window (33) must be smaller than data.sequence_length (33)"),
         (["dmc.local_window=11"], "dmc.target_compression_ratio 3 is out of reach"),
         (["dmc.local_window=0", "dmc.operation=evict"], "dmc.operation evict needs local_window >= 1"),
+        (["dmc.local_window=0", "dmc.operation=absorb"], "dmc.operation absorb needs local_window >= 1"),
         (["dmc.operation=evict", "dmc.window_size=12"], "dmc.window_size must be null for operation evict"),
         (["dmc.operation=drop"], "dmc.operation"),
         (["training.train=some"], "training.train"),

@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
 from megatron_dmc.ops.attention import naive
 from megatron_dmc.ops.attention.documents import Documents
 from megatron_dmc.ops.attention.slot_attention import attend_whole
-from megatron_dmc.ops.attention.types import Form, KernelSettings, States
+from megatron_dmc.ops.attention.types import Form, KernelSettings, Operation, States, check_operation
 from megatron_dmc.ops.backend import choose
 
 
@@ -76,7 +75,8 @@ def windowed_dmc_attention(
     merge_logits: Tensor,
     *,
     local_window: int,
-    operation: Literal["merge", "evict"] = "merge",
+    operation: Operation = "merge",
+    omega: Tensor | None = None,
     softmax_scale: float | None = None,
     bias_channel: int | None = None,
     document_starts: Tensor | Documents | None = None,
@@ -86,27 +86,30 @@ def windowed_dmc_attention(
 
     Query i sees the raw keys j > i - local_window, and of older tokens for ``merge`` the slot states j <= i - local_window
     with bias [j < i - local_window] log(1 - alpha_{j+1}), for ``evict`` (DMS, arXiv 2506.05345) the raw keys with bias
-    log(1 - alpha_j). Costs about local_window / seq more than dmc_attention, which it is at local_window 0.
+    log(1 - alpha_j). ``absorb`` is ``evict`` with one more key per query, the residual slot: with the weights
+    alpha_j omega_j, their sum N and the weighted means K and V of the raw keys and values over j <= i - local_window, it has
+    the score q_i . K / sqrt(d) + log N and the value V. Costs about local_window / seq more than dmc_attention, which it is
+    at local_window 0.
 
     Args:
         query, key, value: raw, query and key rotated; shapes as dmc_attention's.
-        pooled_key, pooled_value: as key and value, after pooling, the key rotated. Not read by ``evict``.
-        merge_logits: as dmc_attention's; the first token is never evicted.
-        local_window: tokens kept raw, >= 0; for ``evict`` >= 1 (at 0 a token would be dropped before any query sees it).
+        pooled_key, pooled_value: as key and value, after pooling, the key rotated. Read by ``merge`` only.
+        merge_logits: as dmc_attention's; the first token is never evicted or absorbed.
+        local_window: tokens kept raw, >= 0; without ``merge`` >= 1 (at 0 a token would be gone before any query sees it).
         operation: what becomes of a token with alpha 1 that leaves the window.
+        omega: [batch, seq, kv_heads], >= 0, the tokens' weights in the residual slot. Keep them in float32. For ``absorb``
+            only.
         softmax_scale, bias_channel, document_starts, backend: as dmc_attention's; the bias channel is zero in pooled_key too.
 
     Returns:
-        [batch, seq, heads, head_dim] in query's dtype; differentiable in all six tensors.
+        [batch, seq, heads, head_dim] in query's dtype; differentiable in all tensors.
 
     Raises:
-        ValueError, TypeError: as dmc_attention; a local_window that is negative, or 0 for ``evict``.
+        ValueError, TypeError: as dmc_attention; a local_window that is negative, or 0 without ``merge``; no omega for
+            ``absorb``, or one for another operation.
     """
-    if operation not in ("merge", "evict"):
-        raise ValueError(f"operation must be merge or evict, got {operation!r}")
-    if local_window < (operation == "evict"):
-        raise ValueError(f"local_window must be >= {int(operation == 'evict')} for {operation}, got {local_window}")
-    if operation == "evict":
+    check_operation(operation, local_window, omega)
+    if operation != "merge":
         pooled_key, pooled_value = key, value
     elif local_window == 0:
         return dmc_attention(
@@ -120,8 +123,10 @@ def windowed_dmc_attention(
             backend=backend,
         )
     _check(query, merge_logits, key, value, pooled_key, pooled_value)
-    states = States(query, key, value, pooled_key, pooled_value, merge_logits)
-    if operation == "evict":
+    if omega is not None and omega.shape != key.shape[:3]:
+        raise ValueError(f"omega must be [b, s, kv_heads] = {tuple(key.shape[:3])}, got {tuple(omega.shape)}")
+    states = States(query, key, value, pooled_key, pooled_value, merge_logits, omega)
+    if operation != "merge":
         states = states._replace(far_key=None, far_value=None)
     form = Form(local_window, operation, _kernel(query, softmax_scale, bias_channel))
     return _attend(states, form, document_starts, backend)
@@ -147,7 +152,7 @@ def _flash(states: States, form: Form, document_starts: Tensor | Documents | Non
 
 def _dense(states: States, form: Form, document_starts: Tensor | Documents | None) -> Tensor:
     """The oracle, with its dense s x s bias."""
-    query, key, value, far_key, far_value, merge_logits = states
+    query, key, value, far_key, far_value, merge_logits, omega = states
     if isinstance(document_starts, Documents):
         document_starts = document_starts.starts.view(query.shape[:2])
     scale = form.kernel.softmax_scale
@@ -165,6 +170,7 @@ def _dense(states: States, form: Form, document_starts: Tensor | Documents | Non
         merge_logits,
         local_window=form.local_window,
         operation=form.operation,
+        omega=omega,
         softmax_scale=scale,
         document_starts=document_starts,
     )[0]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_dmc.ops.attention.context_parallel_documents import attend_packed, attend_packed_backward
 from megatron_dmc.ops.attention.documents import Documents
-from megatron_dmc.ops.attention.keys import KeyGradients, Keys, keys_of
+from megatron_dmc.ops.attention.keys import KeyGradients, keys_of
 from megatron_dmc.ops.attention.slot_attention import Queries, attend, attend_backward, attend_whole
-from megatron_dmc.ops.attention.types import Attended, Form, KernelSettings, States
+from megatron_dmc.ops.attention.types import Attended, Form, KernelSettings, Operation, States, check_operation
 from megatron_dmc.ops.context_parallel import (
     chunk_numbers,
     gather_sequence,
@@ -35,7 +35,8 @@ def context_parallel_attention(
     group: dist.ProcessGroup,
     exchange: Exchange,
     local_window: int = 0,
-    operation: Literal["merge", "evict"] = "merge",
+    operation: Operation = "merge",
+    omega: Tensor | None = None,
     softmax_scale: float | None = None,
     bias_channel: int | None = None,
     documents: Documents | None = None,
@@ -48,25 +49,26 @@ def context_parallel_attention(
     1 / ranks of the heads and runs them as one process would. Every tensor is 1 / ranks of the whole.
 
     Args:
-        query, key, value, pooled_key, pooled_value, merge_logits: as windowed_dmc_attention's, with seq / ranks tokens.
-            Without merge_logits it is plain causal attention of query, key and value.
+        query, key, value, pooled_key, pooled_value, merge_logits, omega: as windowed_dmc_attention's, with seq / ranks
+            tokens. Without merge_logits it is plain causal attention of query, key and value.
         group: the ranks that share the sequence.
         exchange: how keys travel.
         documents: of the whole sequences.
 
     Returns:
-        [batch, seq / ranks, heads, head_dim] in query's dtype; differentiable in all six tensors.
+        [batch, seq / ranks, heads, head_dim] in query's dtype; differentiable in all tensors.
 
     Raises:
-        ValueError: ``a2a`` with a number of KV heads that the number of ranks does not divide.
+        ValueError: as windowed_dmc_attention; ``a2a`` with a number of KV heads that the number of ranks does not divide.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     kernel = KernelSettings(scale, documents=documents)
     if merge_logits is None:
         states, form = States(query, key, value, None, None, None), Form(0, None, kernel)
     else:
-        states = States(query, key, value, pooled_key, pooled_value, merge_logits)
-        if operation == "evict":
+        check_operation(operation, local_window, omega)
+        states = States(query, key, value, pooled_key, pooled_value, merge_logits, omega)
+        if operation != "merge":
             states = states._replace(far_key=None, far_value=None)
         elif local_window == 0:
             states = states._replace(key=None, value=None)
@@ -92,11 +94,12 @@ class _GatheredAttention(torch.autograd.Function):
         far_key: Tensor | None,
         far_value: Tensor | None,
         merge_logits: Tensor | None,
+        omega: Tensor | None,
         form: Form,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        states = States(query, key, value, far_key, far_value, merge_logits)
-        keys = _gathered(states, form, group)
+        states = States(query, key, value, far_key, far_value, merge_logits, omega)
+        keys = keys_of(_gathered(states, form, group), form)
         forward = attend if form.kernel.documents is None else attend_packed
         chunk = query.shape[1] // 2
         parts = [
@@ -114,7 +117,8 @@ class _GatheredAttention(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         states = States(*tensors)
         form, group = ctx.settings
-        keys = _gathered(states, form, group)
+        whole = _gathered(states, form, group)
+        keys = keys_of(whole, form)
         sums = KeyGradients(keys, form, torch.promote_types(states.query.dtype, torch.float32))
         backward = attend_backward if form.kernel.documents is None else attend_packed_backward
         chunk = states.query.shape[1] // 2
@@ -124,18 +128,22 @@ class _GatheredAttention(torch.autograd.Function):
             d_query.append(backward(grad, Queries(part, number * chunk), keys, Attended(*final), form, sums))
         d_keys = [
             None if d is None or x is None else sum_to_local(d, group).to(x.dtype)
-            for d, x in zip(sums.of(states), states[1:], strict=True)
+            for d, x in zip(sums.of(whole), states[1:], strict=True)
         ]
         return torch.cat(d_query, dim=1), *d_keys, None, None
 
 
-def _gathered(states: States, form: Form, group: dist.ProcessGroup) -> Keys:
-    """The whole sequence's keys. All of one dtype travel in one message."""
+def _gathered(states: States, form: Form, group: dist.ProcessGroup) -> States:
+    """The whole sequence's states, but the query. All of one dtype travel in one message."""
     local = [x for x in states[1:5] if x is not None]
     parts = iter(gather_sequence(torch.cat(local, dim=-1), group).split(local[0].shape[-1], dim=-1))
     key, value, far_key, far_value = (None if x is None else next(parts) for x in states[1:5])
-    merge_logits = None if states.merge_logits is None else gather_sequence(states.merge_logits, group)
+    merge_logits, omega = states.merge_logits, states.omega
+    if merge_logits is not None and omega is not None:
+        merge_logits, omega = gather_sequence(torch.stack([merge_logits, omega], dim=-1), group).unbind(-1)
+    elif merge_logits is not None:
+        merge_logits = gather_sequence(merge_logits, group)
     documents = form.kernel.documents
     if merge_logits is not None and documents is not None:
         merge_logits = merge_logits.masked_fill(documents.starts.view(*merge_logits.shape[:2], 1), float("-inf"))
-    return keys_of(States(states.query, key, value, far_key, far_value, merge_logits), form)
+    return States(states.query, key, value, far_key, far_value, merge_logits, omega)

@@ -48,6 +48,7 @@ def windowed_dmc_attention(
     *,
     local_window: int,
     operation: str,
+    omega: Tensor | None = None,
     softmax_scale: float | None = None,
     document_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,7 @@ def windowed_dmc_attention(
 
     merge: k~_j, biased by log(1 - alpha_{j+1}) where token j + 1 was merged too (j < i - w).
     evict: k_j, biased by log(1 - alpha_j); alpha is 0 at the first token of a document.
+    absorb: as evict, and the mean of the k_j with weights alpha_j omega_j, biased by the logarithm of their sum.
     """
     seq, heads, head_dim = query.shape[1:]
     group = heads // key.shape[2]
@@ -83,5 +85,20 @@ def windowed_dmc_attention(
     far = far.masked_fill(~((j <= i - local_window) & same), float("-inf"))
 
     scores = torch.cat([near, far], dim=-1)
-    out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), torch.cat([value, far_value], dim=1))
+    if operation != "absorb":
+        out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), torch.cat([value, far_value], dim=1))
+        return out, scores.logsumexp(-1).transpose(1, 2)
+    assert omega is not None
+    alpha = torch.sigmoid(merge_logits).masked_fill(starts[..., None], 0)
+    weight = (alpha * omega.repeat_interleave(group, dim=2)).transpose(1, 2)[:, :, None]  # [batch, heads, 1, seq]
+    weight = torch.where((j <= i - local_window) & same, weight, 0)  # [batch, heads, seq, seq]
+    mass = weight.sum(-1)
+    empty = mass == 0
+    share = weight / mass.masked_fill(empty, 1)[..., None]
+    mean_key, mean_value = (torch.einsum("bhij,bjhd->bhid", share, x) for x in (key, value))
+    residual = torch.einsum("bihd,bhid->bhi", query, mean_key) * scale + mass.masked_fill(empty, 1).log()
+    scores = torch.cat([scores, residual.masked_fill(empty, float("-inf"))[..., None]], dim=-1)
+    share = scores.softmax(-1)
+    out = torch.einsum("bhij,bjhd->bihd", share[..., :-1], torch.cat([value, far_value], dim=1))
+    out = out + torch.einsum("bhi,bhid->bihd", share[..., -1], mean_value)
     return out, scores.logsumexp(-1).transpose(1, 2)

@@ -17,6 +17,7 @@ from megatron_dmc.ops.attention.diagonal import diagonal_backward, diagonal_forw
 from megatron_dmc.ops.attention.fading_keys import fading_backward, fading_forward
 from megatron_dmc.ops.attention.flash import flash_backward, flash_forward
 from megatron_dmc.ops.attention.keys import KeyGradients, Keys, keys_of
+from megatron_dmc.ops.attention.one_key import add_one_key_gradients, join_one_key
 from megatron_dmc.ops.attention.parts import Parts
 from megatron_dmc.ops.attention.types import Attended, Form, States, join
 
@@ -43,6 +44,8 @@ def attend(queries: Queries, keys: Keys, form: Form) -> Attended:
     forward = diagonal_forward if form.operation == "merge" else fading_forward
     later = query[:, parts.later]
     far = forward(later, keys.far(parts.own), replace(form.kernel, documents=parts.documents))
+    if form.operation == "absorb":
+        far = join_one_key(later, far, keys.residual(parts.own), form.kernel.softmax_scale)
     if parts.before.stop:
         far = join(far, fading_forward(later, keys.far(parts.before), replace(form.kernel, causal=False)))
     if near is None:
@@ -67,6 +70,12 @@ def attend_backward(
         gradients = backward(grad, later, keys.far(parts.own), Attended(*of_later), settings)
         d_later = gradients.query
         sums.add_far(gradients, parts.own)
+        if form.operation == "absorb":
+            one, sum_of_one = keys.residual(parts.own), sums.residual(parts.own)
+            into, scale = (d_later, sum_of_one.key, sum_of_one.value), form.kernel.softmax_scale
+            d_log_mass = add_one_key_gradients(into, grad, later, one, Attended(*of_later), scale)
+            sums.add_residual(sum_of_one._replace(log_weight=d_log_mass), parts.own)
+            del into, sum_of_one
         if parts.before.stop:
             settings = replace(form.kernel, causal=False)
             gradients = fading_backward(grad, later, keys.far(parts.before), Attended(*of_later), settings)
@@ -113,9 +122,10 @@ class SlotAttention(torch.autograd.Function):
         far_key: Tensor | None,
         far_value: Tensor | None,
         merge_logits: Tensor | None,
+        omega: Tensor | None,
         form: Form,
     ) -> tuple[Tensor, Tensor]:
-        states = States(query, key, value, far_key, far_value, merge_logits)
+        states = States(query, key, value, far_key, far_value, merge_logits, omega)
         out, lse = attend(Queries(query, 0), keys_of(states, form), form)
         ctx.save_for_backward(*states, out, lse)
         ctx.form = form

@@ -1,12 +1,14 @@
 """Tensors and settings of attention that travel together."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention.documents import Documents
+
+Operation = Literal["merge", "evict", "absorb"]
 
 
 class States(NamedTuple):
@@ -18,6 +20,7 @@ class States(NamedTuple):
         far_key, far_value: as key and value, what a token outside the local window has become: its slot as it was after the
             token had entered it, the key rotated. None: the raw key and value themselves.
         merge_logits: l, [batch, seq, kv_heads], alpha = sigmoid(l); None: no key fades.
+        omega: [batch, seq, kv_heads], the weight of an absorbed token; None: none is absorbed.
     """
 
     query: Tensor
@@ -26,6 +29,7 @@ class States(NamedTuple):
     far_key: Tensor | None
     far_value: Tensor | None
     merge_logits: Tensor | None
+    omega: Tensor | None = None
 
 
 class BiasedKeys(NamedTuple):
@@ -60,6 +64,19 @@ class Attended(NamedTuple):
 
     out: Tensor
     lse: Tensor
+
+
+def check_operation(operation: str, local_window: int, omega: Tensor | None) -> None:
+    """Raises ValueError for an operation that there is not, or for what does not belong to it."""
+    if operation not in get_args(Operation):
+        *others, last = get_args(Operation)
+        raise ValueError(f"operation must be {', '.join(others)} or {last}, got {operation!r}")
+    least = int(operation != "merge")
+    if local_window < least:
+        raise ValueError(f"local_window must be >= {least} for {operation}, got {local_window}")
+    if (omega is not None) != (operation == "absorb"):
+        needs = "needs omega, the tokens' weights" if omega is None else "takes no omega; leave it out"
+        raise ValueError(f"operation {operation} {needs}")
 
 
 def join(one: Attended, other: Attended) -> Attended:
@@ -99,5 +116,5 @@ class Form:
     """
 
     local_window: int
-    operation: Literal["merge", "evict"] | None
+    operation: Operation | None
     kernel: KernelSettings

@@ -2,15 +2,14 @@
 
 import math
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention.flash import flash_forward
-from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
+from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, Operation, join
 from megatron_dmc.ops.decode.ring import Ring
-from megatron_dmc.ops.decode.slots import KeptTokens, MergedSlots, Slots
+from megatron_dmc.ops.decode.slots import AbsorbedTokens, KeptTokens, MergedSlots, Slots
 from megatron_dmc.ops.rotary import rotate, unrotate
 from megatron_dmc.ops.tokens import Tokens, take
 
@@ -30,7 +29,7 @@ class LayerCache:
     def __init__(
         self,
         local_window: int = 0,
-        operation: Literal["merge", "evict"] = "merge",
+        operation: Operation = "merge",
         window_size: int | None = None,
         *,
         clears_last_channel: bool = False,
@@ -50,6 +49,8 @@ class LayerCache:
             self.ring = Ring(like, self.local_window)
         if self.operation == "evict":
             return KeptTokens(like, self.page_size)
+        if self.operation == "absorb":
+            return AbsorbedTokens(like, self.page_size)
         return MergedSlots(like, self.page_size, self.window_size, self.clears_last_channel)
 
     @property
@@ -79,7 +80,7 @@ class LayerCache:
         Args:
             query: [batch, seq, heads, head_dim], before rotary embedding.
             key, value: [batch, seq, kv_heads, head_dim], before rotary embedding.
-            alpha: bool [batch, seq, kv_heads], true: merge into the slot of the token before, or evict; ignored at a
+            alpha: bool [batch, seq, kv_heads], true: merge into the slot of the token before, evict, or absorb; ignored at a
                 sequence's first token.
             omega: [batch, seq, kv_heads], the tokens' weights.
             cos, sin: of the tokens' positions, [batch or 1, seq, 1, head_dim].
@@ -151,7 +152,7 @@ class LayerCache:
 
     def _as_kept(self, leaving: Tokens) -> Tokens:
         """Merging happens before rotary embedding."""
-        if self.operation == "evict":
+        if self.operation != "merge":
             return leaving
         return leaving._replace(key=unrotate(leaving.key, leaving.cos, leaving.sin))
 
@@ -170,7 +171,7 @@ class LayerCache:
 
     @property
     def slots(self) -> Tensor:
-        """Slots in use, the open ones and the ring's tokens counted: int64 [batch, kv_heads]."""
+        """Slots in use; open and residual ones and the ring's tokens count: int64 [batch, kv_heads]."""
         if self.kept is None:
             return torch.zeros(0, 1, dtype=torch.long)
         if self.ring is None:
@@ -179,7 +180,7 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: pages with their unused slots and tables, open slots and their sums, the ring."""
+        """Bytes held: pages with their unused slots and tables, open and residual slots and their sums, the ring."""
         held = [] if self.kept is None else self.kept.tensors()
         held += [] if self.ring is None else self.ring.tensors()
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in held}

@@ -35,7 +35,9 @@ def decode(
     operation: str = "merge",
 ) -> tuple[Tensor, list[Slot]]:
     """One sequence, one KV head: a token that is ``local_window`` tokens old merges into the last slot, appends one, or is
-    evicted; then the new token attends to all slots and to the tokens that still wait.
+    evicted, or is absorbed; then the new token attends to all slots and to the tokens that still wait.
+
+    What is absorbed is one more slot: the mean of the rotated keys, whose score is raised by the logarithm of their weight.
 
     Args:
         query: [seq, group, head_dim]; key, value: [seq, head_dim]; alpha (bool), omega: [seq]. Before rotary embedding.
@@ -45,6 +47,7 @@ def decode(
         [seq, group, head_dim] and the slots after the last token.
     """
     slots: list[Slot] = []
+    residual = Slot()
     outputs = []
     for t in range(len(query)):
         due = t - local_window
@@ -52,6 +55,8 @@ def decode(
             appends = not slots or not alpha[due]
             if appends:
                 slots.append(Slot())
+            elif operation == "absorb":
+                residual.tokens.append((rotate(key[due], due), value[due], omega[due]))
             if appends or operation == "merge":
                 slots[-1].tokens.append((key[due], value[due], omega[due]))
                 slots[-1].position = due
@@ -60,6 +65,11 @@ def decode(
         keys = [rotate(k, slot.position) for slot, (k, _) in zip(slots, pooled, strict=True)]
         keys += [rotate(key[j], j) for j in waiting]
         values = [v for _, v in pooled] + [value[j] for j in waiting]
-        scores = rotate(query[t], t) @ torch.stack(keys).T / math.sqrt(key.shape[-1])
+        biases = key.new_zeros(len(keys))
+        if residual.tokens:
+            mean_key, mean_value = residual.pooled(None)
+            keys, values = [*keys, mean_key], [*values, mean_value]
+            biases = torch.cat([biases, torch.stack([omega for *_, omega in residual.tokens]).sum().log()[None]])
+        scores = rotate(query[t], t) @ torch.stack(keys).T / math.sqrt(key.shape[-1]) + biases
         outputs.append(scores.softmax(-1) @ torch.stack(values))
-    return torch.stack(outputs), slots
+    return torch.stack(outputs), [*slots, residual] if residual.tokens else slots

@@ -15,12 +15,19 @@ class Nearby(NamedTuple):
 
     Attributes:
         key, value: [rows, slots, head_dim], the key rotated.
-        hidden: bool [rows, slots], places that hold nothing.
+        bias: [rows, slots] in float32 or wider, added to every query's score; -inf at places that hold nothing.
     """
 
     key: Tensor
     value: Tensor
-    hidden: Tensor
+    bias: Tensor
+
+    @classmethod
+    def unless(cls, hidden: Tensor, key: Tensor, value: Tensor) -> "Nearby":
+        """Slots without a bias; ``hidden``, bool [rows, slots], marks places that hold nothing."""
+        wide = torch.promote_types(key.dtype, torch.float32)
+        bias = torch.zeros(hidden.shape, dtype=wide, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        return cls(key, value, bias)
 
 
 class Pages:
@@ -81,8 +88,7 @@ class Pages:
         empty = torch.arange(self.page_size, device=fill.device) >= fill[:, None]
         scores.masked_fill_(empty[:, None], float("-inf"))
         near = [
-            (_product(query, key.mT) * softmax_scale).masked_fill_(hidden[:, None], float("-inf"))
-            for key, _, hidden in nearby
+            _product(query, key.mT) * softmax_scale + bias[:, None] for key, _, bias in nearby
         ]  # [rows, group, slots]
 
         peak = torch.cat([each.amax(-1, keepdim=True) for each in near], dim=-1).amax(-1)

@@ -72,7 +72,7 @@ class Ring:
         """Its tokens; those places are hidden where there is none yet."""
         empty = torch.arange(self.size, device=self.tokens.device) >= self.tokens[:, None]
         hidden = empty.repeat_interleave(self.key.shape[1], dim=0)
-        return Nearby(self.key.flatten(0, 1), self.value.flatten(0, 1), hidden)
+        return Nearby.unless(hidden, self.key.flatten(0, 1), self.value.flatten(0, 1))
 
     def select(self, sequences: Tensor) -> None:
         for name in ("tokens", "key", "value", "alpha", "omega", "cos", "sin"):

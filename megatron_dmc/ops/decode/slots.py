@@ -9,10 +9,13 @@ from torch import Tensor
 from megatron_dmc.ops.attention.diagonal import diagonal_forward
 from megatron_dmc.ops.attention.fading_keys import FarKeys
 from megatron_dmc.ops.attention.flash import HIDDEN, flash_forward
+from megatron_dmc.ops.attention.one_key import OneKey, join_one_key
 from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
 from megatron_dmc.ops.decisions import hard_merge_logits
 from megatron_dmc.ops.decode.open_slot import RecentTokens, RunningSums
 from megatron_dmc.ops.decode.pages import Nearby, Pages
+from megatron_dmc.ops.residual import Residual, ResidualState, residual
+from megatron_dmc.ops.residual.torch import LEAST_MASS
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
 
@@ -122,7 +125,7 @@ class MergedSlots(Slots):
 
     def open(self) -> list[Nearby]:
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.open_key, self.open_value))
-        return [Nearby(key, value, (self.tokens == 0).repeat_interleave(self.kv_heads)[:, None])]
+        return [Nearby.unless((self.tokens == 0).repeat_interleave(self.kv_heads)[:, None], key, value)]
 
     @property
     def count(self) -> Tensor:
@@ -154,18 +157,61 @@ class KeptTokens(Slots):
 
     def step(self, new: Tokens, exists: Tensor | None) -> None:
         kept = ~new.alpha | (self.tokens == 0)[:, None, None]
-        if exists is not None:
-            kept = kept & exists[:, None, None]
-        self._append(kept, new.key, new.value)
+        real = None if exists is None else exists[:, None, None]
+        self._take_leave(new, ~kept if real is None else ~kept & real)
+        self._append(kept if real is None else kept & real, new.key, new.value)
         self.tokens = self.tokens + (1 if exists is None else exists)
 
     def chunk(self, query: Tensor, new: Tokens, lengths: Tensor, settings: KernelSettings) -> Attended:
         position = torch.arange(new.key.shape[1], device=lengths.device)
         first = (self.tokens[:, None] + position == 0)[..., None]
         kept = ~new.alpha | first
+        real = (position < lengths[:, None])[..., None]
         bias = torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, HIDDEN)
         attended = flash_forward(query, BiasedKeys(new.key, new.value, bias), settings)
         attended = self._with_past(query, settings, attended)
-        self._append(kept & (position < lengths[:, None])[..., None], new.key, new.value)
+        after_each = self._take_leave(new, ~kept & real)
+        if after_each is not None:
+            attended = join_one_key(query, attended, OneKey(*after_each), settings.softmax_scale)
+        self._append(kept & real, new.key, new.value)
         self.tokens = self.tokens + lengths
         return attended
+
+    def _take_leave(self, new: Tokens, gone: Tensor) -> Residual | None:
+        """What becomes of the tokens ``gone``, bool [batch, seq, kv_heads]: nothing here."""
+        return None
+
+
+class AbsorbedTokens(KeptTokens):
+    """As KeptTokens; the others are absorbed into one residual slot per (sequence, KV head), held as its sums."""
+
+    def __init__(self, like: Tokens, page_size: int):
+        super().__init__(like, page_size)
+        batch, _, kv_heads, head_dim = like.key.shape
+        wide = torch.promote_types(like.key.dtype, torch.float32)
+        sums = torch.zeros(2, batch, kv_heads, head_dim, dtype=wide, device=like.key.device)
+        self.state = ResidualState(sums[0], sums[1], sums.new_zeros(batch, kv_heads))
+        self.dtype = like.key.dtype
+
+    def open(self) -> list[Nearby]:
+        mass = self.state.mass.flatten()[:, None]
+        key, value = (
+            (x.flatten(0, 1)[:, None] / mass.clamp(min=LEAST_MASS)[..., None]).to(self.dtype) for x in self.state[:2]
+        )
+        return [Nearby(key, value, mass.log())]
+
+    @property
+    def count(self) -> Tensor:
+        return super().count + (self.state.mass > 0)
+
+    def select(self, sequences: Tensor) -> None:
+        super().select(sequences)
+        self.state = ResidualState(*(x[sequences] for x in self.state))
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.state]
+
+    def _take_leave(self, new: Tokens, gone: Tensor) -> Residual:
+        weight = new.omega.to(self.state.mass.dtype) * gone
+        after_each, self.state = residual(new.key, new.value, weight, initial_state=self.state)
+        return after_each
