@@ -45,7 +45,7 @@ def case(request: pytest.FixtureRequest, one_process: None) -> dict[str, Any]:
         layer.statistics.reset()
     with torch.no_grad():
         expected = model(ids, positions(ids), None)
-    merged, _, seen = torch.stack([layer.statistics.counts for layer in dmc_layers(model)]).unbind(1)
+    merged, _, seen, _ = torch.stack([layer.statistics.counts for layer in dmc_layers(model)]).unbind(1)
     share = (merged / seen).flatten()
     # A window of w leaves w tokens of the text undecided.
     share = share * LENGTH / max(LENGTH - dmc.local_window, 1)
