@@ -51,6 +51,11 @@ setup(
     ],
     extras_require={
         "hf": ["jinja2>=3.1.6", "transformers>=5.0,<6"],  # jinja2 runs chat templates
+        "gguf": [
+            "accelerate",
+            "gguf",
+            "transformers>=5.0,<6",
+        ],  # models as GGUF files; transformers reads them with both
         "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },
