@@ -108,14 +108,15 @@ def write_hf_folder(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with _quietly():
             tokenizer = AutoTokenizer.from_pretrained(**place)
-            model, info = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, output_loading_info=True)
     # transformers and its readers raise whatever they happen to meet.
     except Exception as error:
         raise ConfigError(f"{file}: transformers cannot read it: {_one_line(error)}") from None
+    model, info = loaded
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise ConfigError(f"{file}: its tensors are not those of its model, such as {wrong[0]}; fetch the file again")
     # Unpacked weights are plain ones; save_pretrained refuses what says that it is quantized.
