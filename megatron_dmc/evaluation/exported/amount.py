@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_dmc.evaluation.recall_tasks import TASKS
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -35,6 +37,11 @@ class Amount:
         return asdict(self)
 
     @property
+    def recall_parts(self) -> list[tuple[str, int]]:
+        """Tasks and lengths of their prompts, in the order of the report."""
+        return [(task, tokens) for task in TASKS for tokens in self.recall_tokens]
+
+    @property
     def longest(self) -> int:
         """Tokens of held-out text in a row that the longest part reads."""
         return max(self.window_tokens + 1, *self.recall_tokens, *self.serving_tokens)
@@ -42,7 +49,7 @@ class Amount:
 
 AMOUNTS = {
     "smoke": Amount(
-        windows=4, window_tokens=128, copies=2, recall_tokens=(128,), samples=4, serving_tokens=(200,), new_tokens=4
+        windows=4, window_tokens=128, copies=2, recall_tokens=(256,), samples=4, serving_tokens=(256,), new_tokens=4
     ),
     "default": Amount(),
     "full": replace(Amount(), recall_tokens=(300, 1000, 2000, 4000), samples=48, serving_tokens=(2000, 8000)),

@@ -15,6 +15,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
 from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
@@ -22,7 +23,7 @@ from megatron_dmc.evaluation.exported.model import load
 from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.exported.serving import serving
 from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
-from megatron_dmc.evaluation.recall_tasks import TASKS, draw
+from megatron_dmc.evaluation.recall_tasks import draw
 from megatron_dmc.files import why_no_file
 
 # A base that recalls none of so many samples is asked for no more of them.
@@ -72,17 +73,23 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
         ConfigError: no such model, text or report, or text that is too short.
     """
     before = None if base is None else read_report(base)
+    config, _ = read_config(Path(folder))
     settings = AMOUNTS[amount] if before is None else Amount.from_dict(before["amount"])
+    settings = _within(settings, config.max_position_embeddings)
     heldout = Heldout.open(text, load_tokenizer(folder), settings.longest + 1)
-    model = load(folder)
-    settings = _within(settings, model.config.max_position_embeddings)
-    plain = None if before is None else load(before["model"])
-    if plain is not None and plain.config.vocab_size != model.config.vocab_size:
-        raise ConfigError(
-            f"{folder} has {model.config.vocab_size} tokens, its base {before['model']} {plain.config.vocab_size}; name "  # type: ignore[index]
-            "the report of the base that it was made from"
-        )
-    return _Evaluation(model, plain, heldout, settings).report(folder, before)
+    for task, tokens in settings.recall_parts:
+        # What cannot be drawn is said before a model is read.
+        draw(task, heldout.tokenizer, heldout.ids, tokens, 0)
+    plain = None
+    if before is not None:
+        base_config, _ = read_config(Path(before["model"]))
+        if base_config.vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"{folder} has {config.vocab_size} tokens, its base {before['model']} {base_config.vocab_size}; name the "
+                "report of the base that it was made from"
+            )
+        plain = load(before["model"])
+    return _Evaluation(load(folder), plain, heldout, settings).report(folder, before)
 
 
 def read_report(path: str) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class _Evaluation:
             progress.update(bar, description="cache, speed")
             row["serving"] = [self._serving(tokens, advance) for tokens in amount.serving_tokens]
             row["recall"] = []
-            for task, tokens in self._recall_parts():
+            for task, tokens in amount.recall_parts:
                 progress.update(bar, description=f"{task}, {tokens}")
                 row["recall"].append(self._recall(task, tokens, before, advance))
         return {
@@ -162,13 +169,10 @@ class _Evaluation:
             "seconds": time.perf_counter() - began,
         }
 
-    def _recall_parts(self) -> list[tuple[str, int]]:
-        return [(task, tokens) for task in TASKS for tokens in self.amount.recall_tokens]
-
     def _work(self, before: dict[str, Any] | None) -> int:
         """Tokens that are read, roughly, as the bar's length."""
         amount, models = self.amount, 1 if self.plain is None else 2
-        recall = sum(tokens for task, tokens in self._recall_parts() if not _skipped(task, tokens, before))
+        recall = sum(tokens for task, tokens in amount.recall_parts if not _skipped(task, tokens, before))
         served = sum(tokens + _DECODING * amount.new_tokens for tokens in amount.serving_tokens)
         losses = amount.window_tokens * (models * amount.windows + amount.copies)
         return losses + models * served + amount.samples * recall

@@ -31,6 +31,7 @@ from megatron_dmc.experiments.real_model.summary import show, summarize
 from megatron_dmc.experiments.small_run import UNFINISHED, SmallRun, write_whole
 
 HELDOUT_FRACTION = 0.03
+SMOKE_HELDOUT_FRACTION = 0.1
 SEQUENCE_LENGTH = 512
 SMOKE_LAYERS = 4
 # Characters of text in a smoke run.
@@ -38,7 +39,7 @@ SMOKE_TEXT = 400_000
 BASE_REPORT = "base.json"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
 _TRAINED_TOKENS_PER_SECOND = 80
-_SMOKE_SHARE = 0.05
+_EVALUATION_SECONDS = {"smoke": 15, "default": 500, "full": 4000}
 # Of the run's folder, beside the models: text, datasets, reports.
 _OTHER_BYTES = 200_000_000
 
@@ -146,7 +147,8 @@ class RealModelRun(SmallRun):
 
     def text_stage(self) -> Stage:
         words = ["preprocess", "--input", "data/documents.jsonl", "--tokenizer", "checkpoints/base/tokenizer"]
-        words += ["--output", "data/text", "--valid-fraction", str(HELDOUT_FRACTION), "--overwrite"]
+        words += ["--output", "data/text", "--overwrite"]
+        words += ["--valid-fraction", str(SMOKE_HELDOUT_FRACTION if self.smoke else HELDOUT_FRACTION)]
         return Stage("datasets", "data/text_valid.bin", words, 20)
 
     def retrofit_stages(self) -> list[Stage]:
@@ -163,11 +165,11 @@ class RealModelRun(SmallRun):
         base = f"{self.evaluation}/{BASE_REPORT}"
         common = ["--text", "data/text_valid"]
         words = ["evaluate", "hf-base", *common, "--output", base, "--amount", self.options.amount]
-        stages = [Stage("evaluation: base", base, words, 420)]
+        stages = [Stage("evaluation: base", base, words, _EVALUATION_SECONDS[self.options.amount])]
         for each in RETROFITS:
             report = f"{self.evaluation}/{each.name}.json"
             words = ["evaluate", f"hf-{each.name}", *common, "--base", base, "--output", report]
-            stages.append(Stage(f"evaluation: {each.name}", report, words, 600))
+            stages.append(Stage(f"evaluation: {each.name}", report, words, _EVALUATION_SECONDS[self.options.amount]))
         return stages
 
     def check_text(self) -> None:
