@@ -40,16 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_from_a_folder_to_a_table(folder: Path, tmp_path: Path) -> None:
-    words = (*PRODUCT, "quickstart", "--smoke", "--model", folder / "tiny", "--data", folder / "text.jsonl")
-    done = run(*words, "--output", "run", folder=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
+def test_from_a_folder_to_a_table(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["quickstart", "--smoke", "--model", str(folder / "tiny"), "--data", str(folder / "text.jsonl")]
+    status = main([*words, "--output", "run"])
+    said = capfd.readouterr()
+    assert status == 0, said.err
     for title in ("held-out text, nats per token", "recall, right answers", "cache and speed", "trained-cr8"):
-        assert title in done.stdout
-    assert (
-        "-- 1 of 11, 0 s so far" in done.stdout
-        and "held out; a retrofit reads 2,048; nothing is repeated" in done.stdout
-    )
+        assert title in said.out
+    assert "-- 1 of 11, 0 s so far" in said.out and "a retrofit reads 2,048; nothing is repeated" in said.out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary) == SUMMARY
     assert summary["model"]["name"] == "tiny" and summary["model"]["num_hidden_layers"] == 4
@@ -72,7 +73,7 @@ def test_from_a_folder_to_a_table(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
 
     # What is done is not done again; a run with other settings is not taken for this one.
-    assert main(words) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
+    assert main([*words, "--output", "run"]) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
     text = (folder / "text.jsonl").read_text().replace("cat", "dog")
     (tmp_path / "other.jsonl").write_text(text)
     options = Options(str(folder / "tiny"), str(tmp_path / "other.jsonl"), smoke=True)
