@@ -36,7 +36,7 @@ def test_a_sample(task: str, tokens: int, tokenizer: Tokenizer, text: numpy.ndar
         assert tokens - 2 * LINE < len(sample.prompt) <= tokens
         assert task == "lookup" or len(sample.prompt) == tokens
         assert occurrences(sample.answer, sample.prompt) == [sample.place]
-        assert len(sample.answer) == 8 or tokenizer.detokenize(sample.answer).strip().isdigit()
+        assert task == "copy" or tokenizer.detokenize(sample.answer).strip().isdigit()
 
 
 @ALL

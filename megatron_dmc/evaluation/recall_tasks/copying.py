@@ -2,7 +2,7 @@
 
 from megatron_dmc.evaluation.recall_tasks.sample import Sample, Source, Unfit, occurrences, once
 
-CUE_TOKENS, ANSWER_TOKENS = 24, 8
+CUE_TOKENS, ANSWER_TOKENS = 32, 4
 
 
 def make(source: Source) -> Sample:
