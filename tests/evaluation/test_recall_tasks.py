@@ -7,7 +7,7 @@ import pytest
 
 from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from megatron_dmc.evaluation.recall_tasks import TASKS, draw
-from megatron_dmc.evaluation.recall_tasks.sample import occurrences
+from megatron_dmc.evaluation.recall_tasks.sample import Unfit, occurrences, once
 from tests.support.texts import fails
 from tests.support.tokenizer_folders import tokenizer_folder
 
@@ -84,3 +84,10 @@ def test_text_that_only_repeats_itself(tokenizer: Tokenizer) -> None:
 
 def test_a_loaded_tokenizer_draws_the_same(tokenizer: Tokenizer, text: numpy.ndarray) -> None:
     assert draw("number", load_tokenizer(tokenizer.folder), text, 300, 0) == draw("number", tokenizer, text, 300, 0)
+
+
+def test_an_answer_that_stands_there_twice_is_no_sample() -> None:
+    assert once([5, 1, 2, 5, 3], [1, 2]) == ([5, 1, 2, 5, 3], [1, 2], 1)
+    for prompt in ([1, 2, 5, 1, 2], [5, 1, 3], []):
+        with pytest.raises(Unfit):
+            once(prompt, [1, 2])
