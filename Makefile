@@ -28,12 +28,14 @@ SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
+TOKENS_FLAG = $(if $(TOKENS),--tokens "$(TOKENS)")
 
-.PHONY: help setup quickstart recipes settings test bench gpu-check cluster-check slurm transformers-floor megatron-newest clean
+.PHONY: help setup quickstart real-model recipes settings test bench gpu-check cluster-check slurm transformers-floor megatron-newest clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
 	@echo "make quickstart          the whole job on a small model: SMOKE=1 at toy size, DATA=folder|.txt|.jsonl for own text"
+	@echo "make real-model          SmolLM2-135M: fetch, retrofit, export, evaluate; SMOKE=1, DATA=..., TOKENS=to train on, MODEL=folder|.gguf"
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/choosing.md; SMOKE=1"
 	@echo "make settings            write docs/settings.md, every setting of a recipe, from the sources"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), parts of it on the oldest transformers and the newest megatron-core too"
@@ -57,11 +59,14 @@ $(STAMP): setup.py constraints.txt
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	    { echo "installing $(TORCH)"; $(PIP_INSTALL) -c constraints.txt $(TORCH_FLAGS) "$(TORCH)"; }
 	@echo "installing megatron-dmc and what it needs"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,dev]'
+	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,gguf,dev]'
 	@touch $@
 
 quickstart: setup
 	$(BIN)/python -m megatron_dmc quickstart $(SMOKE_FLAG) $(DATA_FLAG)
+
+real-model: setup
+	$(BIN)/python -m megatron_dmc quickstart --model "$(or $(MODEL),smollm2)" $(SMOKE_FLAG) $(DATA_FLAG) $(TOKENS_FLAG)
 
 recipes: setup
 	$(BIN)/python -m megatron_dmc recipes $(SMOKE_FLAG)

@@ -35,7 +35,10 @@ setup(
     packages=find_packages(include=["megatron_dmc", "megatron_dmc.*"]),
     package_data={"megatron_dmc": ["py.typed"]},
     # For `megatron-dmc quickstart` and `recipes` outside a checkout (megatron_dmc/experiments/places.py).
-    data_files=[("share/megatron-dmc/examples/quickstart", sorted(glob("examples/quickstart/*.yaml", root_dir=ROOT)))],
+    data_files=[
+        (f"share/megatron-dmc/examples/{name}", sorted(glob(f"examples/{name}/*.yaml", root_dir=ROOT)))
+        for name in ("quickstart", "smollm2")
+    ],
     entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},
     install_requires=[
         "matplotlib",
@@ -51,6 +54,11 @@ setup(
     ],
     extras_require={
         "hf": ["jinja2>=3.1.6", "transformers>=5.0,<6"],  # jinja2 runs chat templates
+        "gguf": [
+            "accelerate",
+            "gguf",
+            "transformers>=5.0,<6",
+        ],  # models as GGUF files; transformers reads them with both
         "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },

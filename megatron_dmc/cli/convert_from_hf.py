@@ -1,12 +1,13 @@
 """``megatron-dmc convert-from-hf``."""
 
 import argparse
+import os
 import re
 import warnings
 
 from megatron_dmc.cli.common import path
 
-HELP = "a Hugging Face Llama to a checkpoint"
+HELP = "a Hugging Face Llama, or a GGUF file, to a checkpoint"
 
 
 def multiple(text: str) -> int:
@@ -22,7 +23,12 @@ def multiple(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("hf_folder", type=path, metavar="HF_FOLDER")
+    parser.add_argument(
+        "source",
+        type=path,
+        metavar="HF_FOLDER|FILE.gguf",
+        help="a GGUF file's quantized weights are unpacked to float32",
+    )
     parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
@@ -36,9 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Converts a Hugging Face Llama (config.json, safetensors, tokenizer) to a Megatron checkpoint."""
+    """Converts a Hugging Face Llama (config.json, safetensors, tokenizer), or its GGUF file, to a Megatron checkpoint."""
     warnings.simplefilter("ignore")
     from megatron_dmc.convert.from_hf import import_hf
+    from megatron_dmc.convert.gguf import SUFFIX, import_gguf
 
-    import_hf(options.hf_folder, options.output_folder, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
-    print(f"{options.output_folder}: converted from {options.hf_folder}")
+    source, output = options.source, options.output_folder
+    convert = import_gguf if source.endswith(SUFFIX) and not os.path.isdir(source) else import_hf
+    convert(source, output, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
+    print(f"{output}: converted from {source}")

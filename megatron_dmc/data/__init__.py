@@ -3,7 +3,7 @@
 from megatron_dmc.data.build import build_chat_dataset, build_indexed_dataset
 from megatron_dmc.data.chat import iter_conversations, usable_conversations
 from megatron_dmc.data.chat_template import load_chat_template
-from megatron_dmc.data.documents import iter_documents, standard_library_documents
+from megatron_dmc.data.documents import iter_documents, standard_library_documentation, standard_library_documents
 from megatron_dmc.data.heldout import HeldoutWindows, heldout_windows
 from megatron_dmc.data.reach import check_reach
 from megatron_dmc.data.repeats import Repeats, SecondCopies
@@ -26,6 +26,7 @@ __all__ = [
     "iter_documents",
     "load_chat_template",
     "split_documents",
+    "standard_library_documentation",
     "standard_library_documents",
     "usable_conversations",
 ]

@@ -7,6 +7,7 @@ import reprlib
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def standard_library_documents() -> Iterator[str]:
     if not files:
         raise ConfigError(f"no standard library sources below {folder}; name a folder, a text file or a .jsonl file")
     yield from _read_files(files, skip_undecodable=True)
+
+
+def standard_library_documentation() -> Iterator[str]:
+    """What this Python's own standard library says in prose, in a fixed order: the topics of its ``help()``, and the .rst and
+    .txt files that lie beside its sources, without tests. ``standard_library_documents`` has the sources.
+    """
+    # Written when Python is released; some distributions leave it out.
+    with suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = text_files(folder, _SKIPPED_FOLDERS | _TEST_FOLDERS) if folder.is_dir() else []
+    yield from _read_files([file for file in files if file.suffix in (".rst", ".txt")], skip_undecodable=True)
 
 
 def text_files(folder: Path, skipped: frozenset[str] = _SKIPPED_FOLDERS) -> list[Path]:

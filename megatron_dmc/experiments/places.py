@@ -16,14 +16,19 @@ def checkout() -> Path | None:
 
 
 def small_recipes() -> Path:
-    """The folder with the small model's recipes (``examples/quickstart``).
+    """The folder with the small model's recipes (``examples/quickstart``). Raises ConfigError: it is nowhere."""
+    return _installed(_RECIPES, "base.yaml")
 
-    Raises:
-        ConfigError: it is nowhere.
-    """
+
+def real_model_recipes() -> Path:
+    """The folder with the real model's recipes (``examples/smollm2``). Raises ConfigError: it is nowhere."""
+    return _installed(Path("examples", "smollm2"), "cr4.yaml")
+
+
+def _installed(recipes: Path, one: str) -> Path:
     # setup.py's data_files.
     installed = Path(sysconfig.get_path("data"), "share", "megatron-dmc")
     for root in (checkout(), installed):
-        if root is not None and (root / _RECIPES / "base.yaml").is_file():
-            return root / _RECIPES
-    raise ConfigError(f"{_RECIPES} is neither beside the package nor in {installed}; run this from a source checkout")
+        if root is not None and (root / recipes / one).is_file():
+            return root / recipes
+    raise ConfigError(f"{recipes} is neither beside the package nor in {installed}; run this from a source checkout")

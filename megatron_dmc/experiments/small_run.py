@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import DMCError, Terminated
@@ -63,15 +64,22 @@ class SmallRun:
             ConfigError: the folder holds other files or a run on other text, or the text is too short.
         """
         self._check_folder()
-        wanted = {"text": self._digest(), "vocabulary": VOCABULARY, "smoke": self.smoke}
+        wanted = self._identity()
         done = self.folder / "data" / "done.json"
         if done.exists():
-            if json.loads(done.read_text()) != wanted:
-                raise ConfigError(f"{self.folder} holds a run on other text; remove it, or name the same --data")
+            self._check_same(json.loads(done.read_text()), wanted)
             return
         self.timed("text, tokenizer, datasets", self._write_text)
         write_whole(done, json.dumps(wanted))
         (self.folder / "data" / UNFINISHED).unlink()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with one that is in the folder to go on with it."""
+        return {"text": self._digest(), "vocabulary": VOCABULARY, "smoke": self.smoke}
+
+    def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if found != wanted:
+            raise ConfigError(f"{self.folder} holds a run on other text; remove it, or name the same --data")
 
     def _check_folder(self) -> None:
         """Raises ConfigError for a folder with anything but such a run: its files could be taken for results, or removed."""

@@ -31,9 +31,10 @@ def test_a_wheel_is_complete(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert "megatron_dmc/py.typed" in names and "megatron_dmc/cli/command.py" in names
     assert "megatron_dmc/experiments/quickstart/run.py" in names
-    recipes = {path.name for path in (ROOT / "examples" / "quickstart").glob("*.yaml")}
-    inside = {name.rsplit("/", 1)[1] for name in names if "/data/share/megatron-dmc/examples/quickstart/" in name}
-    assert inside == recipes
+    for folder in ("quickstart", "smollm2"):
+        recipes = {path.name for path in (ROOT / "examples" / folder).glob("*.yaml")}
+        inside = {name.rsplit("/", 1)[1] for name in names if f"/data/share/megatron-dmc/examples/{folder}/" in name}
+        assert inside == recipes
     (points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "megatron-dmc = megatron_dmc.cli:main" in wheel.read(points).decode()
 
@@ -43,12 +44,14 @@ def test_an_installed_package_finds_its_recipes_or_says_so(wheel: zipfile.ZipFil
     (data,) = (tmp_path / "site").glob("*.data/data")
     program = (
         "import sys, sysconfig; sysconfig.get_path = lambda name: sys.argv[1]\n"
-        "from megatron_dmc.experiments import places; print(places.checkout(), places.small_recipes())"
+        "from megatron_dmc.experiments import places\n"
+        "print(places.checkout(), places.small_recipes(), places.real_model_recipes())"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", program]
     done = subprocess.run([*command, str(data)], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.stdout == f"None {data}/share/megatron-dmc/examples/quickstart\n", done.stderr
+    examples = f"{data}/share/megatron-dmc/examples"
+    assert done.stdout == f"None {examples}/quickstart {examples}/smollm2\n", done.stderr
     done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert "examples/quickstart is neither beside the package nor in" in done.stderr.splitlines()[-1]
 
@@ -56,3 +59,4 @@ def test_an_installed_package_finds_its_recipes_or_says_so(wheel: zipfile.ZipFil
 def test_a_checkout_finds_its_own() -> None:
     assert places.checkout() == ROOT
     assert places.small_recipes() == ROOT / "examples" / "quickstart"
+    assert places.real_model_recipes() == ROOT / "examples" / "smollm2"

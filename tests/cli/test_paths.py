@@ -17,7 +17,7 @@ TEXT = ["--input", "a.txt", "--tokenizer", "t"]
         (["preprocess", "--input", "a.txt", "--tokenizer", "", "--output", "o"], "--tokenizer"),
         (["preprocess", *TEXT, "--output", ""], "--output"),
         (["preprocess", *TEXT, "--output", "o", "--chat", "--chat-template", ""], "--chat-template"),
-        (["convert-from-hf", "", "o"], "HF_FOLDER"),
+        (["convert-from-hf", "", "o"], "HF_FOLDER|FILE.gguf"),
         (["convert-from-hf", "hf", ""], "OUTPUT_FOLDER"),
         (["convert-to-hf", "", "o"], "CHECKPOINT"),
         (["convert-to-hf", "c", ""], "OUTPUT_FOLDER"),

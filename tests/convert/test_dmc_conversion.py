@@ -28,17 +28,17 @@ def logit_margin(network: GPTModel) -> tuple[float, float]:
     logits: list[Tensor] = []
     layers = dmc_layers(network)
     for layer in layers:
-        original = layer._decision_logits
+        original = layer.decision_logits
 
         def record(*args: Any, original: Any = original) -> tuple[Tensor, Tensor]:
             a, b = original(*args)
             logits.append(a)
             return a, b
 
-        layer._decision_logits = record  # type: ignore[method-assign]
+        layer.decision_logits = record  # type: ignore[method-assign]
     megatron_logits(network)
     for layer in layers:
-        del layer._decision_logits
+        del layer.decision_logits
     a = torch.stack(logits)
     return a.abs().min().item(), (a > 0).float().mean().item()
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron_dmc.data import iter_documents, standard_library_documents
+from megatron_dmc.data import iter_documents, standard_library_documentation, standard_library_documents
 from tests.support.texts import fails
 
 
@@ -116,6 +116,15 @@ def test_unreadable(tmp_path):
     (tmp_path / "a.txt").symlink_to("/proc/self/mem")
     fails("a.txt cannot be read: Input/output error", lambda: list(iter_documents(tmp_path / "a.txt")))
     fails("a.txt cannot be read: Input/output error", lambda: list(iter_documents(tmp_path)))
+
+
+def test_documentation_of_the_standard_library():
+    documents = list(standard_library_documentation())
+    assert documents == list(standard_library_documentation())
+    # help()'s topics, each a document of its own, and no source.
+    assert any(document.startswith('The "assert" statement') for document in documents)
+    assert sum(map(len, documents)) > 400_000
+    assert not set(documents) & set(standard_library_documents())
 
 
 def test_standard_library():

@@ -62,9 +62,9 @@ def test_injected_gradient_is_the_hinges(source: Any, per_layer: bool, monkeypat
 
 def test_counts_leave_the_first_token_out() -> None:
     merge = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [2.0, -2.0]]])
-    noise_free = torch.tensor([[[1.0, 1.0], [-1.0, 1.0], [-2.0, -2.0]]])
+    noise_free = torch.tensor([[[0.1, 1.0], [-1.0, 0.4], [-2.0, -0.4]]])
     places = torch.arange(3)[None]
     counts = count_decisions(merge, noise_free, takes_effect(places, 2 - places, 0))
-    assert counts.tolist() == [[2, 0], [0, 1], [3, 3]]
+    assert counts.tolist() == [[2, 0], [0, 1], [3, 3], [0, 2]]
     counts = count_decisions(merge, noise_free, takes_effect(places, 2 - places, 1))
-    assert counts.tolist() == [[1, 0], [0, 1], [3, 3]]
+    assert counts.tolist() == [[1, 0], [0, 1], [3, 3], [0, 1]]

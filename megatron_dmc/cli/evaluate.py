@@ -1,0 +1,54 @@
+"""``megatron-dmc evaluate``."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from megatron_dmc.cli.common import path
+from megatron_dmc.config import ConfigError
+from megatron_dmc.files import why_nothing_new
+
+HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=path, metavar="HF_FOLDER", help="a plain Llama, or an export of convert-to-hf")
+    parser.add_argument(
+        "--text", required=True, type=path, metavar="PREFIX", help="a held-out dataset of megatron-dmc preprocess"
+    )
+    parser.add_argument("--output", required=True, type=path, metavar="FILE.json", help="the report; must not exist")
+    parser.add_argument(
+        "--base",
+        type=path,
+        metavar="FILE.json",
+        help="the report of the base that the model was made from, for KL, recall and speed against it; by default the model "
+        "is a base",
+    )
+    parser.add_argument(
+        "--amount",
+        choices=["smoke", "default", "full"],
+        default="default",
+        help="how much is measured of a base, and so of what is compared with it (default: about ten minutes a model of 135 M "
+        "parameters on two cores)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures a model as transformers serves it, in float32: its loss on held-out text, how well it copies, whether it finds
+    what stands in texts of up to thousands of tokens, the bytes of its cache, and its speed. First the base, then what was
+    made from it, with --base. In the tasks no token is generated: an answer counts where each of its tokens is the likeliest,
+    as in greedy generation."""
+    output = Path(options.output)
+    if os.path.lexists(output):
+        raise ConfigError(f"--output {output} exists; name a new file, or remove it")
+    if (problem := why_nothing_new(output)) is not None:
+        raise ConfigError(f"--output {output} cannot be written: {problem}; name another file")
+    from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
+
+    report = evaluate_exported(options.folder, options.text, base=options.base, amount=options.amount)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(output)
+    print(f"{output}: evaluated {options.folder}")

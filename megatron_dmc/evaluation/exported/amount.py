@@ -1,0 +1,56 @@
+"""How much is measured of a model."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_dmc.evaluation.recall_tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What every model of one comparison reads.
+
+    Attributes:
+        windows, window_tokens: of held-out text, for the loss; a quarter of a window is reported by itself.
+        copies: windows whose halves are equal.
+        recall_tokens: lengths of the recall tasks' prompts.
+        samples: of a recall task at one length.
+        serving_tokens: lengths of the texts that cache and speed are measured on.
+        new_tokens: decoded after each of them.
+    """
+
+    windows: int = 32
+    window_tokens: int = 512
+    copies: int = 16
+    recall_tokens: tuple[int, ...] = (300, 1000, 2000)
+    samples: int = 16
+    serving_tokens: tuple[int, ...] = (2000,)
+    new_tokens: int = 32
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Amount":
+        """The inverse of :meth:`to_dict`, also after JSON."""
+        read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**read)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def recall_parts(self) -> list[tuple[str, int]]:
+        """Tasks and lengths of their prompts, in the order of the report."""
+        return [(task, tokens) for task in TASKS for tokens in self.recall_tokens]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of held-out text in a row that the longest part reads."""
+        return max(self.window_tokens + 1, *self.recall_tokens, *self.serving_tokens)
+
+
+AMOUNTS = {
+    "smoke": Amount(
+        windows=4, window_tokens=128, copies=2, recall_tokens=(256,), samples=4, serving_tokens=(256,), new_tokens=4
+    ),
+    "default": Amount(),
+    "full": replace(Amount(), recall_tokens=(300, 1000, 2000, 4000), samples=48, serving_tokens=(2000, 8000)),
+}

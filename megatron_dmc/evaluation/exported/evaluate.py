@@ -1,0 +1,244 @@
+"""``megatron-dmc evaluate``: one Hugging Face folder, by itself or beside the base that it was made from."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
+from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
+from megatron_dmc.evaluation.exported.model import load
+from megatron_dmc.evaluation.exported.recall import recalls
+from megatron_dmc.evaluation.exported.serving import serving
+from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
+from megatron_dmc.evaluation.recall_tasks import draw
+from megatron_dmc.files import why_no_file
+
+# A base that recalls none of so many samples is asked for no more of them.
+PROBE = 4
+# A base that recalls fewer of its samples cannot do the task: it says nothing about compression.
+LEAST_BASE_ACCURACY = 0.5
+# A decoded token takes so many times as long as one of a prompt, roughly.
+_DECODING = 10
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The text that every model of a comparison reads: ids int64 [tokens], of this tokenizer."""
+
+    tokenizer: Tokenizer
+    ids: numpy.ndarray
+
+    @classmethod
+    def open(cls, prefix: str, tokenizer: Tokenizer, least: int) -> "Heldout":
+        """Raises ConfigError for a damaged dataset, one of another tokenizer, or one with fewer than ``least`` tokens."""
+        index = check_dataset(prefix, tokenizer, 1)
+        ids = numpy.asarray(token_stream(prefix, index), dtype=numpy.int64)
+        if len(ids) < least:
+            raise ConfigError(
+                f"{prefix} holds {len(ids)} tokens, the evaluation reads {least} in a row; hold out "
+                f"{least / max(len(ids), 1):.1f} times as much text"
+            )
+        return cls(tokenizer, ids)
+
+    def windows(self, count: int, tokens: int) -> list[torch.Tensor]:
+        """So many stretches of so many tokens, evenly spread over the text; they overlap where the text is short."""
+        last = len(self.ids) - tokens
+        begins = [round(i * last / max(count - 1, 1)) for i in range(count)]
+        return [torch.from_numpy(self.ids[begin : begin + tokens].copy()) for begin in begins]
+
+
+def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) -> dict[str, Any]:
+    """All that ``megatron-dmc evaluate`` reports of one model, as plain values.
+
+    Args:
+        folder: a Hugging Face folder with its tokenizer.
+        text: path prefix of a held-out dataset.
+        base: the report of the base that the model was made from: the same samples are read. None: this is the base.
+        amount: a name of AMOUNTS; of a base only.
+
+    Raises:
+        ConfigError: no such model, text or report, or text that is too short.
+    """
+    before = None if base is None else read_report(base)
+    config, _ = read_config(Path(folder))
+    settings = AMOUNTS[amount] if before is None else Amount.from_dict(before["amount"])
+    settings = _within(settings, config.max_position_embeddings)
+    heldout = Heldout.open(text, load_tokenizer(folder), settings.longest + 1)
+    for task, tokens in settings.recall_parts:
+        # What cannot be drawn is said before a model is read.
+        draw(task, heldout.tokenizer, heldout.ids, tokens, 0)
+    plain = None
+    if before is not None:
+        base_config, _ = read_config(Path(before["model"]))
+        if base_config.vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"{folder} has {config.vocab_size} tokens, its base {before['model']} {base_config.vocab_size}; name the "
+                "report of the base that it was made from"
+            )
+        plain = load(before["model"])
+    return _Evaluation(load(folder), plain, heldout, settings).report(folder, before)
+
+
+def read_report(path: str) -> dict[str, Any]:
+    """Raises ConfigError for a file that is no report of a base."""
+    if (problem := why_no_file(Path(path))) is not None:
+        raise ConfigError(f"--base {path} {problem}; write it with megatron-dmc evaluate BASE --output {path}")
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        is_base = {"amount", "model", "recall"} <= set(report) and "kl" not in report
+    except (ValueError, TypeError, RecursionError):
+        is_base = False
+    if not is_base:
+        raise ConfigError(
+            f"--base {path} is no report of a base; write it with megatron-dmc evaluate BASE --output {path}"
+        )
+    return report
+
+
+def _within(amount: Amount, positions: int) -> Amount:
+    """The lengths that the model has positions for."""
+    serving_tokens = tuple(n for n in amount.serving_tokens if n + amount.new_tokens < positions)
+    recall_tokens = tuple(n for n in amount.recall_tokens if n < positions)
+    if amount.window_tokens > positions or not recall_tokens or not serving_tokens:
+        raise ConfigError(
+            f"the model has {positions} positions, the evaluation reads {amount.window_tokens} tokens or more at once; "
+            "evaluate a model with more positions, or measure less (--amount smoke)"
+        )
+    if dropped := sorted({*amount.serving_tokens, *amount.recall_tokens} - {*serving_tokens, *recall_tokens}):
+        print(
+            f"the model has {positions} positions: not measured at {', '.join(map(str, dropped))} tokens",
+            file=sys.stderr,
+        )
+    return replace(amount, serving_tokens=serving_tokens, recall_tokens=recall_tokens)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """plain: the base; None: the model is it."""
+
+    model: Any
+    plain: Any
+    heldout: Heldout
+    amount: Amount
+
+    def report(self, folder: str, before: dict[str, Any] | None) -> dict[str, Any]:
+        amount, began = self.amount, time.perf_counter()
+        columns = (
+            TextColumn("{task.description:14}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns) as progress:
+            bar = progress.add_task("loss", total=self._work(before))
+
+            def advance(tokens: int) -> None:
+                progress.advance(bar, tokens)
+
+            row = text_loss(
+                self.model, self.plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance
+            )
+            halves = self.heldout.windows(amount.copies, amount.window_tokens // 2)
+            row["copying_loss"] = copying_loss(self.model, halves, advance)
+            progress.update(bar, description="cache, speed")
+            row["serving"] = [self._serving(tokens, advance) for tokens in amount.serving_tokens]
+            row["recall"] = []
+            for task, tokens in amount.recall_parts:
+                progress.update(bar, description=f"{task}, {tokens}")
+                row["recall"].append(self._recall(task, tokens, before, advance))
+        return {
+            "model": folder,
+            **({} if before is None else {"base": before["model"]}),
+            "amount": amount.to_dict(),
+            "heldout_tokens": len(self.heldout.ids),
+            **row,
+            "machine": machine(),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _work(self, before: dict[str, Any] | None) -> int:
+        """Tokens that are read, roughly, as the bar's length."""
+        amount, models = self.amount, 1 if self.plain is None else 2
+        recall = sum(tokens for task, tokens in amount.recall_parts if not _skipped(task, tokens, before))
+        served = sum(tokens + _DECODING * amount.new_tokens for tokens in amount.serving_tokens)
+        losses = amount.window_tokens * (models * amount.windows + amount.copies)
+        return losses + models * served + amount.samples * recall
+
+    def _serving(self, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
+        (text,) = self.heldout.windows(1, tokens)
+        row: dict[str, Any] = {"tokens": tokens}
+        for prefix, model in (("", self.model), ("plain_", self.plain)):
+            if model is not None:
+                row |= {
+                    f"{prefix}{name}": value for name, value in serving(model, text, self.amount.new_tokens).items()
+                }
+                advance(tokens + _DECODING * self.amount.new_tokens)
+        return row
+
+    def _recall(
+        self, task: str, tokens: int, before: dict[str, Any] | None, advance: Callable[[int], None]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"task": task, "tokens": tokens}
+        base = None if before is None else _of_base(task, tokens, before)
+        if base is not None and _skipped(task, tokens, before):
+            return row | {"samples": 0, "correct": 0, "accuracy": None, "counts": False}
+        correct = samples = 0
+        for index in range(self.amount.samples):
+            sample = draw(task, self.heldout.tokenizer, self.heldout.ids, tokens, index)
+            correct += recalls(self.model, sample)
+            samples += 1
+            advance(tokens)
+            if base is None and samples == PROBE and correct == 0:
+                advance(tokens * (self.amount.samples - samples))
+                break
+        accuracy = correct / samples
+        row |= {"samples": samples, "correct": correct, "accuracy": accuracy}
+        if base is None:
+            return row | {"counts": accuracy >= LEAST_BASE_ACCURACY}
+        return row | {
+            "base_accuracy": base["accuracy"],
+            "over_base": accuracy / base["accuracy"],
+            "counts": base["counts"],
+        }
+
+
+def _of_base(task: str, tokens: int, before: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in before["recall"] if (row["task"], row["tokens"]) == (task, tokens))
+
+
+def _skipped(task: str, tokens: int, before: dict[str, Any] | None) -> bool:
+    """Whether the base has recalled nothing there."""
+    return before is not None and not _of_base(task, tokens, before)["correct"]
+
+
+def recall_over_base(report: dict[str, Any]) -> float | None:
+    """The mean of accuracy over the base's, of the tasks that count; None where none does."""
+    counted = [row["over_base"] for row in report["recall"] if row["counts"]]
+    return sum(counted) / len(counted) if counted else None
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers of seconds depend on."""
+    import transformers
+
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,1 @@
+"""``megatron-dmc quickstart --model``: one real model, from nothing to a table."""

@@ -1,0 +1,80 @@
+"""docs/results.md, written from a run's summary."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dmc.experiments.real_model.summary import (
+    LOSS_COLUMNS,
+    SERVING_COLUMNS,
+    loss_rows,
+    recall_columns,
+    recall_rows,
+    serving_rows,
+)
+
+_PAGE = """# A real model
+
+`make real-model` wrote this page from [examples/smollm2/results.json](../examples/smollm2/results.json); do not edit it.
+
+The model is {name}: {num_hidden_layers} layers, hidden size {hidden_size}, {num_attention_heads} query heads on
+{num_key_value_heads} KV heads, {vocab_size:,} tokens. The text is the sources and the documentation of Python's standard
+library: {train_tokens:,} tokens to train on, {heldout_tokens:,} held out.
+
+Machine: {cores} cores ({architecture}), {threads} threads, torch {torch}, transformers {transformers}, Python {python}. All
+stages took {minutes:.0f} minutes. One run, one seed.
+
+![Costs, recall and ratios](figures/results.png)
+
+## Held-out text
+
+{windows} windows of {window_tokens} tokens, nats per token. *CR* is the compression ratio, tokens per slot, on the first text
+of the last table. *KL* is KL(base || model). *copying* is the loss on the second half of {copies} windows whose halves are
+equal. *recall over base* is the mean of the next table's accuracies over the base's.
+
+{losses}
+
+## Recall
+
+Right answers of all samples. An answer is right where each of its tokens is the likeliest one, as in greedy generation. The
+prompt is taken into the cache first, then the answer. A star: the base is right in fewer than half of its samples, so the task
+does not count. Skipped: the base was never right.
+
+{recall}
+
+## Cache and speed
+
+One text each, then {new_tokens} tokens one by one, batch size 1. *plain* is the base with transformers' own cache, measured
+in the same process right after.
+
+{serving}
+
+## The commands
+
+In the run's folder:
+
+{stages}
+"""
+
+
+def page(summary: dict[str, Any]) -> str:
+    """The whole page: tables, what each number means, the machine, and the commands."""
+    stages = [
+        (stage["stage"], f"{stage['seconds']:.0f}", f"`{stage['command']}`" if stage["command"] else "")
+        for stage in summary["stages"]
+    ]
+    return _PAGE.format(
+        **summary["model"],
+        **summary["text"],
+        **summary["machine"],
+        **{name: summary["base"]["amount"][name] for name in ("windows", "window_tokens", "copies", "new_tokens")},
+        minutes=sum(stage["seconds"] for stage in summary["stages"]) / 60,
+        losses=_table(LOSS_COLUMNS, loss_rows(summary)),
+        recall=_table(recall_columns(summary), recall_rows(summary)),
+        serving=_table(SERVING_COLUMNS, serving_rows(summary)),
+        stages=_table(("stage", "seconds", "command"), stages),
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,83 @@
+"""What is made of the model: the list, and the words of each command."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SMOKE_SETTINGS = [
+    "data.sequence_length=256",
+    "training.global_batch_size=2",
+    # So few steps change decisions only if they start near the edge.
+    "dmc.decision_bias=0.5",
+    "monitor.eval_samples=2",
+    "monitor.eval_interval=0",
+]
+SMOKE_SEQUENCE_LENGTH = 256
+SMOKE_TOKENS = 4 * 2 * SMOKE_SEQUENCE_LENGTH
+
+
+@dataclass(frozen=True)
+class Retrofit:
+    """One result of the comparison.
+
+    Attributes:
+        name: of its folders, and in tables.
+        recipe: a file of examples/smollm2 without its suffix.
+        overrides: settings over the recipe's.
+        scaled: the budget of tokens decides the steps of the recipe's phases.
+    """
+
+    name: str
+    recipe: str
+    overrides: Sequence[str] = ()
+    scaled: bool = True
+
+
+RETROFITS = (Retrofit("trained-cr4", "cr4"), Retrofit("trained-cr8", "cr8"))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """tokens: that each retrofit is trained on; None: as many as its recipe says."""
+
+    tokens: int | None
+    smoke: bool
+
+    def words(self, retrofit: Retrofit, recipes: Path) -> list[str]:
+        """The command that trains it, in the run's folder."""
+        phases, step_tokens = self._recipe(retrofit, recipes)
+        words = ["retrofit", str(recipes / f"{retrofit.recipe}.yaml")]
+        words += [
+            f"checkpoint.directory=checkpoints/{retrofit.name}",
+            f"monitor.tensorboard=tensorboard/{retrofit.name}",
+        ]
+        words += [*retrofit.overrides, *(SMOKE_SETTINGS if self.smoke else ())]
+        if retrofit.scaled and self.tokens is not None:
+            steps = scaled_steps(phases, self.tokens // step_tokens)
+            words += [f"phases.{i}.steps={count}" for i, count in enumerate(steps)]
+        return words
+
+    def trained_tokens(self, retrofit: Retrofit, recipes: Path) -> int:
+        """Tokens of all steps of a scaled retrofit."""
+        phases, step_tokens = self._recipe(retrofit, recipes)
+        return step_tokens * sum(phases if self.tokens is None else scaled_steps(phases, self.tokens // step_tokens))
+
+    def least(self, recipes: Path) -> int:
+        """Tokens that are enough for one step of every phase of every retrofit."""
+        read = (self._recipe(retrofit, recipes) for retrofit in RETROFITS if retrofit.scaled)
+        return max(len(phases) * step_tokens for phases, step_tokens in read)
+
+    def _recipe(self, retrofit: Retrofit, recipes: Path) -> tuple[list[int], int]:
+        """Steps of the phases, and tokens of a step."""
+        values: dict[str, Any] = yaml.safe_load((recipes / f"{retrofit.recipe}.yaml").read_text(encoding="utf-8"))
+        step = values["training"]["global_batch_size"] * values["data"]["sequence_length"]
+        return [phase["steps"] for phase in values["phases"]], 2 * SMOKE_SEQUENCE_LENGTH if self.smoke else step
+
+
+def scaled_steps(steps: Sequence[int], total: int) -> list[int]:
+    """``total`` steps in the same proportions, one at least of each; the first takes what rounding leaves."""
+    scaled = [max(1, total * count // sum(steps)) for count in steps]
+    return [max(1, total - sum(scaled[1:])), *scaled[1:]]

