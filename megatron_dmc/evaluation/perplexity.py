@@ -49,7 +49,7 @@ def evaluate(
     per_byte = loss / windows.bytes_per_token
     if not loaded.merges:
         return Evaluation(loss, per_byte, tokens)
-    _, merged, seen = torch.stack([layer.statistics.total() for layer in layers]).unbind(1)
+    _, merged, seen, _ = torch.stack([layer.statistics.total() for layer in layers]).unbind(1)
     return Evaluation(
         loss,
         per_byte,
