@@ -60,6 +60,7 @@ CASES = [
             "dmc.operation": "evict",
             "data.reset_at_documents": True,
             "training.train": "adapter",
+            "dmc.ratio_control": "offset",
             "dmc.target_compression_ratio": 2.0,
             "phases": [{"kind": "calibrate", "steps": 5}, {"kind": "solidify", "steps": 2, "lr": 1e-3}],
         },

@@ -22,7 +22,7 @@ def small_recipes() -> Path:
 
 def real_model_recipes() -> Path:
     """The folder with the real model's recipes (``examples/smollm2``). Raises ConfigError: it is nowhere."""
-    return _installed(Path("examples", "smollm2"), "cr4.yaml")
+    return _installed(Path("examples", "smollm2"), "train.yaml")
 
 
 def _installed(recipes: Path, one: str) -> Path:

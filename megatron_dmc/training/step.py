@@ -20,7 +20,7 @@ from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.build import build_chunks, freeze_base, megatron_config, wrap_chunks
 from megatron_dmc.training.forward_step import build_forward_step, forward_step, on_this_context_rank
 from megatron_dmc.training.optimizer import build_optimizer, gather_parameters
-from megatron_dmc.training.schedule import StepPlan
+from megatron_dmc.training.schedule import StepPlan, plan_step
 
 # Of a Newton step, because a batch's ratio is not the text's; and logits.
 OFFSET_GAIN, LONGEST_OFFSET_STEP = 1.0, 0.5
@@ -125,7 +125,7 @@ class StepRunner:
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
         if plan.target_compression_ratio is not None and self.recipe.dmc.ratio_control == "offset":
-            self._move_offset(offset_step(result.counts, plan.target_compression_ratio))
+            self._move_offset(offset_step(result.counts, self._next_target() or plan.target_compression_ratio))
         result.grad_norm, result.updated = float(grad_norm), bool(updated)
         return result
 
@@ -261,6 +261,12 @@ class StepRunner:
             message[:-4].view_as(counts).cpu(),
             stop=bool(stops > 0),
         )
+
+    def _next_target(self) -> float | None:
+        """The compression ratio that the step after this one aims at; None: it is the last, or merges nothing."""
+        if self.step + 1 >= self.recipe.total_steps:
+            return None
+        return plan_step(self.recipe.phases, self.recipe.dmc, self.step + 1).target_compression_ratio
 
     def _move_offset(self, step: float) -> None:
         for layer in self._layers():

@@ -5,15 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_dmc.calibration import CalibrationError
+from megatron_dmc.checkpoint.load import check_files
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.inference.loading import load_model
+from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
+from megatron_dmc.training import run_state
 from megatron_dmc.training.schedule import plan_step
+from megatron_dmc.training.step import offset_step
 from megatron_dmc.training.trainer import Trainer
 from tests.support.tensors import assert_same_tensors
 from tests.support.toy import LR, recipe_values, scalars, train, weights, write_recipe, write_text
@@ -169,3 +175,69 @@ def test_a_damaged_base_is_refused(data: Path, tmp_path: Path) -> None:
     trainer.store.load = damaged  # type: ignore[method-assign]
     with pytest.raises(CalibrationError, match="layer 1 are not finite"):
         trainer.run()
+
+
+@pytest.mark.parametrize("lr", [3e-3, 3e-2])
+def test_an_offset_keeps_the_ratio_at_its_rising_target(data: Path, tmp_path: Path, lr: float) -> None:
+    """At learning rates that lie ten times apart; on held-out text."""
+    compress = {"kind": "compress", "steps": 12, "lr": lr, "start_compression_ratio": 2.0}
+    path = recipe(data, tmp_path, [CALIBRATE, compress], ratio_control="offset", target_compression_ratio=3.0)
+    trainer = train(path, "monitor.eval_interval=1", "distillation.weight=1", "training.global_batch_size=8")
+    held_out, target = scalars(tmp_path, "evaluation/compression_ratio"), scalars(tmp_path, "compression_ratio/target")
+    assert all(0.85 < held_out[step] / target[step] < 1.15 for step in range(14, 23)), (held_out, target)
+    offsets = {float(layer.decision.offset) for layer in dmc_layers(trainer.model[0])}
+    assert len(offsets) == 1 and offsets != {0.0}
+
+
+def test_an_offset_moves_by_a_newton_step() -> None:
+    """100 of 1000 tokens merge, 200 lie within half a logit: a logit moves 200 of them."""
+    counts = torch.tensor([0, 100, 1000, 200]).view(4, 1, 1)
+    assert offset_step(counts, 1 / (1 - 0.15)) == pytest.approx(50 / 200)
+    assert offset_step(counts, 1 / (1 - 0.05)) == pytest.approx(-50 / 200)
+    assert offset_step(counts, 4.0) == 0.5
+    assert offset_step(torch.tensor([0, 0, 1000, 0]).view(4, 1, 1), 2.0) == 0.5
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_offset_and_input_scale_are_part_of_what_is_saved_and_exported(data: Path, tmp_path: Path, bf16: bool) -> None:
+    path = recipe(
+        data, tmp_path, [CALIBRATE, {"kind": "solidify", "steps": 3, "lr": 1e-2}], bf16=bf16, ratio_control="offset"
+    )
+    trainer = train(path)
+    (layer, *_) = dmc_layers(trainer.model[0])
+    assert layer.decision.offset.dtype == torch.float32
+    loaded = load_model(tmp_path / "checkpoints" / "final")
+    again = dmc_layers(loaded.model)[0].decision
+    assert torch.equal(again.offset, layer.decision.offset) and float(again.offset)
+    assert torch.equal(again.input_scale, layer.decision.input_scale.float())
+    export_hf(tmp_path / "checkpoints" / "final", tmp_path / "hf", dtype=torch.float32)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.0.self_attn.decision"
+    hidden = torch.randn(5, 1, 32)
+    ours, _ = loaded.model.decoder.layers[0].self_attention.decision_logits(hidden, hidden, hidden)
+    theirs = hidden[:, 0] @ exported[f"{name}.weight"].T + exported[f"{name}.bias"]
+    torch.testing.assert_close(theirs[:, 0::2] - 5.0, ours[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_from_before_has_neither(data: Path, tmp_path: Path) -> None:
+    """An older one lacks both tensors: the offset was 0 then, and every input counted as it was."""
+    train(recipe(data, tmp_path, [{"kind": "solidify", "steps": 2, "lr": 1e-2}]))
+    with pytest.MonkeyPatch.context() as patch:
+        state = run_state.model_state
+        patch.setattr(
+            run_state,
+            "model_state",
+            lambda chunks: {
+                chunk: {name: value for name, value in part.items() if not is_buffer(name)}
+                for chunk, part in state(chunks).items()
+            },
+        )
+        trainer = Trainer(load_recipe(recipe(data, tmp_path / "old", [{"kind": "solidify", "steps": 2, "lr": 1e-2}])))
+        trainer.run()
+    found = check_files(tmp_path / "old" / "checkpoints" / "final").entries
+    assert not any(is_buffer(name) for name in found)
+    loaded = load_model(tmp_path / "old" / "checkpoints" / "final")
+    decision = dmc_layers(loaded.model)[0].decision
+    assert torch.equal(decision.input_scale, torch.ones(32)) and not float(decision.offset)
+    resumed = Trainer(load_recipe(recipe(data, tmp_path / "old", [{"kind": "solidify", "steps": 2, "lr": 1e-2}])))
+    assert resumed.store.load()[0] == 2

@@ -10,12 +10,11 @@ import yaml
 SMOKE_SETTINGS = [
     "data.sequence_length=256",
     "training.global_batch_size=2",
-    # So few steps change decisions only if they start near the edge.
-    "dmc.decision_bias=0.5",
     "monitor.eval_samples=2",
     "monitor.eval_interval=0",
 ]
 SMOKE_SEQUENCE_LENGTH = 256
+SMOKE_CALIBRATION_STEPS = 5
 SMOKE_TOKENS = 4 * 2 * SMOKE_SEQUENCE_LENGTH
 
 
@@ -27,7 +26,7 @@ class Retrofit:
         name: of its folders, and in tables.
         recipe: a file of examples/smollm2 without its suffix.
         overrides: settings over the recipe's.
-        scaled: the budget of tokens decides the steps of the recipe's phases.
+        scaled: the budget of tokens decides the steps of the recipe's phases. If not, the recipe has one and does not train.
     """
 
     name: str
@@ -36,7 +35,17 @@ class Retrofit:
     scaled: bool = True
 
 
-RETROFITS = (Retrofit("trained-cr4", "cr4"), Retrofit("trained-cr8", "cr8"))
+def _retrofits(ratio: int) -> tuple[Retrofit, Retrofit]:
+    """Decisions from the base's attention, and the same ones trained."""
+    calibrated, target = f"calibrated-cr{ratio}", f"dmc.target_compression_ratio={ratio}"
+    start = f"checkpoint.load_base=checkpoints/{calibrated}/final"
+    return (
+        Retrofit(calibrated, "calibrate", (target,), scaled=False),
+        Retrofit(f"trained-cr{ratio}", "train", (target, start)),
+    )
+
+
+RETROFITS = (*_retrofits(4), *_retrofits(8))
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,19 @@ class Budget:
             f"monitor.tensorboard=tensorboard/{retrofit.name}",
         ]
         words += [*retrofit.overrides, *(SMOKE_SETTINGS if self.smoke else ())]
-        if retrofit.scaled and self.tokens is not None:
-            steps = scaled_steps(phases, self.tokens // step_tokens)
-            words += [f"phases.{i}.steps={count}" for i, count in enumerate(steps)]
+        if self.smoke or (retrofit.scaled and self.tokens is not None):
+            words += [f"phases.{i}.steps={count}" for i, count in enumerate(self._steps(retrofit, phases, step_tokens))]
         return words
 
-    def trained_tokens(self, retrofit: Retrofit, recipes: Path) -> int:
-        """Tokens of all steps of a scaled retrofit."""
+    def read_tokens(self, retrofit: Retrofit, recipes: Path) -> int:
+        """Tokens of all its steps."""
         phases, step_tokens = self._recipe(retrofit, recipes)
-        return step_tokens * sum(phases if self.tokens is None else scaled_steps(phases, self.tokens // step_tokens))
+        return step_tokens * sum(self._steps(retrofit, phases, step_tokens))
+
+    def _steps(self, retrofit: Retrofit, phases: list[int], step_tokens: int) -> list[int]:
+        if retrofit.scaled and self.tokens is not None:
+            return scaled_steps(phases, self.tokens // step_tokens)
+        return [SMOKE_CALIBRATION_STEPS] if self.smoke else phases
 
     def least(self, recipes: Path) -> int:
         """Tokens that are enough for one step of every phase of every retrofit."""

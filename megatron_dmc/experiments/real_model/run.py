@@ -38,7 +38,7 @@ SMOKE_LAYERS = 4
 SMOKE_TEXT = 400_000
 BASE_REPORT = "base.json"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
-_TRAINED_TOKENS_PER_SECOND = 80
+_TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 80, 250
 _EVALUATION_SECONDS = {"smoke": 15, "default": 500, "full": 4000}
 # Of the run's folder, beside the models: text, datasets, reports.
 _OTHER_BYTES = 200_000_000
@@ -155,8 +155,9 @@ class RealModelRun(SmallRun):
         stages = []
         for each in RETROFITS:
             final, exported = f"checkpoints/{each.name}/final", f"hf-{each.name}"
-            seconds = self.budget.trained_tokens(each, self.recipes) / _TRAINED_TOKENS_PER_SECOND
-            stages.append(Stage(f"training: {each.name}", final, self.budget.words(each, self.recipes), seconds))
+            speed = _TRAINED_TOKENS_PER_SECOND if each.scaled else _READ_TOKENS_PER_SECOND
+            seconds = self.budget.read_tokens(each, self.recipes) / speed
+            stages.append(Stage(f"retrofit: {each.name}", final, self.budget.words(each, self.recipes), seconds))
             words = ["convert-to-hf", final, exported, "--dtype", "float32"]
             stages.append(Stage(f"export: {each.name}", exported, words, 20))
         return stages
@@ -181,7 +182,7 @@ class RealModelRun(SmallRun):
                 f"the text gives {counts['heldout_tokens']} held-out tokens, this needs {least}; name about "
                 f"{least / max(counts['heldout_tokens'], 1):.1f} times as much text"
             )
-        trained = max(self.budget.trained_tokens(each, self.recipes) for each in RETROFITS)
+        trained = max(self.budget.read_tokens(each, self.recipes) for each in RETROFITS)
         often = trained / max(counts["train_tokens"], 1)
         print(
             f"text: {counts['train_tokens']:,} tokens to train on, {counts['heldout_tokens']:,} held out; a retrofit reads "
