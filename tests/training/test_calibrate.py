@@ -189,6 +189,33 @@ def test_an_offset_keeps_the_ratio_at_its_rising_target(data: Path, tmp_path: Pa
     assert len(offsets) == 1 and offsets != {0.0}
 
 
+@pytest.mark.parametrize("hidden_size", [16, 48, 96])
+def test_one_learning_rate_serves_every_width(data: Path, tmp_path: Path, hidden_size: int) -> None:
+    """Learning rates count in logits: on held-out text the ratio stays near its rising target."""
+
+    def values(name: str, phases: list[dict[str, Any]], **dmc: Any) -> dict[str, Any]:
+        found = recipe_values(data, tmp_path / name, phases, **dmc)
+        found["model"] |= {"hidden_size": hidden_size, "ffn_hidden_size": 2 * hidden_size, "num_attention_heads": 2}
+        found["model"]["init_method_std"] = 0.2
+        found["data"] |= {"sequence_length": 64, "cache": str(tmp_path / "cache")}
+        found["training"] |= {"global_batch_size": 16, "micro_batch_size": 16}
+        found["monitor"] |= {"eval_samples": 32, "eval_interval": 1}
+        return found
+
+    train(write_recipe(tmp_path / "base", values("base", [{"kind": "pretrain", "steps": 30, "lr": LR}])))
+    ramp = {"kind": "compress", "steps": 24, "lr": 0.05, "start_compression_ratio": 2.0, "lr_warmup_steps": 3}
+    settings = DMC | {"operation": "absorb", "ratio_control": "offset", "target_compression_ratio": 4.0}
+    run = values("run", [CALIBRATE | {"steps": 5}, ramp], **settings)
+    run["checkpoint"]["load_base"] = str(tmp_path / "base" / "checkpoints" / "final")
+    run["training"]["train"] = "adapter"
+    run["distillation"] = {"weight": 1.0}
+    train(write_recipe(tmp_path / "run", run))
+    ratio = scalars(tmp_path / "run", "evaluation/compression_ratio")
+    target = scalars(tmp_path / "run", "compression_ratio/target")
+    shares = {step: ratio[step] / target[step] for step in range(6, 30)}
+    assert all(0.8 < share < 1.25 for share in shares.values()), shares
+
+
 def test_an_offset_moves_by_a_newton_step() -> None:
     """100 of 1000 tokens merge, 200 lie within half a logit: a logit moves 200 of them."""
     counts = torch.tensor([0, 100, 1000, 200]).view(4, 1, 1)
