@@ -73,8 +73,9 @@ class Repeats:
         return len(self.samples)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
-        sample = self.samples[idx]
-        return text_twice(sample)[0] if is_repeated(idx, self.fraction(idx)) else sample
+        """With ``repeated``, bool: whether the sample is a text twice."""
+        sample, repeated = self.samples[idx], is_repeated(idx, self.fraction(idx))
+        return {**(text_twice(sample)[0] if repeated else sample), "repeated": torch.tensor(repeated)}
 
 
 class SecondCopies:

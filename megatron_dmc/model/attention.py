@@ -45,11 +45,13 @@ class StepContext:
         merging: decisions are made and take effect. False: the base model.
         channel_scale: factor on the last channel of q and k before and after rotary embedding (phase zero_out).
         alpha_gradient: gradient of the step's compression loss with respect to every alpha.
+        uncounted: int64, numbers of samples whose decisions are not counted; None: all are.
     """
 
     merging: bool = True
     channel_scale: float = 1.0
     alpha_gradient: float = 0.0
+    uncounted: Tensor | None = None
 
 
 class BaseAttention(NamedTuple):
@@ -214,7 +216,7 @@ class DMCSelfAttention(SelfAttention):
             else:
                 merge_logits = self._merge_logits(decision_logits, attention_mask, places)
                 alpha = torch.sigmoid(merge_logits)
-                value = self._count(value, alpha, merge_logits, decision_logits, places)
+                value = self._count(value, alpha, merge_logits, decision_logits, places, attention_mask)
                 tokens = Tokens(key, value, alpha, omega, *rotation(angles, query.dtype))
                 out = self._merge_and_attend(query, tokens, merge_logits, places)
         return self.linear_proj(out.transpose(0, 1).flatten(2))
@@ -254,13 +256,22 @@ class DMCSelfAttention(SelfAttention):
         return relaxed_merge_logits(decision_logits, noise, self.dmc.temperature)
 
     def _count(
-        self, value: Tensor, alpha: Tensor, merge_logits: Tensor, decision_logits: Tensor, places: TokenPlaces
+        self,
+        value: Tensor,
+        alpha: Tensor,
+        merge_logits: Tensor,
+        decision_logits: Tensor,
+        places: TokenPlaces,
+        sample_index: Tensor | None,
     ) -> Tensor:
         """Counts the decisions, in training in the backward pass of the value that is returned."""
         assert self.dmc is not None
         in_effect = takes_effect(places.in_document, places.remaining, self.dmc.local_window)
         in_effect = in_effect.to(merge_logits.device, non_blocking=True)
-        counts = count_decisions(merge_logits.detach(), decision_logits.detach(), in_effect)
+        samples = None
+        if self.step.uncounted is not None and sample_index is not None:
+            samples = ~torch.isin(sample_index, self.step.uncounted)
+        counts = count_decisions(merge_logits.detach(), decision_logits.detach(), in_effect, samples)
         if not self.training:
             self.statistics.add(counts)
             return value

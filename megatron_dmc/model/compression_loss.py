@@ -46,7 +46,9 @@ def takes_effect(positions: Tensor, remaining: Tensor, local_window: int) -> Ten
     return (positions > 0) & (remaining >= local_window)
 
 
-def count_decisions(merge_logits: Tensor, decision_logits: Tensor, in_effect: Tensor) -> Tensor:
+def count_decisions(
+    merge_logits: Tensor, decision_logits: Tensor, in_effect: Tensor, samples: Tensor | None = None
+) -> Tensor:
     """Counts for DecisionStatistics: int64 [4, kv_heads].
 
     All tokens count. One whose decision takes no effect has a slot of its own. A decision is close if half a logit more or
@@ -56,8 +58,12 @@ def count_decisions(merge_logits: Tensor, decision_logits: Tensor, in_effect: Te
         merge_logits: with noise, [batch, seq, kv_heads].
         decision_logits: without noise, of the same shape.
         in_effect: bool [batch or 1, seq], see takes_effect.
+        samples: bool [batch], whose tokens count; None: all samples'.
     """
     tokens = torch.full_like(merge_logits[0, 0], merge_logits[..., 0].numel(), dtype=torch.int64)
+    if samples is not None:
+        tokens = tokens // len(samples) * samples.sum()
+        in_effect = in_effect & samples[:, None]
     noisy, noise_free = (((x > 0) & in_effect[..., None]).sum(dim=(0, 1)) for x in (merge_logits, decision_logits))
     close = ((decision_logits.abs() < CLOSE) & in_effect[..., None]).sum(dim=(0, 1))
     return torch.stack([noisy, noise_free, tokens, close])

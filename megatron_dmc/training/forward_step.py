@@ -25,11 +25,11 @@ Output = tuple[Tensor, Any]
 
 
 def on_this_context_rank(batch: Batch) -> Batch:
-    """[b, s] -> this context-parallel rank's tokens [b, s / ranks]; samples' numbers and document_starts as they are."""
+    """[b, s] -> this context-parallel rank's tokens [b, s / ranks]; document_starts and what is [b] as it is."""
     ranks = parallel_state.get_context_parallel_world_size()
     # Not megatron-core's get_batch_on_this_cp_rank, whose arguments differ between versions.
     mine = local_positions(batch["tokens"].shape[1] // ranks, parallel_state.get_context_parallel_group())
-    return {name: x if name in ("sample_index", "document_starts") else x[:, mine] for name, x in batch.items()}
+    return {name: x if name == "document_starts" or x.dim() == 1 else x[:, mine] for name, x in batch.items()}
 
 
 def build_forward_step(

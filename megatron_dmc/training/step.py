@@ -116,7 +116,8 @@ class StepRunner:
 
     def _train_step(self, plan: StepPlan) -> StepResult:
         micro_batches = self._micro_batches(self.train_data, self.step * self.recipe.training.global_batch_size)
-        self._prepare(StepContext(plan.merging, plan.channel_scale, self._alpha_gradient(plan, micro_batches)))
+        gradient, uncounted = self._alpha_gradient(plan, micro_batches), self._repeated(micro_batches)
+        self._prepare(StepContext(plan.merging, plan.channel_scale, gradient, uncounted))
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
@@ -188,6 +189,14 @@ class StepRunner:
         for chunk in self.model:
             chunk.train()
         return result if result.tokens else None
+
+    def _repeated(self, micro_batches: list[dict[str, Tensor]]) -> Tensor | None:
+        """Numbers of samples that are a text twice. A second copy is easier to do without: they do not count in the ratio,
+        which is to be that of text as it is. None: there are no others."""
+        if self.recipe.repeat_fraction == 1:
+            return None
+        numbers = [batch["sample_index"][batch["repeated"]] for batch in micro_batches if "repeated" in batch]
+        return torch.cat(numbers) if numbers else None
 
     def _prepare(self, context: StepContext) -> None:
         """Tells every layer what the next passes are, and forgets the counts of those before."""
@@ -286,6 +295,8 @@ def offset_step(counts: Tensor, target: float) -> float:
         target: compression ratio.
     """
     _, merged, tokens, close = counts.sum(dim=(1, 2)).tolist()
+    if not tokens:
+        return 0.0
     # Merged tokens per logit of offset. Where hardly any decision is close, the longest step finds some.
     slope = max(close / (2 * CLOSE), 1e-3 * tokens)
     missing = merge_fraction_target(target) * tokens - merged

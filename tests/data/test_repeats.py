@@ -143,7 +143,9 @@ def test_the_fraction_may_change_in_the_run() -> None:
         assert sum(repeated[20 + begin : 24 + begin]) == 1
     for i, is_one in enumerate(repeated):
         expected = text_twice(data[i])[0] if is_one else data[i]
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in repeats[i].items())
+        found = repeats[i]
+        assert bool(found.pop("repeated")) == is_one
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_second_copies_alone_count() -> None:
@@ -167,12 +169,14 @@ def test_a_blend(tmp_path, tokenizer, dataset, reset):
     )
     plain, _ = build_datasets(config, tokenizer, 60, 0)
     whole, repeated = (global_batch(data, range(60)) for data in (plain, Repeats(plain, lambda number: 1 / 3)))
+    assert repeated.pop("repeated").tolist() == [i % 3 == 2 for i in range(60)]
     assert whole.keys() == repeated.keys()
     for i in range(60):
         expected = text_twice(plain[i])[0] if i % 3 == 2 else plain[i]
         assert all(torch.equal(repeated[name][i], expected[name]) for name in whole.keys() - {"sample_index"})
     # A resumed run, and any replica, reads a part of them.
     later = global_batch(Repeats(plain, lambda number: 1 / 3), range(17, 31))
+    assert later.pop("repeated").tolist() == [i % 3 == 2 for i in range(17, 31)]
     assert all(torch.equal(tensor, repeated[name][17:31]) for name, tensor in later.items())
 
 

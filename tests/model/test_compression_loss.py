@@ -60,6 +60,15 @@ def test_injected_gradient_is_the_hinges(source: Any, per_layer: bool, monkeypat
     assert any(".decision." in name if source == "projection" else "linear_qkv" in name for name in moved)
 
 
+def test_samples_that_are_not_counted_are_nowhere() -> None:
+    merge = torch.tensor([[[1.0], [1.0], [-1.0]], [[1.0], [1.0], [1.0]]])
+    places = torch.arange(3)[None]
+    in_effect = takes_effect(places, 2 - places, 0)
+    counts = count_decisions(merge, merge, in_effect, torch.tensor([True, False]))
+    assert counts.tolist() == count_decisions(merge[:1], merge[:1], in_effect).tolist() == [[1], [1], [3], [0]]
+    assert not count_decisions(merge, merge, in_effect, torch.tensor([False, False])).any()
+
+
 def test_counts_leave_the_first_token_out() -> None:
     merge = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [2.0, -2.0]]])
     noise_free = torch.tensor([[[0.1, 1.0], [-1.0, 0.4], [-2.0, -0.4]]])

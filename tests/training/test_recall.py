@@ -417,3 +417,14 @@ def test_two_processes_measure_the_same(scattered: Path, data: Path, tmp_path: P
         assert list(one) == ([1, 2] if tag == "loss/lm" else [0, 1, 2])
         assert two == pytest.approx(one, rel=2e-5, abs=2e-5)
     assert abs(scalars(tmp_path / "one", "evaluation/recall_gap")[0]) > 1e-3
+
+
+def test_the_ratio_is_that_of_samples_that_are_no_repeats(base: Path, data: Path, tmp_path: Path) -> None:
+    """Of 8 samples of a global batch 4 are a text twice; where all are, all count."""
+    path = retrofit(base, data, tmp_path)
+    for fraction, counted in ((0.5, 4), (1, 8)):
+        overrides = [f"data.repeat_fraction={fraction}", "training.global_batch_size=8"]
+        trainer = Trainer(load_recipe(path, overrides))
+        trainer.store.load()
+        result = trainer._train_step(plan_step(trainer.recipe.phases, trainer.recipe.dmc, 0))
+        assert set(result.counts[2].flatten().tolist()) == {counted * LENGTH}
