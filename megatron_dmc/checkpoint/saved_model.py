@@ -16,7 +16,7 @@ from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo
 from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors
 from megatron_dmc.checkpoint.vocabulary import fill_added_rows
-from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
+from megatron_dmc.checkpoint.weights import adapter_may_lack, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe, recipe_from_dict
@@ -152,7 +152,7 @@ class SavedModel:
         for name, (_, dtype) in self._stored.entries.items():
             # Not the optimizer's, whose names begin with its own.
             is_weight = name.startswith("embedding.word_embeddings.") or (
-                name.startswith("decoder.") and is_decision(name)
+                name.startswith("decoder.") and is_decision(name) and not is_buffer(name)
             )
             if is_weight and dtype is not None and dtype.is_floating_point:
                 return dtype
@@ -248,7 +248,7 @@ class SavedModel:
         state, lacks = model_state(model_chunks), is_buffer
         if self.base is not None:
             self.base.load_into(model_chunks, recipe)
-            state, lacks = only_decisions(state), _is_base_weight_or_buffer
+            state, lacks = only_decisions(state), adapter_may_lack
         elif not self.merges:
             lacks = is_decision
         vocabulary, expected = self.recipe.model.vocab_size, recipe.to_dict()["model"]
@@ -288,10 +288,6 @@ class SavedModel:
             expected_model=expected_model,
             may_be_missing=may_be_missing,
         )
-
-
-def _is_base_weight_or_buffer(name: str) -> bool:
-    return is_base_weight(name) or is_buffer(name)
 
 
 def must_be_seen(folder: Path, reads: str) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megatron_dmc.model.decision_projection import is_buffer
+
 
 def model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """The model's sharded state dict; tensors are named globally, whatever the layout."""
@@ -49,6 +51,11 @@ def is_decision(name: str) -> bool:
 
 def is_base_weight(name: str) -> bool:
     return not is_decision(name)
+
+
+def adapter_may_lack(name: str) -> bool:
+    """Whether an adapter's checkpoint may be without it: its base's weights, and what older versions did not have."""
+    return is_base_weight(name) or is_buffer(name)
 
 
 def without_wrapper(chunk: Any) -> Any:

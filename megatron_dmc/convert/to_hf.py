@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.checkpoint import CheckpointError, SavedModel, copy_tokenizer
-from megatron_dmc.checkpoint.weights import is_base_weight, is_decision, model_state, only_decisions, set_model_state
+from megatron_dmc.checkpoint.weights import adapter_may_lack, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import (
     GENERATION_CONFIG,
@@ -26,7 +26,7 @@ from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
-from megatron_dmc.model.decision_projection import DecisionProjection
+from megatron_dmc.model.decision_projection import DecisionProjection, is_buffer
 from megatron_dmc.model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
         dmc = source.dmc
         network = empty_model(model, dmc, source.dtype)
         wanted = only_decisions(model_state([network]))
-        set_model_state([network], source.load(wanted), is_base_weight)
+        set_model_state([network], source.load(wanted, may_be_missing=is_buffer), adapter_may_lack)
         tensors: dict[str, torch.Tensor] = {}
         for row in rows(model, dmc):
             if is_decision(row.megatron):

@@ -20,7 +20,7 @@ from megatron_dmc.checkpoint.folder import is_checkpoint_name
 from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
 from megatron_dmc.checkpoint.saved_model import must_be_seen
 from megatron_dmc.checkpoint.vocabulary import known_tokens
-from megatron_dmc.checkpoint.weights import is_base_weight, model_state, only_decisions, set_model_state
+from megatron_dmc.checkpoint.weights import adapter_may_lack, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
 from megatron_dmc.files import checkpoint_around
@@ -207,8 +207,7 @@ class RunStore:
             expected_model=self.recipe.to_dict()["model"],
             may_be_missing=is_buffer,
         )
-        is_adapter = self.recipe.trains_adapter
-        set_model_state(self.model, state, lambda name: is_buffer(name) or (is_adapter and is_base_weight(name)))
+        set_model_state(self.model, state, adapter_may_lack if self.recipe.trains_adapter else is_buffer)
         if optimizer is not None:
             optimizer.load(state)
         if calibrator is not None:

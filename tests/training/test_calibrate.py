@@ -1,5 +1,6 @@
 """The phase ``calibrate``: decisions from the base's attention, whole or resumed; what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dmc.calibration import CalibrationError
+from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.checkpoint.load import check_files
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.to_hf import export_hf
+from megatron_dmc.convert.to_hf import export_adapter, export_hf
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.inference.loading import load_model
@@ -233,6 +235,11 @@ def test_offset_and_input_scale_are_part_of_what_is_saved_and_exported(data: Pat
     trainer = train(path)
     (layer, *_) = dmc_layers(trainer.model[0])
     assert layer.decision.offset.dtype == torch.float32
+    saved = SavedModel.open(tmp_path / "checkpoints" / "final")
+    for entries in (saved._stored.entries, dict(reversed(saved._stored.entries.items()))):
+        # The offset is float32 in any case. Which tensor is stored first is nobody's business.
+        other = replace(saved, _stored=saved._stored._replace(entries=entries))
+        assert other.dtype == (torch.bfloat16 if bf16 else torch.float32)
     loaded = load_model(tmp_path / "checkpoints" / "final")
     again = dmc_layers(loaded.model)[0].decision
     assert torch.equal(again.offset, layer.decision.offset) and float(again.offset)
@@ -266,5 +273,6 @@ def test_a_checkpoint_from_before_has_neither(data: Path, tmp_path: Path) -> Non
     loaded = load_model(tmp_path / "old" / "checkpoints" / "final")
     decision = dmc_layers(loaded.model)[0].decision
     assert torch.equal(decision.input_scale, torch.ones(32)) and not float(decision.offset)
+    export_adapter(tmp_path / "old" / "checkpoints" / "final", tmp_path / "hf")
     resumed = Trainer(load_recipe(recipe(data, tmp_path / "old", [{"kind": "solidify", "steps": 2, "lr": 1e-2}])))
     assert resumed.store.load()[0] == 2
