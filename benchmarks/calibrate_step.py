@@ -20,7 +20,6 @@ from models import SIZES
 from megatron_dmc.calibration import Calibrator
 from megatron_dmc.distributed.world import world
 from megatron_dmc.recipe import PhaseConfig
-from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.trainer import Trainer
 
 PHASE = PhaseConfig(kind="calibrate", steps=10)
@@ -32,7 +31,7 @@ def watched(trainer: Trainer, calibrator: Calibrator, step: int) -> None:
 
 
 def forward(trainer: Trainer) -> None:
-    trainer._forward_step(plan_step(trainer.recipe.phases, trainer.recipe.dmc, 0))
+    trainer._forward_step()
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_dmc.calibration.observation import Observation, StateNorm, observe
-from megatron_dmc.calibration.regression import Fit, Sums, solve
+from megatron_dmc.calibration.regression import Fit, Sums, solve, summed
 from megatron_dmc.calibration.threshold import Histogram, quantile
 from megatron_dmc.checkpoint.agreement import gather
 from megatron_dmc.errors import DMCError
@@ -49,13 +49,11 @@ class CalibrationResult:
     Attributes:
         tokens: that were learned from.
         r2: share of the scores' variance that the projection predicts on other text, [layers].
-        threshold: logarithm of the score below which a token merges.
         merge_fraction: share of tokens that do, on other text.
     """
 
     tokens: int
     r2: Tensor
-    threshold: float
     merge_fraction: float
 
 
@@ -107,8 +105,7 @@ class _Layer:
             )
         if not bool(torch.isfinite(sums.products).all() & torch.isfinite(self.sums.gram).all()):
             return f"the hidden states or the attention of layer {self.number} are not finite on this text; {DAMAGED}"
-        square = self.sums.gram.diagonal(self.rows.start).clone()
-        dist.all_reduce(square, group=token_group)
+        square = summed(self.sums.gram.diagonal(self.rows.start), token_group)
         mean = sums.features[self.rows] / sums.tokens
         if float((square / sums.tokens - mean.square()).sum() / (square / sums.tokens).sum()) < LEAST_VARIANCE:
             return f"all tokens of the text have nearly the same hidden state in layer {self.number}; name text that varies"
@@ -116,7 +113,7 @@ class _Layer:
 
     def entries(self) -> Iterator[tuple[str, Tensor, int | None]]:
         """What a resumed calibration needs: names, sums, and which of their dimensions is this rank's KV heads or rows."""
-        axes = {"targets": 0, "squares": 0, "products": 1, "gram": 0}
+        axes = {"targets": 0, "products": 1, "gram": 0}
         for name, value in self.sums._asdict().items() if self.sums is not None else ():
             yield name, value, axes.get(name)
         yield "errors", self.errors, 1
@@ -163,8 +160,9 @@ class Calibrator:
                 layer.take_sums()
         device = next(model_chunks[0].parameters()).device
         self.histogram = Histogram(device)
-        # Decisions that took effect, and all; tokens that were learned from.
+        # Decisions that take effect, and all.
         self.decisions = torch.zeros(2, dtype=torch.int64, device=device)
+        # That were learned from.
         self.tokens = 0
 
     @contextlib.contextmanager
@@ -257,7 +255,7 @@ class Calibrator:
             bias += slopes.to(bias).repeat(len(layer.attention.kv_heads))
         count, total, square, error = errors.unbind(0)
         r2 = 1 - error.sum(-1) / (square - total.square() / count).sum(-1)
-        return CalibrationResult(self.tokens, r2.cpu(), threshold, fraction)
+        return CalibrationResult(self.tokens, r2.cpu(), fraction)
 
     def _agree(self, problem: str | None) -> None:
         """Raises the first rank's problem on all ranks, if there is one."""
@@ -270,17 +268,13 @@ class Calibrator:
         entries: dict[str, Any] = {"tokens": self.tokens}
         for layer in self.layers:
             for name, value, axis in layer.entries():
-                whole = value.clone()
-                dist.all_reduce(whole, group=self._token_group)
                 if name == "gram" and self._row_group is None:
                     axis = None
                 key = f"calibration.layers.{layer.number}.{name}"
-                entries[key] = self._sharded(key, whole, axis)
+                entries[key] = self._sharded(key, summed(value, self._token_group), axis)
         for name, value in (("histogram", self.histogram.counts), ("decisions", self.decisions)):
-            whole = value.clone()
-            dist.all_reduce(whole)
             key = f"calibration.{name}"
-            entries[key] = ShardedTensor.from_rank_offsets(key, whole, replica_id=dist.get_rank())
+            entries[key] = ShardedTensor.from_rank_offsets(key, summed(value, None), replica_id=dist.get_rank())
         return entries
 
     def _sharded(self, key: str, value: Tensor, axis: int | None) -> ShardedTensor:

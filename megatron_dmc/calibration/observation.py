@@ -1,5 +1,6 @@
 """What one layer of the base shows of its tokens: the decisions' inputs, and how much each token is attended later."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def observe(layer: DMCSelfAttention, attention: BaseAttention, state_norm: Tenso
     length = in_document + remaining + 1
     return Observation(
         hidden_states,
-        scores.clamp(min=torch.tensor(LEAST_SHARE).log().item()),
+        scores.clamp(min=math.log(LEAST_SHARE)),
         (in_document > 0) & (remaining >= window) & (remaining >= length // UNSEEN_PART),
         takes_effect(in_document, remaining, window),
     )

@@ -10,6 +10,13 @@ from torch import Tensor
 RIDGE = 1e-3
 
 
+def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over all ranks of a group (None: of all), as a tensor of its own."""
+    whole = value.clone()
+    dist.all_reduce(whole, group=group)
+    return whole
+
+
 class Sums(NamedTuple):
     """What a regression needs to know of the tokens, float64: their number, and sums of features, targets and products.
 
@@ -17,7 +24,6 @@ class Sums(NamedTuple):
         tokens: [1].
         features: [hidden].
         targets: [targets].
-        squares: of the targets, [targets].
         products: of features and targets, [hidden, targets].
         gram: of features with one another, rows of [hidden, hidden]. 0.5 GB for 8192 features, so that every tensor-parallel
             rank sums its part of the rows.
@@ -26,13 +32,12 @@ class Sums(NamedTuple):
     tokens: Tensor
     features: Tensor
     targets: Tensor
-    squares: Tensor
     products: Tensor
     gram: Tensor
 
     @classmethod
     def empty(cls, hidden_size: int, targets: int, rows: int, device: torch.device) -> "Sums":
-        sizes = (1,), (hidden_size,), (targets,), (targets,), (hidden_size, targets), (rows, hidden_size)
+        sizes = (1,), (hidden_size,), (targets,), (hidden_size, targets), (rows, hidden_size)
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
     def add(self, features: Tensor, targets: Tensor, rows: slice) -> None:
@@ -41,16 +46,12 @@ class Sums(NamedTuple):
         self.tokens.add_(len(features))
         self.features.add_(features.sum(0))
         self.targets.add_(targets.sum(0))
-        self.squares.add_(targets.square().sum(0))
         self.products.add_(features.T @ targets)
         self.gram.add_(features[:, rows].T @ features)
 
     def over(self, group: dist.ProcessGroup) -> "Sums":
         """The sums over all ranks of a group; each rank's own stay what they are."""
-        whole = Sums(*(value.clone() for value in self))
-        for value in whole:
-            dist.all_reduce(value, group=group)
-        return whole
+        return Sums(*(summed(value, group) for value in self))
 
 
 class Fit(NamedTuple):

@@ -102,16 +102,21 @@ class SmallRun:
             digest.update(hashlib.sha256(document.encode()).digest())
         return digest.hexdigest()
 
-    def _write_text(self) -> None:
-        from megatron_dmc.data import build_indexed_dataset, split_documents
-        from megatron_dmc.data.tokenizer import train_tokenizer
-
+    def _new_text_folder(self) -> Path:
+        """The folder of the run's text, empty but for what marks it as unfinished."""
         folder = self.folder / "data"
         if (folder / UNFINISHED).exists():
             # What a stopped run left half-done.
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / UNFINISHED).touch()
+        return folder
+
+    def _write_text(self) -> None:
+        from megatron_dmc.data import build_indexed_dataset, split_documents
+        from megatron_dmc.data.tokenizer import train_tokenizer
+
+        folder = self._new_text_folder()
         train, valid = split_documents(self._documents(), HELDOUT_FRACTION)
         tokenizer = train_tokenizer(train, VOCABULARY, folder / "tokenizer")
         for name, part in (("train", train), ("valid", valid)):

@@ -37,9 +37,14 @@ class StepPlan:
         return self.step_in_phase + 1 == self.phase.steps
 
     @property
+    def ends_calibration(self) -> bool:
+        """Whether a ``calibrate`` phase is done with the step."""
+        return self.phase.kind == "calibrate" and self.is_last_in_phase
+
+    @property
     def has_decided(self) -> bool:
         """Whether decisions mean something once the step is done: while ``calibrate`` goes on they do not yet."""
-        return self.merging or (self.phase.kind == "calibrate" and self.is_last_in_phase)
+        return self.merging or self.ends_calibration
 
 
 def plan_step(phases: Sequence[PhaseConfig], dmc: DMCConfig, step: int) -> StepPlan:

@@ -22,8 +22,8 @@ from megatron_dmc.training.forward_step import build_forward_step, forward_step,
 from megatron_dmc.training.optimizer import build_optimizer, gather_parameters
 from megatron_dmc.training.schedule import StepPlan, plan_step
 
-# Of a Newton step, because a batch's ratio is not the text's; and logits.
-OFFSET_GAIN, LONGEST_OFFSET_STEP = 1.0, 0.5
+# Logits.
+LONGEST_OFFSET_STEP = 0.5
 
 
 @dataclass
@@ -131,17 +131,9 @@ class StepRunner:
         return result
 
     @torch.no_grad()
-    def _forward_step(self, plan: StepPlan) -> StepResult:
+    def _forward_step(self) -> StepResult:
         """The base reads the step's samples."""
-        self._prepare(StepContext(merging=False))
-        gather_parameters(self.model)
-        for chunk in self.model:
-            chunk.eval()
-        first = self.step * self.recipe.training.global_batch_size
-        result = self._reduce(self._forward_backward(self._micro_batches(self.train_data, first), evaluates=True))
-        for chunk in self.model:
-            chunk.train()
-        return result
+        return self._read(self.train_data, range(self.step, self.step + 1), StepContext(merging=False))
 
     @torch.no_grad()
     def evaluate(self, plan: StepPlan) -> StepResult | None:
@@ -177,18 +169,23 @@ class StepRunner:
         batches = max(1, min(self.recipe.monitor.eval_samples, len(data)) // per_batch)
         if len(data) < batches * per_batch:
             return None
+        result = self._read(data, range(batches), context)
+        return result if result.tokens else None
+
+    def _read(self, data: SampleDataset, batches: range, context: StepContext) -> StepResult:
+        """Global batches with these numbers, forward only and without noise; training then goes on as before."""
         self._prepare(context)
         gather_parameters(self.model)
         for chunk in self.model:
             chunk.eval()
         outputs = []
-        for i in range(batches):
-            micro_batches = self._micro_batches(data, i * per_batch)
+        for i in batches:
+            micro_batches = self._micro_batches(data, i * self.recipe.training.global_batch_size)
             outputs += self._forward_backward(micro_batches, evaluates=True)
         result = self._reduce(outputs)
         for chunk in self.model:
             chunk.train()
-        return result if result.tokens else None
+        return result
 
     def _repeated(self, micro_batches: list[dict[str, Tensor]]) -> Tensor | None:
         """Numbers of samples that are a text twice. A second copy is easier to do without: they do not count in the ratio,
@@ -288,7 +285,7 @@ class StepRunner:
 
 
 def offset_step(counts: Tensor, target: float) -> float:
-    """By how much to move the decisions' offset after a global batch, in logits: a part of a Newton step to the target.
+    """By how much to move the decisions' offset after a global batch, in logits: Newton's step to the target, cut.
 
     Args:
         counts: [4, layers, kv_heads], see DecisionStatistics.
@@ -300,7 +297,7 @@ def offset_step(counts: Tensor, target: float) -> float:
     # Merged tokens per logit of offset. Where hardly any decision is close, the longest step finds some.
     slope = max(close / (2 * CLOSE), 1e-3 * tokens)
     missing = merge_fraction_target(target) * tokens - merged
-    return max(-LONGEST_OFFSET_STEP, min(LONGEST_OFFSET_STEP, OFFSET_GAIN * missing / slope))
+    return max(-LONGEST_OFFSET_STEP, min(LONGEST_OFFSET_STEP, missing / slope))
 
 
 def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class Trainer(StepRunner):
                 plan = plan_step(recipe.phases, recipe.dmc, self.step)
                 result = self._advance(plan, report)
                 done = self.step == recipe.total_steps
-                due = _is_due(self.step, recipe.monitor.eval_interval) or (plan.has_decided and not plan.merging)
+                due = _is_due(self.step, recipe.monitor.eval_interval) or plan.ends_calibration
                 # A stop waits for no evaluation: what asked for it may allow a run only seconds to save.
                 if done or (not result.stop and due):
                     evaluation = self._evaluate_and_report(plan, report)
@@ -140,7 +140,7 @@ class Trainer(StepRunner):
         calibrator = self._calibrator = self._calibrator or self._new_calibrator(plan)
         began = time.perf_counter()
         with calibrator.observing(plan.step_in_phase):
-            result = self._forward_step(plan)
+            result = self._forward_step()
         self.step += 1
         report.step(self._record(plan, result, 0.0, time.perf_counter() - began))
         found = calibrator.finish_step(plan.step_in_phase)
@@ -174,7 +174,7 @@ class Trainer(StepRunner):
     def _save(self, plan: StepPlan, result: StepResult, last_step: int, report: Report) -> None:
         """The checkpoints that are due after a step; notes a request to stop."""
         recipe, ratio = self.recipe, result.ratio(noisy=False)
-        if plan.has_decided and not plan.merging:
+        if plan.ends_calibration:
             ratio = 1 / (1 - self.merge_fraction)
         done = self.step == recipe.total_steps
         for target, step in self._due.items():

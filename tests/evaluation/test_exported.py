@@ -49,7 +49,7 @@ def dmc_model(**dmc: Any) -> DMCLlamaForCausalLM:
     return model
 
 
-@pytest.fixture(scope="module", params=["plain", "merge", "evict"])
+@pytest.fixture(scope="module", params=["plain", "merge", "evict", "absorb"])
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     if request.param == "plain":

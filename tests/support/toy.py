@@ -71,6 +71,14 @@ def write_recipe(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+def write_base(folder: Path, steps: int) -> None:
+    """Texts, and a base pretrained on them for so many steps, in ``base/checkpoints/final``."""
+    write_text(folder)
+    values = recipe_values(folder, folder / "base", [{"kind": "pretrain", "steps": steps, "lr": LR}])
+    values["model"]["init_method_std"] = 0.2
+    train(write_recipe(folder / "base", values))
+
+
 def train(recipe: Path, *overrides: str) -> Trainer:
     """A trainer whose run is over."""
     trainer = Trainer(load_recipe(recipe, overrides))

@@ -15,7 +15,7 @@ from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.trainer import Trainer
 from tests.support.tensors import assert_same_tensors
-from tests.support.toy import LR, RETROFIT, recipe_values, scalars, train, weights, write_recipe, write_text
+from tests.support.toy import LR, RETROFIT, recipe_values, scalars, train, weights, write_base, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -26,10 +26,7 @@ ADAPTER = {"local_window": 4, "operation": "merge"}
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, and a pretrained base in ``base/checkpoints/final``."""
     folder = tmp_path_factory.mktemp("data")
-    write_text(folder)
-    values = recipe_values(folder, folder / "base", [{"kind": "pretrain", "steps": 3, "lr": LR}])
-    values["model"]["init_method_std"] = 0.2
-    train(write_recipe(folder / "base", values))
+    write_base(folder, 3)
     return folder
 
 

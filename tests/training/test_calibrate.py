@@ -24,7 +24,7 @@ from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.step import offset_step
 from megatron_dmc.training.trainer import Trainer
 from tests.support.tensors import assert_same_tensors
-from tests.support.toy import LR, recipe_values, scalars, train, weights, write_recipe, write_text
+from tests.support.toy import LR, recipe_values, scalars, train, weights, write_base, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -36,10 +36,7 @@ DMC = {"local_window": 4, "operation": "evict", "decision_bias": 5.0, "decision_
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, and a base that has learned some of them, in ``base/checkpoints/final``."""
     folder = tmp_path_factory.mktemp("data")
-    write_text(folder)
-    values = recipe_values(folder, folder / "base", [{"kind": "pretrain", "steps": 40, "lr": LR}])
-    values["model"]["init_method_std"] = 0.2
-    train(write_recipe(folder / "base", values))
+    write_base(folder, 40)
     return folder
 
 

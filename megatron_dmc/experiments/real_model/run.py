@@ -28,7 +28,7 @@ from megatron_dmc.experiments.real_model.retrofits import (
 )
 from megatron_dmc.experiments.real_model.source import Source, fetch, first_layers
 from megatron_dmc.experiments.real_model.summary import show, summarize
-from megatron_dmc.experiments.small_run import UNFINISHED, SmallRun, write_whole
+from megatron_dmc.experiments.small_run import SmallRun, write_whole
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1
@@ -219,13 +219,7 @@ class RealModelRun(SmallRun):
         return _up_to(documents, SMOKE_TEXT) if self.smoke else documents
 
     def _write_text(self) -> None:
-        folder = self.folder / "data"
-        if (folder / UNFINISHED).exists():
-            # What a stopped run left half-done.
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        (folder / UNFINISHED).touch()
-        with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
+        with (self._new_text_folder() / "documents.jsonl").open("w", encoding="utf-8") as file:
             for document in self._documents():
                 file.write(json.dumps({"text": document}) + "\n")
 
