@@ -15,7 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.model.compression_loss import CompressionLoss, DecisionStatistics, count_decisions, takes_effect
+from megatron_dmc.model.compression_loss import (
+    CompressionLoss,
+    DecisionStatistics,
+    OffsetSlopes,
+    count_decisions,
+    takes_effect,
+)
 from megatron_dmc.model.decision_projection import DecisionProjection
 from megatron_dmc.model.documents import TokenPlaces, token_places
 from megatron_dmc.ops.attention import Documents, causal_attention, windowed_dmc_attention
@@ -44,7 +50,7 @@ class StepContext:
     Attributes:
         merging: decisions are made and take effect. False: the base model.
         channel_scale: factor on the last channel of q and k before and after rotary embedding (phase zero_out).
-        alpha_gradient: gradient of the step's compression loss with respect to every alpha.
+        alpha_gradient: what every alpha gets, the slope of the step's compression loss or minus the multiplier.
         uncounted: int64, numbers of samples whose decisions are not counted; None: all are.
     """
 
@@ -214,12 +220,17 @@ class DMCSelfAttention(SelfAttention):
                     self.layer_number, query, key, value, decision_logits, omega, angles=angles
                 )
             else:
+                in_effect = takes_effect(places.in_document, places.remaining, self.dmc.local_window)
+                in_effect = in_effect.to(value.device, non_blocking=True)
                 merge_logits = self._merge_logits(decision_logits, attention_mask, places)
+                if self.training and self.dmc.ratio_control == "offset":
+                    merge_logits = OffsetSlopes.apply(merge_logits, in_effect, self.statistics)
                 alpha = torch.sigmoid(merge_logits)
-                value = self._count(value, alpha, merge_logits, decision_logits, places, attention_mask)
+                value = self._count(value, alpha, merge_logits, decision_logits, in_effect, attention_mask)
                 tokens = Tokens(key, value, alpha, omega, *rotation(angles, query.dtype))
                 out = self._merge_and_attend(query, tokens, merge_logits, places)
-        return self.linear_proj(out.transpose(0, 1).flatten(2))
+        # A frozen weight times tokens in another order would be one small product per token.
+        return self.linear_proj(out.transpose(0, 1).flatten(2).contiguous())
 
     def decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """decision_logits and omega_logits, [batch, seq, kv_heads]."""
@@ -261,13 +272,10 @@ class DMCSelfAttention(SelfAttention):
         alpha: Tensor,
         merge_logits: Tensor,
         decision_logits: Tensor,
-        places: TokenPlaces,
+        in_effect: Tensor,
         sample_index: Tensor | None,
     ) -> Tensor:
         """Counts the decisions, in training in the backward pass of the value that is returned."""
-        assert self.dmc is not None
-        in_effect = takes_effect(places.in_document, places.remaining, self.dmc.local_window)
-        in_effect = in_effect.to(merge_logits.device, non_blocking=True)
         samples = None
         if self.step.uncounted is not None and sample_index is not None:
             samples = ~torch.isin(sample_index, self.step.uncounted)

@@ -16,14 +16,23 @@ CLOSE = 0.5
 
 
 class DecisionStatistics:
-    """Counts of one layer since the last reset, int64 [4, kv_heads]: tokens merged with noise, merged without it, all, and
-    those whose decision is close (see count_decisions)."""
+    """Of one layer since the last reset.
+
+    Attributes:
+        counts: int64 [4, kv_heads]: tokens merged with noise, merged without it, all, and those whose decision is close (see
+            count_decisions); None: nothing was counted.
+        slopes: float64 [2], see OffsetSlopes; None: not asked for.
+    """
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
+        self.slopes: Tensor | None = None
 
     def add(self, counts: Tensor) -> None:
         self.counts = counts.clone() if self.counts is None else self.counts + counts
+
+    def add_slopes(self, slopes: Tensor) -> None:
+        self.slopes = slopes if self.slopes is None else self.slopes + slopes
 
     def total(self) -> Tensor:
         """The counts; raises RuntimeError if nothing was counted."""
@@ -32,7 +41,7 @@ class DecisionStatistics:
         return self.counts
 
     def reset(self) -> None:
-        self.counts = None
+        self.counts = self.slopes = None
 
 
 def takes_effect(positions: Tensor, remaining: Tensor, local_window: int) -> Tensor:
@@ -90,6 +99,23 @@ class CompressionLoss(torch.autograd.Function):
         shape, dtype, device = ctx.alpha
         grad_alpha = torch.full((), ctx.alpha_gradient, dtype=dtype, device=device).expand(shape)
         return grads[0], grad_alpha, None, None, None
+
+
+class OffsetSlopes(torch.autograd.Function):
+    """Identity on the noisy logits. Its backward pass adds two derivatives by an offset of all decision logits to the
+    statistics: the loss', as it is summed over tokens, and that of the number of merged tokens. Both are times the
+    relaxation's temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, merge_logits: Tensor, in_effect: Tensor, statistics: DecisionStatistics) -> Tensor:
+        alpha = torch.sigmoid(merge_logits).masked_fill(~in_effect[..., None], 0)
+        ctx.merges, ctx.statistics = (alpha * (1 - alpha)).sum(dtype=torch.float64), statistics
+        return merge_logits.view_as(merge_logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.statistics.add_slopes(torch.stack([grads[0].sum(dtype=torch.float64), ctx.merges]))
+        return grads[0], None, None
 
 
 def merge_fraction_target(compression_ratio: float) -> float:

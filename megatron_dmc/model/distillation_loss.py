@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Of one temporary tensor of the loss, in float32: on a CPU it stays in the cache, on a GPU it keeps the chip busy.
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+
 
 def distillation_loss(
     student_logits: Tensor,
@@ -32,11 +35,10 @@ def distillation_loss(
     Returns:
         [...] in float32 or wider; differentiable in student_logits.
     """
-    if top_k is not None:
-        below = teacher_logits < _kth_largest(teacher_logits, top_k, group)
-        student_logits = student_logits.masked_fill(below, float("-inf"))
-        teacher_logits = teacher_logits.masked_fill(below, float("-inf"))
-    return _KLDivergence.apply(student_logits, teacher_logits, direction, temperature, group)
+    divergence = _KLDivergence.apply(
+        student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), direction, temperature, top_k, group
+    )
+    return divergence.view(student_logits.shape[:-1])
 
 
 def _kth_largest(logits: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -57,33 +59,59 @@ class _KLDivergence(torch.autograd.Function):
         teacher_logits: Tensor,
         direction: str,
         temperature: float,
+        top_k: int | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        student = _log_softmax(student_logits, temperature, group)
-        teacher = _log_softmax(teacher_logits, temperature, group)
-        first, second = (teacher, student) if direction == "forward" else (student, teacher)
-        # A token outside the top k has probability 0 in both: 0 log 0 = 0.
-        ratio = (first - second).masked_fill_(first == float("-inf"), 0)
-        divergence = _sum((first.exp() * ratio).sum(-1), group)
-        # d KL / d logits: p_s - p_t, and for reverse p_s (log p_s - log p_t - KL); times tau^2 / tau.
-        if direction == "forward":
-            gradient = student.exp() - teacher.exp()
-        else:
-            gradient = student.exp() * (ratio - divergence[..., None])
-        ctx.save_for_backward((temperature * gradient).to(student_logits.dtype))
-        return temperature**2 * divergence
+        gradient, divergences = torch.empty_like(student_logits), []
+        tokens = max(1, CHUNK_BYTES[student_logits.device.type] // (4 * student_logits.shape[-1]))
+        for student, teacher, into in zip(
+            *(x.split(tokens) for x in (student_logits, teacher_logits, gradient)), strict=True
+        ):
+            divergence, slope = _divergence(student, teacher, direction, temperature, top_k, group)
+            divergences.append(temperature**2 * divergence)
+            # tau^2 / tau.
+            into.copy_(slope.mul_(temperature))
+        ctx.save_for_backward(gradient)
+        return torch.cat(divergences)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][..., None].to(gradient.dtype), None, None, None, None
+        return gradient * grads[0][..., None].to(gradient.dtype), None, None, None, None, None
+
+
+def _divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    direction: str,
+    temperature: float,
+    top_k: int | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """KL of some tokens, and its derivative by the student's logits over the temperature; float32 or wider."""
+    if top_k is not None:
+        below = teacher_logits < _kth_largest(teacher_logits, top_k, group)
+        student_logits = student_logits.masked_fill(below, float("-inf"))
+        teacher_logits = teacher_logits.masked_fill(below, float("-inf"))
+    student = _log_softmax(student_logits, temperature, group)
+    teacher = _log_softmax(teacher_logits, temperature, group)
+    first, second = (teacher, student) if direction == "forward" else (student, teacher)
+    ratio = first - second
+    if top_k is not None:
+        # A token outside the top k has probability 0 in both: 0 log 0 = 0.
+        ratio.masked_fill_(below, 0)
+    divergence = _sum((first.exp() * ratio).sum(-1), group)
+    if direction == "forward":
+        return divergence, student.exp_() - teacher.exp_()
+    return divergence, student.exp_() * (ratio - divergence[..., None])
 
 
 def _log_softmax(logits: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if _ranks(group) == 1:
+        return logits.log_softmax(-1)
     peak = logits.amax(-1, keepdim=True)
-    if _ranks(group) > 1:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
     logits = logits - peak
     return logits - _sum(logits.exp().sum(-1, keepdim=True), group).log()
 

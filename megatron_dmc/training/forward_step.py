@@ -103,8 +103,9 @@ class DistillationStep:
             top_k=settings.top_k,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        # Last: it overwrites float32 logits.
-        losses = vocab_parallel_cross_entropy(out, batch["labels"].transpose(0, 1).contiguous())
+        # Last: it overwrites float32 logits. With a weight of 1 it is only reported.
+        with torch.set_grad_enabled(settings.weight < 1):
+            losses = vocab_parallel_cross_entropy(out, batch["labels"].transpose(0, 1).contiguous())
         mask = batch["loss_mask"].transpose(0, 1)
         return losses, partial(_mixed_loss, divergence=divergence, weight=settings.weight, loss_mask=mask)
 

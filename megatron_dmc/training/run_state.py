@@ -152,14 +152,16 @@ class RunStore:
         if self.background is not None:
             self.background.poll()
 
-    def load(self, calibrator_at: Callable[[int], Calibrator | None] = lambda step: None) -> tuple[int, float]:
+    def load(
+        self, calibrator_at: Callable[[int], Calibrator | None] = lambda step: None
+    ) -> tuple[int, float, float | None]:
         """Resumes from ``latest``, else starts from ``load_base``, else from the initial weights.
 
         Args:
             calibrator_at: what is to go on calibrating after so many steps of the run, if anything is.
 
         Returns:
-            Steps done and the share of merged tokens that the gate starts from.
+            Steps done, and the share of merged tokens and the multiplier that the ratio's control starts from.
 
         Raises:
             CheckpointError, ConfigError: the checkpoint is damaged, or the recipe differs where it must not.
@@ -174,7 +176,7 @@ class RunStore:
         if self.start is not None:
             self.started_from = self.start.folder
             self.start.load_into(self.model, self.recipe)
-        return 0, 0.0
+        return 0, 0.0, None
 
     def _has_trained(self, step: int) -> bool:
         """Whether the optimizer has a state after so many steps; ``calibrate`` takes none, and each phase begins with none."""
@@ -183,7 +185,9 @@ class RunStore:
     def _learned(self, state: dict[str, Any]) -> dict[str, Any]:
         return only_decisions(state) if self.recipe.trains_adapter else state
 
-    def _resume(self, folder: Path, calibrator_at: Callable[[int], Calibrator | None]) -> tuple[int, float]:
+    def _resume(
+        self, folder: Path, calibrator_at: Callable[[int], Calibrator | None]
+    ) -> tuple[int, float, float | None]:
         with on_all_ranks(f"cannot resume from {folder}"):
             if dist.get_rank() > 0:
                 must_be_seen(folder, "resumes from")
@@ -212,10 +216,10 @@ class RunStore:
             optimizer.load(state)
         if calibrator is not None:
             calibrator.load(state["calibration"])
-        # Checkpoints of older versions have none.
+        # Checkpoints of older versions have none, and no multiplier.
         known = state.get("base_recall_loss")
         self.base_recall_loss = known if self._holds_out_the_same(saved) else None
-        return info.step, state["merge_fraction"]
+        return info.step, state["merge_fraction"], state.get("multiplier")
 
     def _holds_out_the_same(self, checkpoint: SavedModel) -> bool:
         """Whether an evaluation reads the samples that it read when this checkpoint was saved."""
@@ -266,6 +270,7 @@ class RunStore:
         phase: int,
         ratio: float | None,
         merge_fraction: float,
+        multiplier: float | None,
         calibrator: Calibrator | None = None,
     ) -> None:
         """Saves everything a resume needs, in any layout; ``latest`` is moved to it when it is whole.
@@ -284,6 +289,8 @@ class RunStore:
             "merge_fraction": merge_fraction,
             **_calibration(calibrator),
         }
+        if multiplier is not None:
+            state["multiplier"] = multiplier
         if self.base_recall_loss is not None and not self.recipe.trains_adapter:
             state["base_recall_loss"] = self.base_recall_loss
         self._save(f"step_{step:08d}", state, self._info("full", step, phase, ratio))

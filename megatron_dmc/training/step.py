@@ -24,6 +24,10 @@ from megatron_dmc.training.schedule import StepPlan, plan_step
 
 # Logits.
 LONGEST_OFFSET_STEP = 0.5
+# Of a batch's error, that moves the offset at once.
+OFFSET_GAIN = 0.25
+# Of what a batch says of the multiplier, that is believed at once.
+MULTIPLIER_GAIN = 0.5
 
 
 @dataclass
@@ -35,6 +39,7 @@ class StepResult:
         distillation_loss: nats per token; 0 without a teacher.
         tokens: that count in the losses.
         counts: [4, layers, kv_heads], see DecisionStatistics.
+        slopes: [2], see OffsetSlopes; 0 where nothing asks for them.
         stop: whether any rank was asked to stop.
         grad_norm: before clipping.
         updated: whether the optimizer took the step.
@@ -47,6 +52,7 @@ class StepResult:
     distillation_loss: float
     tokens: float
     counts: Tensor
+    slopes: Tensor
     stop: bool = False
     grad_norm: float = 0.0
     updated: bool = True
@@ -87,6 +93,7 @@ class StepRunner:
     Attributes:
         step: steps done.
         merge_fraction: noise-free share of merged tokens in the last global batch: what the compression loss' gate looks at.
+        multiplier: of ``ratio_control: offset``, nats per merged token: what one more of them costs; None: not measured yet.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class StepRunner:
         self.config.finalize_model_grads_func = finalize_model_grads
         self.step = 0
         self.merge_fraction = 0.0
+        self.multiplier: float | None = None
 
     def _layers(self) -> list[Any]:
         return [layer for chunk in self.model for layer in dmc_layers(chunk)]
@@ -126,7 +134,9 @@ class StepRunner:
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
         if plan.target_compression_ratio is not None and self.recipe.dmc.ratio_control == "offset":
-            self._move_offset(offset_step(result.counts, self._next_target() or plan.target_compression_ratio))
+            target = plan.target_compression_ratio
+            self._move_offset(offset_step(result.counts, target, self._next_target() or target))
+            self.multiplier = next_multiplier(self.multiplier, *result.slopes.tolist())
         result.grad_norm, result.updated = float(grad_norm), bool(updated)
         return result
 
@@ -210,12 +220,13 @@ class StepRunner:
         return [_to_device(on_this_context_rank(global_batch(data, range(begin, begin + size)))) for begin in begins]
 
     def _alpha_gradient(self, plan: StepPlan, micro_batches: list[dict[str, Tensor]]) -> float:
-        """What every alpha of this step gets: the hinge's slope -lambda / (alphas of the global batch) while the gate is open.
+        """What every alpha of this step gets: minus the multiplier, or, while the gate is open, the hinge's slope -lambda /
+        (alphas of the global batch).
 
         megatron-core divides all gradients by the global batch's valid tokens; that is undone here.
         """
         if self.recipe.dmc.ratio_control == "offset":
-            return 0.0
+            return -(self.multiplier or 0.0)
         if not plan.merging or self.merge_fraction >= merge_fraction_target(plan.target_compression_ratio or 1.0):
             return 0.0
         recipe = self.recipe
@@ -249,22 +260,26 @@ class StepRunner:
         model = self.recipe.model
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         counts = torch.zeros(4, model.num_layers, model.num_query_groups, dtype=torch.float64, device=device)
+        slopes = torch.zeros(2, dtype=torch.float64, device=device)
         for layer in self._layers():
             if layer.statistics.counts is not None:
                 heads = layer.kv_heads
                 counts[:, layer.layer_number - 1, heads.start : heads.stop] += layer.statistics.counts
+            if layer.statistics.slopes is not None:
+                slopes += layer.statistics.slopes
         losses = torch.zeros(3, dtype=torch.float64, device=device)
         if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
             losses += torch.stack(outputs).sum(0)
         stop = losses.new_tensor([self._asked_to_stop()])
-        message = torch.cat([counts.flatten(), losses, stop])
+        message = torch.cat([counts.flatten(), slopes, losses, stop])
         dist.all_reduce(message)
-        total, apart, tokens, stops = message[-4:].cpu()
+        *slope, total, apart, tokens, stops = message[-6:].cpu()
         return StepResult(
             float(total / tokens),
             float(apart / tokens),
             float(tokens),
-            message[:-4].view_as(counts).cpu(),
+            message[:-6].view_as(counts).cpu(),
+            torch.stack(slope),
             stop=bool(stops > 0),
         )
 
@@ -284,20 +299,37 @@ class StepRunner:
         self.optimizer.reload_model_params()
 
 
-def offset_step(counts: Tensor, target: float) -> float:
-    """By how much to move the decisions' offset after a global batch, in logits: Newton's step to the target, cut.
+def offset_step(counts: Tensor, target: float, next_target: float) -> float:
+    """By how much to move the decisions' offset after a global batch, in logits, cut at LONGEST_OFFSET_STEP.
+
+    Newton's step by what the target rises, and by a part of what the batch missed: a batch is a sample of the text, and its
+    error is that of the offset and chance.
 
     Args:
         counts: [4, layers, kv_heads], see DecisionStatistics.
-        target: compression ratio.
+        target, next_target: compression ratios of this global batch and of the next.
     """
     _, merged, tokens, close = counts.sum(dim=(1, 2)).tolist()
     if not tokens:
         return 0.0
     # Merged tokens per logit of offset. Where hardly any decision is close, the longest step finds some.
     slope = max(close / (2 * CLOSE), 1e-3 * tokens)
-    missing = merge_fraction_target(target) * tokens - merged
-    return max(-LONGEST_OFFSET_STEP, min(LONGEST_OFFSET_STEP, missing / slope))
+    wanted, next_wanted = (merge_fraction_target(ratio) * tokens for ratio in (target, next_target))
+    step = (next_wanted - wanted + OFFSET_GAIN * (wanted - merged)) / slope
+    return max(-LONGEST_OFFSET_STEP, min(LONGEST_OFFSET_STEP, step))
+
+
+def next_multiplier(last: float | None, loss_slope: float, merges_slope: float) -> float | None:
+    """The multiplier of the next step: that with which an offset would change the loss no more, smoothed over steps.
+
+    Args:
+        last: the multiplier of this step; None: there was none.
+        loss_slope, merges_slope: of this step, see OffsetSlopes; the loss with the multiplier in it.
+    """
+    if not merges_slope:
+        return last
+    missing = loss_slope / merges_slope
+    return missing if last is None else last + MULTIPLIER_GAIN * missing
 
 
 def _to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:

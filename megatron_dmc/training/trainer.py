@@ -62,7 +62,7 @@ class Trainer(StepRunner):
         """
         recipe = self.recipe
         self._calibrator = None
-        self.step, self.merge_fraction = self.store.load(self._unfinished_calibrator)
+        self.step, self.merge_fraction, self.multiplier = self.store.load(self._unfinished_calibrator)
         self._scheduler = None
         if self.step >= recipe.total_steps:
             show_finished(recipe)
@@ -186,7 +186,9 @@ class Trainer(StepRunner):
         if self.step == last_step or self.stopped or _is_due(self.step, recipe.checkpoint.save_interval):
             # First: a resumed run writes no point before its checkpoint again.
             report.flush()
-            self.store.save_full(self.step, plan.phase_index, ratio, self.merge_fraction, self._calibrator)
+            self.store.save_full(
+                self.step, plan.phase_index, ratio, self.merge_fraction, self.multiplier, self._calibrator
+            )
         report.saved()
 
     def _record(self, plan: StepPlan, result: StepResult, learning_rate: float, seconds: float) -> StepRecord:

@@ -77,3 +77,34 @@ def test_counts_leave_the_first_token_out() -> None:
     assert counts.tolist() == [[2, 0], [0, 1], [3, 3], [0, 2]]
     counts = count_decisions(merge, noise_free, takes_effect(places, 2 - places, 1))
     assert counts.tolist() == [[1, 0], [0, 1], [3, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["per_head", "per_layer"])
+@pytest.mark.parametrize("operation", ["merge", "absorb"])
+def test_slopes_of_an_offset_are_autograds(operation: Any, per_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dmc = DMCConfig(
+        decision_source="projection", operation=operation, local_window=5, per_layer=per_layer, ratio_control="offset"
+    )
+    model, ids, alphas = random_model(dmc).train(), tokens(BATCH, SEQ + 1), []
+
+    class Collect(CompressionLoss):
+        @staticmethod
+        def apply(value: Tensor, alpha: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+            alphas.append(alpha)
+            return value
+
+    monkeypatch.setattr(attention, "CompressionLoss", Collect)
+    offsets = [torch.zeros(1, requires_grad=True) for _ in dmc_layers(model)]
+    for layer, offset in zip(dmc_layers(model), offsets, strict=True):
+        layer.decision.offset = offset
+    loss = model(ids[:, :-1], positions(ids[:, :-1]), torch.arange(BATCH) + 7, labels=ids[:, 1:]).sum()
+    merges = [
+        torch.autograd.grad(alpha.sum(), offset, retain_graph=True)[0]
+        for alpha, offset in zip(alphas, offsets, strict=True)
+    ]
+    for layer in dmc_layers(model):
+        layer.statistics.reset()
+    for layer, merged, by_loss in zip(dmc_layers(model), merges, torch.autograd.grad(loss, offsets), strict=True):
+        expected = torch.cat([by_loss, merged]).double() * dmc.temperature
+        torch.testing.assert_close(layer.statistics.slopes, expected, rtol=1e-4, atol=1e-5)
+        assert (expected.abs() > 1e-5).all()

@@ -21,7 +21,7 @@ from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training import run_state
 from megatron_dmc.training.schedule import plan_step
-from megatron_dmc.training.step import offset_step
+from megatron_dmc.training.step import MULTIPLIER_GAIN, OFFSET_GAIN, next_multiplier, offset_step
 from megatron_dmc.training.trainer import Trainer
 from tests.support.tensors import assert_same_tensors
 from tests.support.toy import LR, recipe_values, scalars, train, weights, write_base, write_recipe
@@ -75,13 +75,15 @@ def test_the_base_stays_what_it_is(data: Path, tmp_path: Path) -> None:
             assert torch.equal(weight, before[name]), name
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_resumed_equals_not_stopped(data: Path, tmp_path: Path, bf16: bool) -> None:
+@pytest.mark.parametrize(
+    ("bf16", "control"), [(False, "loss"), (True, "loss"), (True, "offset")], ids=["fp32", "bf16", "offset"]
+)
+def test_resumed_equals_not_stopped(data: Path, tmp_path: Path, bf16: bool, control: str) -> None:
     """Stopped while it learns, after that, between the phases, and in the next phase."""
     phases = [CALIBRATE, {"kind": "solidify", "steps": 4, "lr": 1e-2}]
     runs = []
     for name, exits in (("whole", []), ("stopped", [3, 6, 1, 2])):
-        path = recipe(data, tmp_path / name, phases, bf16=bf16)
+        path = recipe(data, tmp_path / name, phases, bf16=bf16, ratio_control=control)
         for steps in exits:
             train(path, f"training.exit_after_steps={steps}")
         runs.append(weights(train(path)))
@@ -215,13 +217,24 @@ def test_one_learning_rate_serves_every_width(data: Path, tmp_path: Path, hidden
     assert all(0.8 < share < 1.25 for share in shares.values()), shares
 
 
-def test_an_offset_moves_by_a_newton_step() -> None:
+def test_an_offset_follows_the_target_and_a_part_of_the_error() -> None:
     """100 of 1000 tokens merge, 200 lie within half a logit: a logit moves 200 of them."""
     counts = torch.tensor([0, 100, 1000, 200]).view(4, 1, 1)
-    assert offset_step(counts, 1 / (1 - 0.15)) == pytest.approx(50 / 200)
-    assert offset_step(counts, 1 / (1 - 0.05)) == pytest.approx(-50 / 200)
-    assert offset_step(counts, 4.0) == 0.5
-    assert offset_step(torch.tensor([0, 0, 1000, 0]).view(4, 1, 1), 2.0) == 0.5
+    now, more, less = (1 / (1 - share) for share in (0.1, 0.15, 0.05))
+    assert offset_step(counts, now, now) == pytest.approx(0)
+    assert offset_step(counts, more, more) == pytest.approx(OFFSET_GAIN * 50 / 200)
+    assert offset_step(counts, less, less) == pytest.approx(-OFFSET_GAIN * 50 / 200)
+    assert offset_step(counts, now, more) == pytest.approx(50 / 200)
+    assert offset_step(counts, 4.0, 8.0) == 0.5
+    assert offset_step(torch.tensor([0, 0, 1000, 0]).view(4, 1, 1), 1.0, 2.0) == 0.5
+
+
+def test_a_multiplier_takes_what_an_offset_would_change() -> None:
+    """A loss that rises by 6 with 3 merges more costs 2 per merge; with 2 as multiplier nothing is left to correct."""
+    assert next_multiplier(None, 6.0, 3.0) == 2.0
+    assert next_multiplier(2.0, 0.0, 3.0) == 2.0
+    assert next_multiplier(2.0, 6.0, 3.0) == 2.0 + MULTIPLIER_GAIN * 2.0
+    assert next_multiplier(2.0, 6.0, 0.0) == 2.0 and next_multiplier(None, 0.0, 0.0) is None
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
