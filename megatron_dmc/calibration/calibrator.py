@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_dmc.calibration.observation import Observation, StateNorm, observe
-from megatron_dmc.calibration.regression import Fit, Sums, solve, summed
+from megatron_dmc.calibration.regression import Fit, Sums, gram_rows, solve, summed
 from megatron_dmc.calibration.threshold import Histogram, quantile
 from megatron_dmc.checkpoint.agreement import gather
 from megatron_dmc.errors import DMCError
@@ -147,7 +147,7 @@ class Calibrator:
         # The ranks that share a gram's rows, and those that see other tokens of the same layers.
         self._row_group = parallel_state.get_tensor_model_parallel_group() if hidden_size % ranks == 0 else None
         self._token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        size = hidden_size if self._row_group is None else hidden_size // ranks
+        size = gram_rows(hidden_size, ranks)
         rows = slice(0, size) if self._row_group is None else slice(rank * size, (rank + 1) * size)
         every: list[Any] = [layer for chunk in model_chunks for layer in chunk.modules()]
         self.layers = [

@@ -54,6 +54,11 @@ class Sums(NamedTuple):
         return Sums(*(summed(value, group) for value in self))
 
 
+def gram_rows(hidden_size: int, ranks: int) -> int:
+    """Rows of the gram that each of so many tensor-parallel ranks sums."""
+    return hidden_size // ranks if hidden_size % ranks == 0 else hidden_size
+
+
 class Fit(NamedTuple):
     """A linear map of the features.
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Of one temporary tensor of the loss, in float32: on a CPU it stays in the cache, on a GPU it keeps the chip busy.
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+CPU_CHUNK_BYTES, CHUNK_BYTES = 2**22, 2**28
 
 
 def distillation_loss(
@@ -63,7 +63,8 @@ class _KLDivergence(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         gradient, divergences = torch.empty_like(student_logits), []
-        tokens = max(1, CHUNK_BYTES[student_logits.device.type] // (4 * student_logits.shape[-1]))
+        size = CPU_CHUNK_BYTES if student_logits.device.type == "cpu" else CHUNK_BYTES
+        tokens = max(1, size // (4 * student_logits.shape[-1]))
         for student, teacher, into in zip(
             *(x.split(tokens) for x in (student_logits, teacher_logits, gradient)), strict=True
         ):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from megatron_dmc.calibration.regression import Sums, gram_rows
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.plan.footprint import Footprint, run_micro_batch
 from megatron_dmc.plan.rank import META, fake_rank, stage_chunks
@@ -19,7 +20,8 @@ class StageMemory:
         parameters, teacher: in training precision.
         gradients: the float32 buffer of what learns.
         optimizer: float32 main parameters and Adam's two moments, this replica's share.
-        activations: kept for backward passes, of all micro-batches in flight.
+        activations: kept for backward passes, of all micro-batches in flight; or what ``calibrate`` sums, which keeps none, where
+            that is more.
         working: on top of them at the worst moment of a micro-batch.
     """
 
@@ -74,11 +76,23 @@ def stage_memory(recipe: Recipe, world_size: int, footprints: "Footprints") -> l
                 gradients=4 * learns,
                 # Trained in float32, the parameters are their own main copy.
                 optimizer=-(-(12 if training.bf16 else 8) * learns // shards),
-                activations=most_kept([one.kept for one in ran], stage, stages, micro_batches),
+                activations=max(
+                    most_kept([one.kept for one in ran], stage, stages, micro_batches),
+                    _calibration_bytes(recipe, sum(layers)),
+                ),
                 working=max(one.working for one in ran),
             )
         )
     return found
+
+
+def _calibration_bytes(recipe: Recipe, layers: int) -> int:
+    """Of the sums of so many layers on one rank; 0 without a phase ``calibrate``."""
+    if all(phase.kind != "calibrate" for phase in recipe.phases):
+        return 0
+    hidden_size, ranks = recipe.model.hidden_size, recipe.parallel.tensor_model_parallel_size
+    sums = Sums.empty(hidden_size, recipe.model.num_query_groups // ranks, gram_rows(hidden_size, ranks), META)
+    return layers * sum(each.nbytes for each in sums)
 
 
 def whole_model(recipe: Recipe) -> tuple[int, int]:

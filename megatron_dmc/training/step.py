@@ -25,7 +25,7 @@ from megatron_dmc.training.schedule import StepPlan, plan_step
 # Logits.
 LONGEST_OFFSET_STEP = 0.5
 # Of a batch's error, that moves the offset at once.
-OFFSET_GAIN = 0.25
+OFFSET_GAIN = 0.5
 # Of what a batch says of the multiplier, that is believed at once.
 MULTIPLIER_GAIN = 0.5
 

@@ -207,6 +207,12 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
                 f"{load_base} is a retrofitted model, and calibrate would replace its decisions; name its base in "
                 "checkpoint.load_base, or remove the phase"
             )
+    learned = (start is not None and start.merges) or recipe.phases[0].kind == "calibrate"
+    if recipe.merges and recipe.dmc.ratio_control == "offset" and not learned:
+        raise ConfigError(
+            "dmc.ratio_control offset would switch the decisions of an untrained projection all at once; put a phase "
+            "{kind: calibrate, steps: 32} first, name a retrofit in checkpoint.load_base, or set dmc.ratio_control: loss"
+        )
     if recipe.teacher is not None:
         teacher = start if recipe.teacher == load_base and start is not None else SavedModel.open(recipe.teacher)
         teacher.check_teaches(recipe)

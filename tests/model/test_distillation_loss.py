@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.model.distillation_loss import distillation_loss
+from megatron_dmc.model import distillation_loss
 from tests.support.processes import run_ranks
 
 VOCABULARY = 26
@@ -41,7 +41,7 @@ def check(
     (expected * weight).sum().backward()
     part = slice(rank * VOCABULARY // ranks, (rank + 1) * VOCABULARY // ranks)
     mine = student[..., part].clone().requires_grad_()
-    loss = distillation_loss(
+    loss = distillation_loss.distillation_loss(
         mine, teacher[..., part], direction=direction, temperature=temperature, top_k=top_k, group=group
     )
     (loss * weight).sum().backward()
@@ -49,15 +49,20 @@ def check(
     torch.testing.assert_close(mine.grad, whole.grad[..., part], rtol=1e-11, atol=1e-12)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 15])
 @pytest.mark.parametrize(("direction", "temperature", "top_k"), CASES)
-def test_equals_the_oracle(direction: str, temperature: float, top_k: int | None) -> None:
+def test_equals_the_oracle(
+    direction: str, temperature: float, top_k: int | None, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of so many of the 15 tokens."""
+    monkeypatch.setattr(distillation_loss, "CPU_CHUNK_BYTES", 4 * VOCABULARY * tokens)
     check(direction, temperature, top_k)
 
 
 def test_equal_logits_have_no_loss_and_bf16_keeps_its_dtype() -> None:
     student, _ = logits(torch.bfloat16)
     student.requires_grad_()
-    loss = distillation_loss(student, student.detach())
+    loss = distillation_loss.distillation_loss(student, student.detach())
     loss.sum().backward()
     assert loss.dtype == torch.float32 and not loss.any()
     assert student.grad is not None and student.grad.dtype == torch.bfloat16 and not student.grad.any()

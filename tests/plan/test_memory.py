@@ -213,3 +213,22 @@ def test_micro_batches_in_flight() -> None:
     assert most_kept([1, 1], 3, 4, 16) == 5
     # The first chunk's share grows once more: its second round of four is complete before any of its first round leaves.
     assert most_kept([1, 0], 0, 4, 16) == 8
+
+
+def test_calibrate_keeps_its_sums_in_place_of_activations(elsewhere: Elsewhere) -> None:
+    """Per layer in float64: 2048 / 2 rows of 2048, 2048 x 2 products with this rank's KV heads, and the sums of both."""
+    sizes = (
+        "model.hidden_size=2048",
+        "model.num_attention_heads=32",
+        "training.train=adapter",
+        "distillation.weight=1",
+        "checkpoint.load_base=base",
+    )
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    trained = replace(tiny(*sizes), parallel=parallel)
+    (alone,) = elsewhere(planning.stages, trained, 2)
+    calibrated = replace(trained, phases=(replace(trained.phases[0], kind="calibrate"),))
+    (stage,) = elsewhere(planning.stages, calibrated, 2)
+    sums = 4 * 8 * (1024 * 2048 + 2048 * 2 + 2048 + 2 + 1)
+    assert alone.activations < sums
+    assert stage == replace(alone, activations=sums)

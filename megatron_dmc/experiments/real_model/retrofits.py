@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 SMOKE_SETTINGS = [
@@ -50,10 +51,16 @@ RETROFITS = (*_retrofits(4), *_retrofits(8))
 
 @dataclass(frozen=True)
 class Budget:
-    """tokens: that each retrofit is trained on; None: as many as its recipe says."""
+    """What a run may spend.
+
+    Attributes:
+        tokens: that each retrofit is trained on; None: as many as its recipe says.
+        bf16: retrofits compute in bfloat16.
+    """
 
     tokens: int | None
     smoke: bool
+    bf16: bool = False
 
     def words(self, retrofit: Retrofit, recipes: Path) -> list[str]:
         """The command that trains it, in the run's folder."""
@@ -62,6 +69,7 @@ class Budget:
         words += [
             f"checkpoint.directory=checkpoints/{retrofit.name}",
             f"monitor.tensorboard=tensorboard/{retrofit.name}",
+            f"training.bf16={str(self.bf16).lower()}",
         ]
         words += [*retrofit.overrides, *(SMOKE_SETTINGS if self.smoke else ())]
         if self.smoke or (retrofit.scaled and self.tokens is not None):
@@ -88,6 +96,13 @@ class Budget:
         values: dict[str, Any] = yaml.safe_load((recipes / f"{retrofit.recipe}.yaml").read_text(encoding="utf-8"))
         step = values["training"]["global_batch_size"] * values["data"]["sequence_length"]
         return [phase["steps"] for phase in values["phases"]], 2 * SMOKE_SEQUENCE_LENGTH if self.smoke else step
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies in bfloat16 faster than in float32: a GPU, or a CPU with instructions for it."""
+    # Not public, and not in every version of torch.
+    has = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
+    return torch.cuda.is_available() or any(each() for each in has)
 
 
 def scaled_steps(steps: Sequence[int], total: int) -> list[int]:

@@ -25,6 +25,7 @@ from megatron_dmc.experiments.real_model.retrofits import (
     SMOKE_SEQUENCE_LENGTH,
     SMOKE_TOKENS,
     Budget,
+    bf16_is_fast,
 )
 from megatron_dmc.experiments.real_model.source import Source, fetch, first_layers
 from megatron_dmc.experiments.real_model.summary import show, summarize
@@ -32,13 +33,13 @@ from megatron_dmc.experiments.small_run import SmallRun, write_whole
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1
-SEQUENCE_LENGTH = 512
+SEQUENCE_LENGTH = 1024
 SMOKE_LAYERS = 4
 # Characters of text in a smoke run.
 SMOKE_TEXT = 400_000
 BASE_REPORT = "base.json"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
-_TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 80, 250
+_TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 250, 750
 _EVALUATION_SECONDS = {"smoke": 15, "default": 500, "full": 4000}
 # Of the run's folder, beside the models: text, datasets, reports.
 _OTHER_BYTES = 200_000_000
@@ -98,7 +99,7 @@ class RealModelRun(SmallRun):
         super().__init__(folder, options.data, options.smoke)
         self.recipes = real_model_recipes()
         self.options, self.source = options, Source(options.model)
-        self.budget = Budget(SMOKE_TOKENS if options.smoke else options.tokens, options.smoke)
+        self.budget = Budget(SMOKE_TOKENS if options.smoke else options.tokens, options.smoke, bf16_is_fast())
         self.evaluation = "evaluation-full" if options.full else "evaluation"
 
     def check(self) -> None:
@@ -202,6 +203,7 @@ class RealModelRun(SmallRun):
             "model": self.source.identity,
             "text": self._digest(),
             "tokens": self.budget.tokens,
+            "bf16": self.budget.bf16,
             "smoke": self.smoke,
         }
 
