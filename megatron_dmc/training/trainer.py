@@ -25,6 +25,9 @@ from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step, 
 from megatron_dmc.training.signals import StopRequest
 from megatron_dmc.training.step import StepResult, StepRunner
 
+# Learning rate. Rates in logits, for decisions after calibrate, are above it.
+MOST_RATE_OF_A_BASE = 0.1
+
 
 class TrainingError(DMCError, RuntimeError):
     """A run that cannot go on. The message says why and what to do."""
@@ -213,6 +216,13 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
             "dmc.ratio_control offset would switch the decisions of an untrained projection all at once; put a phase "
             "{kind: calibrate, steps: 32} first, name a retrofit in checkpoint.load_base, or set dmc.ratio_control: loss"
         )
+    for i, phase in enumerate(recipe.phases):
+        if phase.lr > MOST_RATE_OF_A_BASE and phase.kind != "calibrate" and not recipe.trains_adapter:
+            raise ConfigError(
+                f"phases[{i}].lr {phase.lr:g} is a rate for decisions alone, and training.train {recipe.training.train} would "
+                f"move all weights with it; set phases.{i}.lr (1e-5 to 1e-4 for a large model), its min_lr, and "
+                "dmc.decision_scale to what the decisions' rate is to be over it"
+            )
     if recipe.teacher is not None:
         teacher = start if recipe.teacher == load_base and start is not None else SavedModel.open(recipe.teacher)
         teacher.check_teaches(recipe)

@@ -120,7 +120,15 @@ def test_bad_settings_name_field_and_value(override: str, message: str) -> None:
         (["training.bf16=false"], "training.fp8 hybrid needs training.bf16 true"),
         (["training.transformer_impl=local"], "training.fp8 hybrid needs Transformer Engine; set .*transformer_impl"),
         (
-            ["training.train=full", "distillation.weight=0", "dmc.decision_source=neuron"],
+            [
+                *(
+                    "training.train=full",
+                    "distillation.weight=0",
+                    "dmc.decision_source=neuron",
+                    "dmc.ratio_control=loss",
+                ),
+                "phases.0.kind=compress",
+            ],
             "training.fp8 hybrid needs dmc.decision_source projection",
         ),
         (["model.ffn_hidden_size=28736"], r"needs multiples of 16, model.ffn_hidden_size / .* is 3592;"),

@@ -36,7 +36,7 @@ def whole(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
 def overrides(data: Path, folder: Path) -> list[str]:
     """Turns the recipe into a tiny full training: replaces all that it sets of sizes, layout and teacher."""
     phase = {"kind": "compress", "steps": STEPS, "lr": 5e-3, "start_compression_ratio": 2.0}
-    values = recipe_values(data, folder, [phase], local_window=4, target_compression_ratio=4)
+    values = recipe_values(data, folder, [phase], local_window=4, target_compression_ratio=4, ratio_control="loss")
     values["data"]["sequence_length"] = 32
     values["training"] |= {"train": "full", "recompute": "none"}
     values["distillation"] = {"weight": 0}

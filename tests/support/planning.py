@@ -23,14 +23,20 @@ from tests.support.processes import ROOT
 LLAMA2_70B = ROOT / "examples/llama2_70b_dmc8/recipe.yaml"
 H100 = Cluster(nodes=16, gpus_per_node=8, gpu=GPUS["h100"], mfu=0.4)
 
+# What the layer's costs were counted by hand for.
+COUNTED = (
+    *("dmc.operation=merge", "dmc.ratio_control=loss"),
+    'phases=[{"kind": "compress", "steps": 700, "lr": 5e-4}, {"kind": "solidify", "steps": 240, "lr": 1e-4}]',
+)
 # Small sizes that the layouts divide as they divide a large model's; all weights train.
 TINY = (
     *("model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=8"),
     *("model.num_query_groups=4", "model.vocab_size=128", "model.max_position_embeddings=256", "dmc.local_window=16"),
     *("dmc.target_compression_ratio=4", "data.sequence_length=128", "training.train=full", "distillation.weight=0"),
     *("training.recompute=none", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"),
+    *COUNTED,
 )
-FULL_70B = ("training.train=full", "distillation.weight=0")
+FULL_70B = ("training.train=full", "distillation.weight=0", *COUNTED)
 PAIRS_70B = (*FULL_70B, "training.micro_batch_size=2", "training.global_batch_size=32")
 
 

@@ -171,6 +171,14 @@ def test_an_offset_needs_decisions(data: Path, tmp_path: Path) -> None:
         Trainer(load_recipe(path))
 
 
+def test_a_rate_in_logits_is_none_for_a_base(data: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path, [CALIBRATE, {"kind": "solidify", "steps": 2, "lr": 0.3}])
+    with pytest.raises(
+        ConfigError, match=r"phases\[1\].lr 0.3 is a rate for decisions alone, and training.train full would"
+    ):
+        Trainer(load_recipe(path, ["training.train=full"]))
+
+
 def test_a_damaged_base_is_refused(data: Path, tmp_path: Path) -> None:
     trainer = Trainer(load_recipe(recipe(data, tmp_path, [CALIBRATE])))
     load = trainer.store.load
