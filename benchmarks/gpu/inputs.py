@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu.sizes import DTYPE, Sizes
+from megatron_dmc.ops.attention import windowed_dmc_attention
+from megatron_dmc.ops.attention.types import Operation
 
-ATTENTION_INPUTS = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits")
+ATTENTION_INPUTS = ("query", "key", "value", "pooled_key", "pooled_value", "merge_logits", "omega")
 
 
 def attention_inputs(seq: int, sizes: Sizes, device: str, hard: bool, free: bool) -> list[Tensor]:
@@ -30,7 +32,8 @@ def attention_inputs(seq: int, sizes: Sizes, device: str, hard: bool, free: bool
     merge_logits = 4 * draw(sizes.kv_heads)
     if hard:
         merge_logits = merge_logits.sign() * float("inf")
-    return [*(x.to(device, DTYPE) for x in (query, key, value, pooled_key, pooled_value)), merge_logits.to(device)]
+    states = (query, key, value, pooled_key, pooled_value)
+    return [*(x.to(device, DTYPE) for x in states), merge_logits.to(device), draw(sizes.kv_heads).exp().to(device)]
 
 
 def pooling_inputs(seq: int, sizes: Sizes, device: str) -> list[Tensor]:
@@ -44,11 +47,12 @@ def pooling_inputs(seq: int, sizes: Sizes, device: str) -> list[Tensor]:
 
 
 def attention_forms(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """Options of windowed_dmc_attention. Without a free channel first: so are the recipes with the ``projection`` source."""
+    """Options of dmc_form. Without a free channel first: so are the recipes with the ``projection`` source."""
     forms: dict[str, dict[str, Any]] = {
         "attention": {"local_window": 0},
         "attention, window, merge": {"local_window": sizes.local_window, "operation": "merge"},
         "attention, window, evict": {"local_window": sizes.local_window, "operation": "evict"},
+        "attention, window, absorb": {"local_window": sizes.local_window, "operation": "absorb"},
     }
     channels = {"no free channel": None, "free channel": -1}
     return {
@@ -56,6 +60,14 @@ def attention_forms(sizes: Sizes) -> dict[str, dict[str, Any]]:
         for label, channel in channels.items()
         for form, options in forms.items()
     }
+
+
+def dmc_form(*inputs: Tensor, operation: Operation = "merge", **options: Any) -> Tensor:
+    """windowed_dmc_attention of ATTENTION_INPUTS, whose omega only ``absorb`` takes."""
+    *states, omega = inputs
+    return windowed_dmc_attention(
+        *states, operation=operation, omega=omega if operation == "absorb" else None, **options
+    )
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True) -> Tensor:

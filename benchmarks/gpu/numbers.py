@@ -11,6 +11,7 @@ from gpu.inputs import (
     ATTENTION_INPUTS,
     attention_forms,
     attention_inputs,
+    dmc_form,
     plain_attention,
     pooling_inputs,
 )
@@ -42,7 +43,7 @@ def _check_attention(run: Run, name: str, options: dict[str, Any], kind: str) ->
     if kind.endswith("packed documents"):
         starts = torch.zeros(1, seq, dtype=torch.bool, device=run.device)
         starts[:, [seq // 5, seq // 2, seq // 2 + 1]] = True
-    attend = functools.partial(windowed_dmc_attention, **options, document_starts=starts)
+    attend = functools.partial(dmc_form, **options, document_starts=starts)
     free = options["bias_channel"] is not None
     inputs = attention_inputs(seq, run.sizes, run.device, kind == "hard", free)
     reference = functools.partial(attend, backend="naive")
@@ -83,7 +84,7 @@ def noise(run: Run) -> None:
 def decode(run: Run) -> None:
     """A prompt in two chunks and then token by token, against attention to all states at once."""
     window = max(run.sizes.local_window // 8, 2)
-    for local_window, operation in ((0, "merge"), (window, "merge"), (window, "evict")):
+    for local_window, operation in ((0, "merge"), (window, "merge"), (window, "evict"), (window, "absorb")):
         name = f"cache, window {local_window}, {operation}"
         run.attempt(name, functools.partial(_check_cache, run, name, local_window, operation))
 
@@ -130,6 +131,8 @@ def _whole(
     """The training form in float64, by the oracles of pooling and attention."""
     query, key, value, omega, cos, sin = (x.double() for x in (query, key, value, omega, cos, sin))
     pooled_key, pooled_value = _pooled_on_host(key, value, alpha.double(), omega)
+    if options["operation"] == "absorb":
+        options["omega"] = omega
     query, key, pooled_key = (rotate(x, cos, sin) for x in (query, key, pooled_key))
     merge_logits = torch.where(alpha, float("inf"), float("-inf")).double()
     return windowed_dmc_attention(query, key, value, pooled_key, pooled_value, merge_logits, **options, backend="naive")

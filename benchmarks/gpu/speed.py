@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.inputs import attention_forms, attention_inputs, plain_attention, pooling_inputs
+from gpu.inputs import attention_forms, attention_inputs, dmc_form, plain_attention, pooling_inputs
 from gpu.measure import Call, backpropagation, error_of, interleaved, time_rows
 from gpu.run import Run
 from gpu.sizes import DTYPE
-from megatron_dmc.ops.attention import windowed_dmc_attention
+from megatron_dmc.ops.attention.types import Operation
 from megatron_dmc.ops.decode import LayerCache
 from megatron_dmc.ops.pooling import pool
 
@@ -37,7 +37,7 @@ def _time_layer(run: Run, seq: int, kv_heads: int) -> None:
             del named[name]
     pooled = [x.requires_grad_() for x in pooling_inputs(seq, sizes, run.device)]
     ours = {
-        name: backpropagation(functools.partial(windowed_dmc_attention, **options), leaves, [grad])
+        name: backpropagation(functools.partial(dmc_form, **options), leaves, [grad])
         for name, options in attention_forms(sizes).items()
     }
     ours["pooling"] = backpropagation(pool, pooled, [torch.randn_like(pooled[0]) for _ in range(2)])
@@ -54,17 +54,18 @@ def _with_kernel(backend: SDPBackend, call: Call) -> Call:
 
 def decode_speed(run: Run) -> None:
     """A token through a full cache, over plain attention to as many tokens that were never compressed."""
-    windows = (0, run.sizes.local_window)
+    window = run.sizes.local_window
+    forms: tuple[tuple[int, Operation], ...] = ((0, "merge"), (window, "merge"), (window, "absorb"))
     for batch, context in run.sizes.decoded:
-        for local_window in windows:
-            name = f"{context} tokens, batch {batch}, window {local_window}"
-            run.attempt(name, functools.partial(_time_decoding, run, batch, context, local_window))
+        for local_window, operation in forms:
+            name = f"{context} tokens, batch {batch}, window {local_window}, {operation}"
+            run.attempt(name, functools.partial(_time_decoding, run, batch, context, local_window, operation))
 
 
 @torch.no_grad()
-def _time_decoding(run: Run, batch: int, context: int, local_window: int) -> None:
+def _time_decoding(run: Run, batch: int, context: int, local_window: int, operation: Operation) -> None:
     prompt, token = _tokens(run, batch, context), _tokens(run, batch, 1)
-    cache = LayerCache(local_window)
+    cache = LayerCache(local_window, operation)
 
     def prefill() -> None:
         cache.reset()
@@ -81,6 +82,7 @@ def _time_decoding(run: Run, batch: int, context: int, local_window: int) -> Non
         "batch": batch,
         "context": context,
         "window": local_window,
+        "operation": operation,
         "prefill_ms": prefilled,
         "cache_mib": round(compressed / 2**20, 2),
         "plain_mib": round(plain_bytes / 2**20, 2),

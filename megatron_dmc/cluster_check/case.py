@@ -62,7 +62,7 @@ CASES = [
             "training.train": "adapter",
             "dmc.ratio_control": "offset",
             "dmc.target_compression_ratio": 2.0,
-            "phases": [{"kind": "calibrate", "steps": 5}, {"kind": "solidify", "steps": 2, "lr": 1e-3}],
+            "phases": [{"kind": "calibrate", "steps": 5}, {"kind": "solidify", "steps": 3, "lr": 1e-2}],
         },
     ),
 ]

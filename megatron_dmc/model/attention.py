@@ -229,8 +229,11 @@ class DMCSelfAttention(SelfAttention):
                 value = self._count(value, alpha, merge_logits, decision_logits, in_effect, attention_mask)
                 tokens = Tokens(key, value, alpha, omega, *rotation(angles, query.dtype))
                 out = self._merge_and_attend(query, tokens, merge_logits, places)
-        # A frozen weight times tokens in another order would be one small product per token.
-        return self.linear_proj(out.transpose(0, 1).flatten(2).contiguous())
+        out = out.transpose(0, 1).flatten(2)
+        if not self.linear_proj.weight.requires_grad:
+            # Tokens in another order times a frozen weight would be one small product per token.
+            out = out.contiguous()
+        return self.linear_proj(out)
 
     def decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """decision_logits and omega_logits, [batch, seq, kv_heads]."""

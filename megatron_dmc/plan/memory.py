@@ -20,8 +20,8 @@ class StageMemory:
         parameters, teacher: in training precision.
         gradients: the float32 buffer of what learns.
         optimizer: float32 main parameters and Adam's two moments, this replica's share.
-        activations: kept for backward passes, of all micro-batches in flight; or what ``calibrate`` sums, which keeps none, where
-            that is more.
+        activations: kept for backward passes, of all micro-batches in flight; or, where that is more, the sums of
+            ``calibrate``, which keeps none.
         working: on top of them at the worst moment of a micro-batch.
     """
 

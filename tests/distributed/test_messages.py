@@ -18,8 +18,8 @@ LAYOUTS = [
     for layout in all_layouts()
     if layout.name in (REFERENCE, "TP2+SP", "PP2", "DP2, distributed optimizer, overlap")
 ]
-# 4 layers, 2 KV heads: four counts of each, and the sums of two losses, of tokens and of requests to stop, in float64.
-STATISTICS = f"allreduce_ {8 * (4 * 4 * 2 + 4)}"
+# Float64. 4 layers, 2 KV heads: four counts of each; an offset's two slopes; two losses, tokens, requests to stop.
+STATISTICS = f"allreduce_ {8 * (4 * 4 * 2 + 6)}"
 # The number of valid tokens, float32, while the gate is open.
 VALID_TOKENS = "allreduce_ 4"
 
