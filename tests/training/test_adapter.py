@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
@@ -58,6 +59,25 @@ def test_only_decisions_learn(data: Path, tmp_path: Path, weight: float, recompu
     assert held == sum(parameter.numel() for layer in decisions for parameter in layer)
     gradients = sum(buffer.grad_data.numel() for buffer in trainer.model[0].buffers)
     assert gradients <= held + 1024  # the buffer's padding
+
+
+class _ExpandedProducts(TorchDispatchMode):
+    """Notes the shapes of batched products with one matrix for all of the batch: one product with all rows does the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.bmm.default and args[1].stride(0) == 0:
+            self.found.append(list(args[1].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_product_of_a_frozen_weight_is_made_token_by_token(data: Path, tmp_path: Path) -> None:
+    with _ExpandedProducts() as products:
+        train(recipe(data, tmp_path, weight=1.0), "training.exit_after_steps=1", "monitor.eval_interval=0")
+    assert not products.found
 
 
 def test_recomputation_changes_nothing(data: Path, tmp_path: Path) -> None:
