@@ -31,7 +31,7 @@ SUMMARY = {"model", "options", "text", "machine", "base", "models", "stages"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of six layers with its tokenizer, and text."""
     folder = tmp_path_factory.mktemp("real")
-    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=512, hidden_size=64)
+    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=1024, hidden_size=64)
     train_tokenizer(TEXT, 300, folder / "tiny")
     write_gguf(folder / "tiny", folder / "tiny.gguf")
     with (folder / "text.jsonl").open("w") as file:

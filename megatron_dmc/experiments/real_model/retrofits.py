@@ -10,6 +10,7 @@ import yaml
 
 SMOKE_SETTINGS = [
     "data.sequence_length=256",
+    "dmc.local_window=8",
     "training.global_batch_size=2",
     "monitor.eval_samples=2",
     "monitor.eval_interval=0",
