@@ -203,7 +203,7 @@ def test_what_is_refused_at_once(folder: Path, tmp_path: Path, monkeypatch: pyte
     train_tokenizer(TEXT, 300, tmp_path / "short")
     fails("short has 128 positions, its retrofit takes", check, tmp_path / "short")
     fails(
-        "--tokens must be at least 2048, a step of each phase, got 100", check, folder / "tiny", smoke=False, tokens=100
+        "--tokens must be at least 4096, a step of each phase, got 100", check, folder / "tiny", smoke=False, tokens=100
     )
 
     (tmp_path / "project" / "data").mkdir(parents=True)
