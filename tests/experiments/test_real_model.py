@@ -69,7 +69,8 @@ def test_from_a_folder_to_a_table(
         *["retrofit", "convert-to-hf"] * 4,
         *["evaluate"] * 5,
     ]
-    assert str(tmp_path) not in page.page(summary)
+    assert str(tmp_path) not in page.page(summary) and str(ROOT) not in page.page(summary)
+    assert "`megatron-dmc retrofit examples/smollm2/train.yaml " in page.page(summary)
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
 
     # What is done is not done again; a run with other settings is not taken for this one.

@@ -32,14 +32,13 @@ def draw(summary: dict[str, Any]) -> Figure:
     width = 0.8 / max(len(summary["models"]), 1)
     for place, row in enumerate(summary["models"]):
         values = [row["recall"][number]["over_base"] for number in counted]
-        recall.bar([x + place * width for x in range(len(counted))], values, width, label=row["name"])
-    recall.axhline(1, color="gray", linestyle="--", label="base")
+        recall.bar([x + place * width for x in range(len(counted))], values, width)  # colors as in the first panel
+    recall.axhline(1, color="gray", linestyle="--")
     recall.set_xticks(range(len(counted)), names, rotation=60, ha="right")
     recall.set_ylabel("accuracy over the base's")
     recall.set_title("what is recalled")
-    recall.legend()
-
-    main = max(summary["models"], key=lambda row: row["target_compression_ratio"])
+    # The last of those with the highest ratio, which is the trained one.
+    main = max(reversed(summary["models"]), key=lambda row: row["target_compression_ratio"])
     table = numpy.asarray(main["serving"][0]["layer_head_compression_ratio"])
     image = heads.imshow(table, norm=LogNorm(1, max(table.max(), 2)), aspect="auto", cmap="viridis")
     heads.set_xticks(range(table.shape[1]))

@@ -233,6 +233,8 @@ class RealModelRun(SmallRun):
             return
         print(clock.line(), flush=True)
         command = "" if callable(stage.work) else " ".join(["megatron-dmc", *stage.work])
+        # It is published: as somebody would write it in a checkout, not where the recipes lie on this machine.
+        command = command.replace(f"{self.recipes}/", "examples/smollm2/")
         if callable(stage.work):
             self.timed(stage.title, stage.work)
         else:
