@@ -210,8 +210,17 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
                 f"{load_base} is a retrofitted model, and calibrate would replace its decisions; name its base in "
                 "checkpoint.load_base, or remove the phase"
             )
-    learned = (start is not None and start.merges) or recipe.phases[0].kind == "calibrate"
-    if recipe.merges and recipe.dmc.ratio_control == "offset" and not learned:
+    if recipe.merges and recipe.dmc.ratio_control == "offset":
+        _check_offset(recipe, start)
+    if recipe.teacher is not None:
+        teacher = start if recipe.teacher == load_base and start is not None else SavedModel.open(recipe.teacher)
+        teacher.check_teaches(recipe)
+    return start, teacher
+
+
+def _check_offset(recipe: Recipe, start: SavedModel | None) -> None:
+    """An offset is for decisions that differ, and the recipes that have one train them at rates that would destroy a base."""
+    if (start is None or not start.merges) and recipe.phases[0].kind != "calibrate":
         raise ConfigError(
             "dmc.ratio_control offset would switch the decisions of an untrained projection all at once; put a phase "
             "{kind: calibrate, steps: 32} first, name a retrofit in checkpoint.load_base, or set dmc.ratio_control: loss"
@@ -223,10 +232,6 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
                 f"move all weights with it; set phases.{i}.lr (1e-5 to 1e-4 for a large model), its min_lr, and "
                 "dmc.decision_scale to what the decisions' rate is to be over it"
             )
-    if recipe.teacher is not None:
-        teacher = start if recipe.teacher == load_base and start is not None else SavedModel.open(recipe.teacher)
-        teacher.check_teaches(recipe)
-    return start, teacher
 
 
 def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, int]:

@@ -172,7 +172,7 @@ def test_an_offset_needs_decisions(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_rate_in_logits_is_none_for_a_base(data: Path, tmp_path: Path) -> None:
-    path = recipe(data, tmp_path, [CALIBRATE, {"kind": "solidify", "steps": 2, "lr": 0.3}])
+    path = recipe(data, tmp_path, [CALIBRATE, {"kind": "solidify", "steps": 2, "lr": 0.3}], ratio_control="offset")
     with pytest.raises(
         ConfigError, match=r"phases\[1\].lr 0.3 is a rate for decisions alone, and training.train full would"
     ):
