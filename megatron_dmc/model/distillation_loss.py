@@ -1,5 +1,7 @@
 """KL divergence between the next-token distributions of a teacher and a student, on vocabulary-parallel logits."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,9 +37,8 @@ def distillation_loss(
     Returns:
         [...] in float32 or wider; differentiable in student_logits.
     """
-    divergence = _KLDivergence.apply(
-        student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), direction, temperature, top_k, group
-    )
+    of_tokens = partial(_divergence, direction=direction, temperature=temperature, top_k=top_k, group=group)
+    divergence = _KLDivergence.apply(student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), of_tokens)
     return divergence.view(student_logits.shape[:-1])
 
 
@@ -57,10 +58,7 @@ class _KLDivergence(torch.autograd.Function):
         ctx: Any,
         student_logits: Tensor,
         teacher_logits: Tensor,
-        direction: str,
-        temperature: float,
-        top_k: int | None,
-        group: dist.ProcessGroup | None,
+        of_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
         gradient, divergences = torch.empty_like(student_logits), []
         size = CPU_CHUNK_BYTES if student_logits.device.type == "cpu" else CHUNK_BYTES
@@ -68,28 +66,28 @@ class _KLDivergence(torch.autograd.Function):
         for student, teacher, into in zip(
             *(x.split(tokens) for x in (student_logits, teacher_logits, gradient)), strict=True
         ):
-            divergence, slope = _divergence(student, teacher, direction, temperature, top_k, group)
-            divergences.append(temperature**2 * divergence)
-            # tau^2 / tau.
-            into.copy_(slope.mul_(temperature))
+            divergence, slope = of_tokens(student, teacher)
+            divergences.append(divergence)
+            into.copy_(slope)
         ctx.save_for_backward(gradient)
         return torch.cat(divergences)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][..., None].to(gradient.dtype), None, None, None, None, None
+        return gradient * grads[0][..., None].to(gradient.dtype), None, None
 
 
 def _divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    *,
     direction: str,
     temperature: float,
     top_k: int | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """KL of some tokens, and its derivative by the student's logits over the temperature; float32 or wider."""
+    """tau^2 KL of some tokens, and its derivative by the student's logits; float32 or wider."""
     if top_k is not None:
         below = teacher_logits < _kth_largest(teacher_logits, top_k, group)
         student_logits = student_logits.masked_fill(below, float("-inf"))
@@ -102,9 +100,10 @@ def _divergence(
         # A token outside the top k has probability 0 in both: 0 log 0 = 0.
         ratio.masked_fill_(below, 0)
     divergence = _sum((first.exp() * ratio).sum(-1), group)
-    if direction == "forward":
-        return divergence, student.exp_() - teacher.exp_()
-    return divergence, student.exp_() * (ratio - divergence[..., None])
+    student.exp_()
+    slope = student - teacher.exp_() if direction == "forward" else student * (ratio - divergence[..., None])
+    # tau^2 / tau.
+    return temperature**2 * divergence, slope.mul_(temperature)
 
 
 def _log_softmax(logits: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:

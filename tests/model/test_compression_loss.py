@@ -34,13 +34,8 @@ def gradients(dmc: DMCConfig, alpha_gradient: float, alphas: list[Tensor] | None
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("per_layer", [False, True], ids=["per_head", "per_layer"])
-@pytest.mark.parametrize("source", ["projection", "neuron"])
-def test_injected_gradient_is_the_hinges(source: Any, per_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    dmc = DMCConfig(decision_source=source, per_layer=per_layer, decision_bias=2.0)
-    count = SIZES.num_layers * SIZES.num_query_groups * BATCH * SEQ
-    injected = gradients(dmc, -COEFFICIENT / count)
-
+def collected_alphas(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """From now on every layer's counted alphas are put here, and no gradient is injected."""
     alphas: list[Tensor] = []
 
     class Collect(CompressionLoss):
@@ -50,6 +45,17 @@ def test_injected_gradient_is_the_hinges(source: Any, per_layer: bool, monkeypat
             return value
 
     monkeypatch.setattr(attention, "CompressionLoss", Collect)
+    return alphas
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["per_head", "per_layer"])
+@pytest.mark.parametrize("source", ["projection", "neuron"])
+def test_injected_gradient_is_the_hinges(source: Any, per_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dmc = DMCConfig(decision_source=source, per_layer=per_layer, decision_bias=2.0)
+    count = SIZES.num_layers * SIZES.num_query_groups * BATCH * SEQ
+    injected = gradients(dmc, -COEFFICIENT / count)
+
+    alphas = collected_alphas(monkeypatch)
     written = gradients(dmc, 0.0, alphas)
     assert len(alphas) == SIZES.num_layers
     without = gradients(dmc, 0.0)
@@ -85,15 +91,7 @@ def test_slopes_of_an_offset_are_autograds(operation: Any, per_layer: bool, monk
     dmc = DMCConfig(
         decision_source="projection", operation=operation, local_window=5, per_layer=per_layer, ratio_control="offset"
     )
-    model, ids, alphas = random_model(dmc).train(), tokens(BATCH, SEQ + 1), []
-
-    class Collect(CompressionLoss):
-        @staticmethod
-        def apply(value: Tensor, alpha: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-            alphas.append(alpha)
-            return value
-
-    monkeypatch.setattr(attention, "CompressionLoss", Collect)
+    model, ids, alphas = random_model(dmc).train(), tokens(BATCH, SEQ + 1), collected_alphas(monkeypatch)
     offsets = [torch.zeros(1, requires_grad=True) for _ in dmc_layers(model)]
     for layer, offset in zip(dmc_layers(model), offsets, strict=True):
         layer.decision.offset = offset
