@@ -34,9 +34,9 @@ def load_and_save(recipe: str, overrides: list[str]) -> int:
     values = load_recipe(recipe, overrides)
     with world(values.parallel):
         store = Trainer(values).store
-        step, merge_fraction = store.load()
+        step, merge_fraction, multiplier = store.load()
         store.root = store.root / "again"
-        store.save_full(step, 0, None, merge_fraction)
+        store.save_full(step, 0, None, merge_fraction, multiplier)
     return 0
 
 
