@@ -115,7 +115,7 @@ def attention_errors(seq: int) -> dict[str, float]:
 
         def oracle(*x: Tensor, operation: str = operation, window: int = window) -> Tensor:
             if operation == "plain":
-                return naive.dmc_attention(*x, torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64))[0]
+                return naive.dmc_attention(*x, torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64))[0]  # type: ignore[call-arg]
             return naive_windowed(*x, local_window=window, operation=operation)
 
         arguments = [tensors[name] for name in read_by(operation)]
@@ -147,7 +147,7 @@ def packed_errors(seq: int) -> dict[str, float]:
         def oracle(*x: Tensor, operation: str = operation, window: int = window) -> Tensor:
             if operation == "plain":
                 never = torch.full(x[1].shape[:3], -math.inf, dtype=torch.float64)
-                return naive.dmc_attention(*x, never, None, starts)[0]
+                return naive.dmc_attention(*x, never, None, starts)[0]  # type: ignore[call-arg]
             options: dict[str, Any] = {"local_window": window, "operation": operation, "document_starts": starts}
             return naive_windowed(*x, **options)
 

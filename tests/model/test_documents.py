@@ -101,7 +101,7 @@ def test_packed_equals_each_document_alone(
         longest = int(torch.diff(ends).max())
         params = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
         row = [x.reshape(1, -1) for x in (inputs, labels)]
-        found = packed.call(*row, torch.tensor([0]), weights.view(1, -1), params).view(BATCH, SEQ)
+        found = packed.call(*row, torch.tensor([0]), weights.view(1, -1), params).view(BATCH, SEQ)  # type: ignore[call-arg]
     else:
         params = pack_documents(given_starts)
         if form == "bshd":

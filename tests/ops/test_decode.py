@@ -87,7 +87,7 @@ def oracle(tokens: Tokens, kind: Kind = KINDS["exact"]) -> tuple[Tensor, Tensor]
     for b in range(batch):
         for h in range(kv_heads):
             head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())
+            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())  # type: ignore[call-arg]
             counts[b, h] = len(slots) + min(tokens.key.shape[1], kind.local_window)
     return out.flatten(2, 3), counts
 
@@ -270,7 +270,7 @@ def test_clear_errors():
     cache = LayerCache()
     through_cache(tokens, [4], cache)
     with pytest.raises(ValueError, match="holds 2 sequences, got 1"):
-        cache.attend(*(x[:1] for x in tokens), *rotation(torch.arange(4)[None], 8))
+        cache.attend(*(x[:1] for x in tokens), *rotation(torch.arange(4)[None], 8))  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="at least one token"):
         cache.attend(*tokens.cut(4, 4), *rotation(torch.zeros(2, 0), 8))
     for x in (tokens.query, tokens.omega):
