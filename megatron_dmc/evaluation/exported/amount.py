@@ -12,7 +12,8 @@ class Amount:
 
     Attributes:
         windows, window_tokens: of held-out text, for the loss; a quarter of a window is reported by itself.
-        copies: windows whose halves are equal.
+        copies: texts whose halves are equal, of each length.
+        copy_tokens: their lengths.
         recall_tokens: lengths of the recall tasks' prompts.
         samples: of a recall task at one length.
         serving_tokens: lengths of the texts that cache and speed are measured on.
@@ -22,6 +23,7 @@ class Amount:
     windows: int = 32
     window_tokens: int = 512
     copies: int = 16
+    copy_tokens: tuple[int, ...] = (512, 2048)
     recall_tokens: tuple[int, ...] = (300, 1000, 2000)
     samples: int = 16
     serving_tokens: tuple[int, ...] = (2000,)
@@ -44,13 +46,21 @@ class Amount:
     @property
     def longest(self) -> int:
         """Tokens of held-out text in a row that the longest part reads."""
-        return max(self.window_tokens + 1, *self.recall_tokens, *self.serving_tokens)
+        return max(self.window_tokens + 1, *self.copy_tokens, *self.recall_tokens, *self.serving_tokens)
 
 
 AMOUNTS = {
     "smoke": Amount(
-        windows=4, window_tokens=128, copies=2, recall_tokens=(256,), samples=4, serving_tokens=(256,), new_tokens=4
+        windows=4,
+        window_tokens=128,
+        copies=2,
+        copy_tokens=(128,),
+        recall_tokens=(256,),
+        samples=4,
+        serving_tokens=(256,),
+        new_tokens=4,
     ),
+    "brief": Amount(windows=16, copies=8, recall_tokens=(2000,), samples=8),
     "default": Amount(),
     "full": replace(Amount(), recall_tokens=(300, 1000, 2000, 4000), samples=48, serving_tokens=(2000, 8000)),
 }

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
 from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
@@ -73,7 +73,7 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
         ConfigError: no such model, text or report, or text that is too short.
     """
     before = None if base is None else read_report(base)
-    config, _ = read_config(Path(folder))
+    config, dmc = read_config(Path(folder))
     settings = AMOUNTS[amount] if before is None else Amount.from_dict(before["amount"])
     settings = _within(settings, config.max_position_embeddings)
     heldout = Heldout.open(text, load_tokenizer(folder), settings.longest + 1)
@@ -89,7 +89,7 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
                 "report of the base that it was made from"
             )
         plain = load(before["model"])
-    return _Evaluation(load(folder), plain, heldout, settings).report(folder, before)
+    return _Evaluation(load(folder), dmc, plain, heldout, settings).report(folder, before)
 
 
 def read_report(path: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def read_report(path: str) -> dict[str, Any]:
         raise ConfigError(f"--base {path} {problem}; write it with megatron-dmc evaluate BASE --output {path}")
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        is_base = {"amount", "model", "recall"} <= set(report) and "kl" not in report
+        is_base = {"amount", "model", "copying", "recall"} <= set(report) and "kl" not in report
     except (ValueError, TypeError, RecursionError):
         is_base = False
     if not is_base:
@@ -110,26 +110,30 @@ def read_report(path: str) -> dict[str, Any]:
 
 def _within(amount: Amount, positions: int) -> Amount:
     """The lengths that the model has positions for."""
-    serving_tokens = tuple(n for n in amount.serving_tokens if n + amount.new_tokens < positions)
-    recall_tokens = tuple(n for n in amount.recall_tokens if n < positions)
-    if amount.window_tokens > positions or not recall_tokens or not serving_tokens:
+    kept: dict[str, Any] = {
+        "copy_tokens": tuple(n for n in amount.copy_tokens if n <= positions),
+        "recall_tokens": tuple(n for n in amount.recall_tokens if n < positions),
+        "serving_tokens": tuple(n for n in amount.serving_tokens if n + amount.new_tokens < positions),
+    }
+    if amount.window_tokens > positions or not all(kept.values()):
         raise ConfigError(
             f"the model has {positions} positions, the evaluation reads {amount.window_tokens} tokens or more at once; "
             "evaluate a model with more positions, or measure less (--amount smoke)"
         )
-    if dropped := sorted({*amount.serving_tokens, *amount.recall_tokens} - {*serving_tokens, *recall_tokens}):
+    if dropped := sorted({n for name in kept for n in getattr(amount, name) if n not in kept[name]}):
         print(
             f"the model has {positions} positions: not measured at {', '.join(map(str, dropped))} tokens",
             file=sys.stderr,
         )
-    return replace(amount, serving_tokens=serving_tokens, recall_tokens=recall_tokens)
+    return replace(amount, **kept)
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """plain: the base; None: the model is it."""
+    """dmc: what the model adds to a plain Llama. plain: the base; None: the model is it."""
 
     model: Any
+    dmc: DMCConfig | None
     plain: Any
     heldout: Heldout
     amount: Amount
@@ -151,8 +155,7 @@ class _Evaluation:
             row = text_loss(
                 self.model, self.plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance
             )
-            halves = self.heldout.windows(amount.copies, amount.window_tokens // 2)
-            row["copying_loss"] = copying_loss(self.model, halves, advance)
+            row["copying"] = [self._copying(tokens, advance) for tokens in amount.copy_tokens]
             progress.update(bar, description="cache, speed")
             row["serving"] = [self._serving(tokens, advance) for tokens in amount.serving_tokens]
             row["recall"] = []
@@ -162,6 +165,7 @@ class _Evaluation:
         return {
             "model": folder,
             **({} if before is None else {"base": before["model"]}),
+            **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             "amount": amount.to_dict(),
             "heldout_tokens": len(self.heldout.ids),
             **row,
@@ -174,8 +178,12 @@ class _Evaluation:
         amount, models = self.amount, 1 if self.plain is None else 2
         recall = sum(tokens for task, tokens in amount.recall_parts if not _skipped(task, tokens, before))
         served = sum(tokens + _DECODING * amount.new_tokens for tokens in amount.serving_tokens)
-        losses = amount.window_tokens * (models * amount.windows + amount.copies)
+        losses = amount.window_tokens * models * amount.windows + amount.copies * sum(amount.copy_tokens)
         return losses + models * served + amount.samples * recall
+
+    def _copying(self, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
+        halves = self.heldout.windows(self.amount.copies, tokens // 2)
+        return {"tokens": tokens, "loss": copying_loss(self.model, halves, advance)}
 
     def _serving(self, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
         (text,) = self.heldout.windows(1, tokens)

@@ -28,8 +28,8 @@ stages took {minutes:.0f} minutes. One run, one seed.
 ## Held-out text
 
 {windows} windows of {window_tokens} tokens, nats per token. *CR* is the compression ratio, tokens per slot, on the first text
-of the last table. *KL* is KL(base || model). *copying* is the loss on the second half of {copies} windows whose halves are
-equal. *recall over base* is the mean of the next table's accuracies over the base's.
+of the last table. *KL* is KL(base || model). *copying* is the loss on the second half of {copies} texts whose halves are
+equal, of {copy_tokens} tokens. *recall over base* is the mean of the next table's accuracies over the base's.
 
 {losses}
 
@@ -67,6 +67,7 @@ def page(summary: dict[str, Any]) -> str:
         **summary["text"],
         **summary["machine"],
         **{name: summary["base"]["amount"][name] for name in ("windows", "window_tokens", "copies", "new_tokens")},
+        copy_tokens=" and of ".join(map(str, summary["base"]["amount"]["copy_tokens"])),
         minutes=sum(stage["seconds"] for stage in summary["stages"]) / 60,
         losses=_table(LOSS_COLUMNS, loss_rows(summary)),
         recall=_table(recall_columns(summary), recall_rows(summary)),

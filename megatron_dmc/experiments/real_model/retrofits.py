@@ -29,12 +29,14 @@ class Retrofit:
         recipe: a file of examples/smollm2 without its suffix.
         overrides: settings over the recipe's.
         scaled: the budget of tokens decides the steps of the recipe's phases. If not, the recipe has one and does not train.
+        evaluated: it is exported and measured, not only what another one starts from.
     """
 
     name: str
     recipe: str
     overrides: Sequence[str] = ()
     scaled: bool = True
+    evaluated: bool = True
 
 
 def _retrofits(ratio: int) -> tuple[Retrofit, Retrofit]:
@@ -87,9 +89,9 @@ class Budget:
             return scaled_steps(phases, self.tokens // step_tokens)
         return [SMOKE_CALIBRATION_STEPS] if self.smoke else phases
 
-    def least(self, recipes: Path) -> int:
+    def least(self, retrofits: Sequence[Retrofit], recipes: Path) -> int:
         """Tokens that are enough for one step of every phase of every retrofit."""
-        read = (self._recipe(retrofit, recipes) for retrofit in RETROFITS if retrofit.scaled)
+        read = (self._recipe(retrofit, recipes) for retrofit in retrofits if retrofit.scaled)
         return max(len(phases) * step_tokens for phases, step_tokens in read)
 
     def _recipe(self, retrofit: Retrofit, recipes: Path) -> tuple[list[int], int]:

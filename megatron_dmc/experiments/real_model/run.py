@@ -25,6 +25,7 @@ from megatron_dmc.experiments.real_model.retrofits import (
     SMOKE_SEQUENCE_LENGTH,
     SMOKE_TOKENS,
     Budget,
+    Retrofit,
     bf16_is_fast,
 )
 from megatron_dmc.experiments.real_model.source import Source, fetch, first_layers
@@ -40,7 +41,7 @@ SMOKE_TEXT = 400_000
 BASE_REPORT = "base.json"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
 _TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 250, 750
-_EVALUATION_SECONDS = {"smoke": 15, "default": 500, "full": 4000}
+_EVALUATION_SECONDS = {"smoke": 15, "brief": 200, "default": 500, "full": 4000}
 # Of the run's folder, beside the models: text, datasets, reports.
 _OTHER_BYTES = 200_000_000
 
@@ -55,6 +56,7 @@ class Options:
         tokens: that each retrofit is trained on; None: as many as its recipe says.
         smoke: the model's first layers, few steps, short texts.
         full: longer texts and more samples in the evaluation.
+        brief: fewer of both.
     """
 
     model: str
@@ -62,10 +64,12 @@ class Options:
     tokens: int | None = None
     smoke: bool = False
     full: bool = False
+    brief: bool = False
 
     @property
     def amount(self) -> str:
-        return "smoke" if self.smoke else "full" if self.full else "default"
+        chosen = [name for name in ("smoke", "full", "brief") if getattr(self, name)]
+        return chosen[0] if chosen else "default"
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,15 @@ class RealModelRun(SmallRun):
 
     Args:
         folder: made if absent.
+        retrofits: what is made of the model, in this order.
 
     Raises:
         ConfigError: the recipes are not there (see ``places``).
     """
 
-    def __init__(self, folder: Path, options: Options) -> None:
+    def __init__(self, folder: Path, options: Options, retrofits: Sequence[Retrofit] = RETROFITS) -> None:
         super().__init__(folder, options.data, options.smoke)
+        self.retrofits, self.exports_at_once = retrofits, len(retrofits)
         self.recipes = real_model_recipes()
         self.options, self.source = options, Source(options.model)
         self.budget = Budget(SMOKE_TOKENS if options.smoke else options.tokens, options.smoke, bf16_is_fast())
@@ -105,12 +111,14 @@ class RealModelRun(SmallRun):
     def check(self) -> None:
         """Raises ConfigError for what would stop the run later: the model, the budget, the folder, too little space."""
         self.source.check(SMOKE_SEQUENCE_LENGTH if self.smoke else SEQUENCE_LENGTH)
-        if self.budget.tokens is not None and self.budget.tokens < (least := self.budget.least(self.recipes)):
+        if self.budget.tokens is not None and self.budget.tokens < (
+            least := self.budget.least(self.retrofits, self.recipes)
+        ):
             raise ConfigError(f"--tokens must be at least {least}, a step of each phase, got {self.budget.tokens}")
         self._check_folder()
         # A checkpoint and an export of the base, and an export of each retrofit; what is there already is counted again.
         share = 1 / 4 if self.smoke and self.source.package else 1
-        needed = int(share * self.source.model_bytes * (2 + len(RETROFITS))) + _OTHER_BYTES
+        needed = int(share * self.source.model_bytes * (2 + self.exports_at_once)) + _OTHER_BYTES
         if not (self.folder / "summary.json").exists() and (free := _free_bytes(self.folder)) < needed:
             raise ConfigError(
                 f"{self.folder} has {free / 1e9:.1f} GB of free space, the run takes about {needed / 1e9:.1f}; free some, or "
@@ -122,8 +130,8 @@ class RealModelRun(SmallRun):
         self.check()
         self.prepare_text()
         stages = [*self.model_stages(), self.text_stage()]
-        later = [*self.retrofit_stages(), *self.evaluation_stages()]
-        clock = _Clock([stage for stage in (*stages, *later) if not self._is_done(stage)])
+        later = self.result_stages()
+        clock = Clock([stage for stage in (*stages, *later) if not self._is_done(stage)])
         for stage in stages:
             self._do(stage, clock)
         self.check_text()
@@ -152,27 +160,37 @@ class RealModelRun(SmallRun):
         words += ["--valid-fraction", str(SMOKE_HELDOUT_FRACTION if self.smoke else HELDOUT_FRACTION)]
         return Stage("datasets", "data/text_valid.bin", words, 20)
 
-    def retrofit_stages(self) -> list[Stage]:
-        stages = []
-        for each in RETROFITS:
-            final, exported = f"checkpoints/{each.name}/final", f"hf-{each.name}"
-            speed = _TRAINED_TOKENS_PER_SECOND if each.scaled else _READ_TOKENS_PER_SECOND
-            seconds = self.budget.read_tokens(each, self.recipes) / speed
-            stages.append(Stage(f"retrofit: {each.name}", final, self.budget.words(each, self.recipes), seconds))
-            words = ["convert-to-hf", final, exported, "--dtype", "float32"]
-            stages.append(Stage(f"export: {each.name}", exported, words, 20))
-        return stages
+    def result_stages(self) -> list[Stage]:
+        """All retrofits, then all evaluations: speeds are compared, so they are measured one soon after the other."""
+        made = [stage for each in self.retrofits for stage in (self.retrofit_stage(each), self.export_stage(each))]
+        return [*made, self.base_evaluation_stage(), *(self.evaluation_stage(each) for each in self.retrofits)]
 
-    def evaluation_stages(self) -> list[Stage]:
-        base = f"{self.evaluation}/{BASE_REPORT}"
-        common = ["--text", "data/text_valid"]
-        words = ["evaluate", "hf-base", *common, "--output", base, "--amount", self.options.amount]
-        stages = [Stage("evaluation: base", base, words, _EVALUATION_SECONDS[self.options.amount])]
-        for each in RETROFITS:
-            report = f"{self.evaluation}/{each.name}.json"
-            words = ["evaluate", f"hf-{each.name}", *common, "--base", base, "--output", report]
-            stages.append(Stage(f"evaluation: {each.name}", report, words, _EVALUATION_SECONDS[self.options.amount]))
-        return stages
+    def retrofit_stage(self, retrofit: Retrofit) -> Stage:
+        speed = _TRAINED_TOKENS_PER_SECOND if retrofit.scaled else _READ_TOKENS_PER_SECOND
+        seconds = self.budget.read_tokens(retrofit, self.recipes) / speed
+        words = self.budget.words(retrofit, self.recipes)
+        return Stage(f"retrofit: {retrofit.name}", f"checkpoints/{retrofit.name}/final", words, seconds)
+
+    def export_stage(self, retrofit: Retrofit) -> Stage:
+        made = f"hf-{retrofit.name}"
+        words = ["convert-to-hf", f"checkpoints/{retrofit.name}/final", made, "--dtype", "float32"]
+        return Stage(f"export: {retrofit.name}", made, words, 20)
+
+    def base_evaluation_stage(self) -> Stage:
+        amount, report = self.options.amount, f"{self.evaluation}/{BASE_REPORT}"
+        words = ["evaluate", "hf-base", "--text", "data/text_valid", "--output", report, "--amount", amount]
+        return Stage("evaluation: base", report, words, _EVALUATION_SECONDS[amount])
+
+    def evaluation_stage(self, retrofit: Retrofit) -> Stage:
+        name, report = retrofit.name, f"{self.evaluation}/{retrofit.name}.json"
+        words = ["evaluate", f"hf-{name}", "--text", "data/text_valid"]
+        words += ["--base", f"{self.evaluation}/{BASE_REPORT}", "--output", report]
+        return Stage(f"evaluation: {name}", report, words, _EVALUATION_SECONDS[self.options.amount])
+
+    def summary(self) -> dict[str, Any]:
+        """All numbers of the run; see ``summarize``."""
+        evaluated = [each for each in self.retrofits if each.evaluated]
+        return summarize(self.folder, self.evaluation, self.options, self.text_counts(), evaluated)
 
     def check_text(self) -> None:
         """Raises ConfigError where the held-out text is shorter than what the evaluation reads in a row."""
@@ -183,7 +201,7 @@ class RealModelRun(SmallRun):
                 f"the text gives {counts['heldout_tokens']} held-out tokens, this needs {least}; name about "
                 f"{least / max(counts['heldout_tokens'], 1):.1f} times as much text"
             )
-        trained = max(self.budget.read_tokens(each, self.recipes) for each in RETROFITS)
+        trained = max(self.budget.read_tokens(each, self.recipes) for each in self.retrofits)
         often = trained / max(counts["train_tokens"], 1)
         print(
             f"text: {counts['train_tokens']:,} tokens to train on, {counts['heldout_tokens']:,} held out; a retrofit reads "
@@ -228,7 +246,7 @@ class RealModelRun(SmallRun):
     def _is_done(self, stage: Stage) -> bool:
         return (self.folder / stage.makes).exists()
 
-    def _do(self, stage: Stage, clock: "_Clock") -> None:
+    def _do(self, stage: Stage, clock: "Clock") -> None:
         if self._is_done(stage):
             return
         print(clock.line(), flush=True)
@@ -246,7 +264,7 @@ class RealModelRun(SmallRun):
         write_whole(path, json.dumps([*(each for each in before if each["stage"] != stage.title), row], indent=1))
 
 
-class _Clock:
+class Clock:
     """How much of a run is left, by what its stages are expected to take and by how long those before took."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
@@ -291,7 +309,7 @@ def run_real_model(folder: Path, options: Options) -> None:
     """
     run = RealModelRun(folder, options)
     run.run()
-    summary = summarize(run.folder, run.evaluation, options, run.text_counts())
+    summary = run.summary()
     text = json.dumps(summary, indent=1) + "\n"
     write_whole(run.folder / "summary.json", text)
     figure.save(summary, run.folder / "figure.png")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
-from megatron_dmc.experiments.real_model.retrofits import RETROFITS
+from megatron_dmc.experiments.real_model.retrofits import Retrofit
 
 if TYPE_CHECKING:
     from megatron_dmc.experiments.real_model.run import Options
@@ -20,13 +20,16 @@ _MODEL = (
 )
 
 
-def summarize(folder: Path, evaluation: str, options: "Options", text: dict[str, int]) -> dict[str, Any]:
+def summarize(
+    folder: Path, evaluation: str, options: "Options", text: dict[str, int], retrofits: Sequence[Retrofit]
+) -> dict[str, Any]:
     """All numbers of a run, as plain values.
 
     Args:
         folder: the run's.
         evaluation: the folder of the reports in it.
         text: tokens of both parts of the text.
+        retrofits: those that have been evaluated.
 
     Returns:
         model, its sizes; options; text; machine; base and models, the reports of ``megatron-dmc evaluate``, each of the
@@ -34,13 +37,12 @@ def summarize(folder: Path, evaluation: str, options: "Options", text: dict[str,
     """
     config = json.loads((folder / "hf-base" / "config.json").read_text())
     models = []
-    for each in RETROFITS:
+    for each in retrofits:
         report = json.loads((folder / evaluation / f"{each.name}.json").read_text())
-        dmc = json.loads((folder / f"hf-{each.name}" / "config.json").read_text())["dmc"]
         models.append(
             {
                 "name": each.name,
-                **{name: dmc[name] for name in ("target_compression_ratio", "operation", "local_window")},
+                **{name: report["dmc"][name] for name in ("target_compression_ratio", "operation", "local_window")},
                 **report,
                 "recall_over_base": recall_over_base(report),
             }
@@ -70,7 +72,7 @@ SERVING_COLUMNS = ("model", "tokens", "CR", "cache", "plain cache", "first token
 def loss_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Texts of LOSS_COLUMNS, of the base and of every model."""
     base = summary["base"]
-    rows: list[tuple[str, ...]] = [("base", "1", f"{base['loss']:.3f}", "", "", "", f"{base['copying_loss']:.3f}", "")]
+    rows: list[tuple[str, ...]] = [("base", "1", f"{base['loss']:.3f}", "", "", "", _losses(base["copying"]), "")]
     for row in summary["models"]:
         recall = row["recall_over_base"]
         rows.append(
@@ -81,11 +83,15 @@ def loss_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{row['loss'] - base['loss']:+.3f}",
                 f"{row['kl']:.3f}",
                 ", ".join(f"{value:.3f}" for value in row["kl_by_quarter"]),
-                f"{row['copying_loss']:.3f}",
+                _losses(row["copying"]),
                 "" if recall is None else f"{100 * recall:.0f} %",
             )
         )
     return rows
+
+
+def _losses(copying: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['loss']:.3f}" for each in copying)
 
 
 def recall_columns(summary: dict[str, Any]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The tables and the figure of docs/choosing.md, from results.json."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,15 @@ def draw(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def replace_section(page: Path, begin: str, end: str, parts: Sequence[str]) -> None:
+    """Puts parts between two marks of a page, in place of what stands there."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    write_whole(page, before + "\n\n".join((begin, *parts, end)) + after)
+
+
 def write(results: dict[str, Any], docs: Path) -> None:
     """Replaces the measured section of ``choosing.md`` and its figure."""
-    page = docs / "choosing.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    parts = (BEGIN, table(results), sweep(results), "![Ratio and loss of every recipe](figures/recipes.png)", END)
-    write_whole(page, before + "\n\n".join(parts) + after)
+    parts = (table(results), sweep(results), "![Ratio and loss of every recipe](figures/recipes.png)")
+    replace_section(docs / "choosing.md", BEGIN, END, parts)
     draw(results).savefig(docs / "figures" / "recipes.png", dpi=110)

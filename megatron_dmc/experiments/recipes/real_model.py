@@ -1,0 +1,137 @@
+"""Ways to the same compression ratio side by side, on a real model: what a decision does, and how late it takes effect.
+
+Every row is calibrated and trained by the recipes of examples/smollm2 on equally many tokens; only the settings of its name
+differ.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.evaluation.exported.evaluate import recall_over_base
+from megatron_dmc.experiments.places import checkout
+from megatron_dmc.experiments.real_model.retrofits import Retrofit
+from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage
+from megatron_dmc.experiments.recipes import real_report
+from megatron_dmc.experiments.small_run import write_whole
+
+RATIOS = (4, 8)
+WINDOWS = (16, 32, 64)
+OPERATIONS = ("absorb", "evict", "merge")
+# Both operations and windows are compared with this one.
+WINDOW = 32
+SEEDS = (1234, 1, 2)
+# A quarter of what the recipe trains on: nine hours for all rows instead of a day.
+TOKENS = 81_920
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row, or one of its seeds."""
+
+    ratio: int
+    operation: str
+    local_window: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}-w{self.local_window}-cr{self.ratio}-seed{self.seed}"
+
+    @property
+    def retrofits(self) -> tuple[Retrofit, Retrofit]:
+        """The calibration that it starts from, and itself."""
+        settings = (
+            f"dmc.target_compression_ratio={self.ratio}",
+            f"dmc.operation={self.operation}",
+            f"dmc.local_window={self.local_window}",
+            f"data.seed={self.seed}",
+        )
+        start = f"{self.name}-start"
+        return (
+            Retrofit(start, "calibrate", settings, scaled=False, evaluated=False),
+            Retrofit(self.name, "train", (*settings, f"checkpoint.load_base=checkpoints/{start}/final")),
+        )
+
+
+def forms() -> list[Form]:
+    """Every row with the first seed, then with the others."""
+    pairs = [*((operation, WINDOW) for operation in OPERATIONS), *(("absorb", w) for w in WINDOWS if w != WINDOW)]
+    return [Form(ratio, *pair, seed) for seed in SEEDS for pair in pairs for ratio in RATIOS]
+
+
+def smoke_forms() -> list[Form]:
+    return [Form(4, "evict", 8, 1)]
+
+
+class RealComparison(RealModelRun):
+    """Rows one after the other; of each only the checkpoints and the report are kept."""
+
+    def __init__(self, folder: Path, options: Options, wanted: Sequence[Form]) -> None:
+        super().__init__(folder, options, [each for form in wanted for each in form.retrofits])
+        self.forms, self.exports_at_once = wanted, 1
+
+    def result_stages(self) -> list[Stage]:
+        stages = [self.base_evaluation_stage()]
+        for form in self.forms:
+            start, trained = form.retrofits
+            stages += [self.retrofit_stage(start), self.retrofit_stage(trained)]
+            stages += [self.export_stage(trained), self.evaluation_stage(trained)]
+        return stages
+
+    def _is_done(self, stage: Stage) -> bool:
+        report = self.folder / self.evaluation / f"{stage.makes.removeprefix('hf-')}.json"
+        return super()._is_done(stage) or (stage.makes.startswith("hf-") and report.exists())
+
+    def _do(self, stage: Stage, clock: Clock) -> None:
+        super()._do(stage, clock)
+        for form in self.forms:
+            if stage.makes == f"{self.evaluation}/{form.name}.json":
+                shutil.rmtree(self.folder / f"hf-{form.name}", ignore_errors=True)
+                self._write_results()
+
+    def _write_results(self) -> None:
+        write_whole(self.folder / "results.json", json.dumps(self.results(), indent=1) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        """The base and the rows that are measured so far, as plain values; see ``real_report``."""
+
+        def read(name: str) -> dict[str, Any]:
+            report = json.loads((self.folder / self.evaluation / f"{name}.json").read_text())
+            found = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
+            if "dmc" in found:
+                found["compression_ratio"] = report["serving"][0]["compression_ratio"]
+                found["recall_over_base"] = recall_over_base(report)
+            return found
+
+        return {
+            "base": read("base"),
+            "tokens": max(self.budget.read_tokens(each, self.recipes) for each in self.retrofits if each.scaled),
+            "rows": [
+                {**vars(form), **read(form.name)}
+                for form in self.forms
+                if (self.folder / self.evaluation / f"{form.name}.json").exists()
+            ],
+        }
+
+
+def compare_on_real_model(folder: Path, model: str, data: str | None, smoke: bool) -> None:
+    """Runs the comparison in ``folder``, where ``results.json`` grows row by row. In a source checkout the full one with
+    smollm2 and the default text writes examples/recipes/smollm2.json and its section of docs/choosing.md.
+
+    Raises:
+        ConfigError: a bad model, text or folder.
+        CommandFailed: a row did not finish.
+    """
+    options = Options(model, data, tokens=None if smoke else TOKENS, smoke=smoke, brief=not smoke)
+    run = RealComparison(folder, options, smoke_forms() if smoke else forms())
+    run.run()
+    results = run.results()
+    root = checkout()
+    if root is not None and run.source.package is not None and data is None and not smoke:
+        write_whole(root / "examples" / "recipes" / "smollm2.json", json.dumps(results, indent=1) + "\n")
+        real_report.write(results, root / "docs")
+    print(real_report.table(results))

@@ -1,0 +1,24 @@
+"""A model and text for the programs of ``quickstart --model`` and ``recipes --model``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.data.tokenizer import train_tokenizer
+from tests.support.gguf_files import write_gguf
+from tests.support.llamas import save_random_llama
+from tests.support.toy import TEXT
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama of six layers and its tokenizer (tiny, tiny.gguf), and text (text.jsonl)."""
+    folder = tmp_path_factory.mktemp("real")
+    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=1024, hidden_size=64)
+    train_tokenizer(TEXT, 300, folder / "tiny")
+    write_gguf(folder / "tiny", folder / "tiny.gguf")
+    with (folder / "text.jsonl").open("w") as file:
+        for i, text in enumerate(TEXT * 4):
+            file.write(json.dumps({"text": f"{i} {text} {i * i} {text[::-1]}"}) + "\n")
+    return folder
