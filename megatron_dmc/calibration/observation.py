@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_dmc.model.attention import BaseAttention, DMCSelfAttention
 from megatron_dmc.model.compression_loss import takes_effect
-from megatron_dmc.ops.later_attention import Places, later_attention
+from megatron_dmc.ops.later_attention import Tokens, later_attention
 from megatron_dmc.ops.later_attention.context_parallel import context_parallel_later_attention
 from megatron_dmc.ops.matrix_product import matrix_product
 
@@ -68,22 +68,19 @@ def observe(layer: DMCSelfAttention, attention: BaseAttention, state_norm: Tenso
     places = attention.places
     device = attention.query.device
     in_document, remaining = places.in_document.to(device), places.remaining.to(device)
-    weights: dict[str, Any] = {
-        "query_weight": norm[..., 0].clamp(min=1e-30).log(),
-        "key_weight": _value_norms(layer, attention.value).clamp(min=1e-30).log(),
-        "local_window": window,
-        "softmax_scale": layer.core_attention.softmax_scale,
-    }
     documents = None
     if places.documents is not None:
         documents = places.documents.number.view(len(attention.query), -1).to(device)
+    positions = places.positions.to(device)
+    queries = Tokens(attention.query, norm[..., 0].clamp(min=1e-30).log(), positions, documents)
+    value_norms = _value_norms(layer, attention.value).clamp(min=1e-30).log()
+    keys = Tokens(attention.key, value_norms, positions, documents)
+    settings: dict[str, Any] = {"local_window": window, "softmax_scale": layer.core_attention.softmax_scale}
     if layer.context_group is None:
-        every = Places(places.positions.to(device), documents)
-        scores = later_attention(attention.query, attention.key, query_places=every, key_places=every, **weights)
+        scores = later_attention(queries, keys, **settings)
     else:
-        scores = context_parallel_later_attention(
-            attention.query, attention.key, group=layer.context_group, documents=documents, **weights
-        )
+        group = layer.context_group
+        scores = context_parallel_later_attention(queries, keys, documents=documents, group=group, **settings)
     length = in_document + remaining + 1
     return Observation(
         hidden_states,

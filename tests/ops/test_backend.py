@@ -8,7 +8,7 @@ import torch
 
 from megatron_dmc.ops.attention import dmc_attention, windowed_dmc_attention
 from megatron_dmc.ops.backend import choose
-from megatron_dmc.ops.later_attention import Places, later_attention
+from megatron_dmc.ops.later_attention import Tokens, later_attention
 from megatron_dmc.ops.noise import logistic_noise
 from megatron_dmc.ops.pooling import pool
 from megatron_dmc.ops.residual import residual
@@ -33,12 +33,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     ),
     "pool": lambda **options: pool(**draw_pooling(Shape(1, 5, 2, 2, 8)), **options),
     "later_attention": lambda **options: later_attention(
-        ATTENTION["query"],
-        ATTENTION["key"],
-        query_places=Places(torch.arange(5)),
-        key_places=Places(torch.arange(5)),
-        query_weight=torch.zeros(1, 5),
-        key_weight=torch.zeros(1, 5, 2),
+        Tokens(ATTENTION["query"], torch.zeros(1, 5), torch.arange(5)),
+        Tokens(ATTENTION["key"], torch.zeros(1, 5, 2), torch.arange(5)),
         local_window=1,
         **options,
     ),

@@ -7,20 +7,11 @@ from torch import Tensor
 from megatron_dmc.ops.backend import choose
 from megatron_dmc.ops.later_attention import naive
 from megatron_dmc.ops.later_attention.torch import later_attention as torch_later_attention
-from megatron_dmc.ops.later_attention.types import Places
+from megatron_dmc.ops.later_attention.types import Tokens
 
 
 def later_attention(
-    query: Tensor,
-    key: Tensor,
-    *,
-    query_places: Places,
-    key_places: Places,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    local_window: int,
-    softmax_scale: float | None = None,
-    backend: str = "auto",
+    queries: Tokens, keys: Tokens, *, local_window: int, softmax_scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """The logarithm of the largest weighted attention that any later query pays to each key.
 
@@ -30,11 +21,8 @@ def later_attention(
     arXiv 2505.23416; arXiv 2601.07891). No tensor grows with s x s. Not differentiable.
 
     Args:
-        query: [batch, queries, heads, head_dim], rotated: any part of the sequence's tokens.
-        key: [batch, seq, kv_heads, head_dim], rotated: all of the sequence's; kv_heads divides heads.
-        query_places, key_places: where they stand.
-        query_weight: log v, [batch, queries].
-        key_weight: log u, [batch, seq, heads].
+        queries: any part of the sequence's tokens, [batch, queries, ...].
+        keys: all of the sequence's, [batch, seq, ...]; their heads divide the queries'.
         local_window: >= 0, tokens.
         softmax_scale: 1 / sqrt(head_dim) by default.
         backend: "auto", "torch", or "naive", the oracle with its s x s attention.
@@ -45,25 +33,18 @@ def later_attention(
     Raises:
         ValueError: shapes do not fit or the backend is unknown.
     """
-    batch, seq, kv_heads, head_dim = key.shape
-    heads = query.shape[2]
-    shapes = (query.shape[0], query.shape[3], tuple(query_weight.shape), tuple(key_weight.shape))
-    if shapes != (batch, head_dim, tuple(query.shape[:2]), (batch, seq, heads)) or heads % kv_heads:
+    batch, seq, kv_heads, head_dim = keys.vectors.shape
+    _, count, heads, _ = queries.vectors.shape
+    shapes = [tuple(x.shape) for each in (queries, keys) for x in (each.vectors, each.log_weight)]
+    wanted = [(batch, count, heads, head_dim), (batch, count), (batch, seq, kv_heads, head_dim), (batch, seq, heads)]
+    if shapes != wanted or heads % kv_heads:
         raise ValueError(
-            "later_attention needs query [b, n, heads, d], key [b, s, kv_heads, d], query_weight [b, n] and key_weight "
-            f"[b, s, heads] with kv_heads dividing heads; got {tuple(query.shape)}, {tuple(key.shape)}, "
-            f"{tuple(query_weight.shape)}, {tuple(key_weight.shape)}"
+            "later_attention needs queries [b, n, heads, d] and [b, n], keys [b, s, kv_heads, d] and [b, s, heads], with "
+            f"kv_heads dividing heads; got {', '.join(map(str, shapes))}"
         )
     if local_window < 0:
         raise ValueError(f"local_window must be >= 0, got {local_window}")
     implementation = choose(backend, {"torch": torch_later_attention, "naive": naive.later_attention})
     return implementation(
-        query,
-        key,
-        query_places=query_places,
-        key_places=key_places,
-        query_weight=query_weight,
-        key_weight=key_weight,
-        local_window=local_window,
-        softmax_scale=1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
+        queries, keys, local_window, 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     )
