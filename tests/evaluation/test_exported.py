@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
@@ -19,46 +18,21 @@ from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.exported.serving import serving
 from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import Sample
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
-from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from tests.support.exports import VOCABULARY, dmc_model, plain_model
 from tests.support.llamas import save_random_llama
 from tests.support.texts import fails
 from tests.support.toy import TEXT
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "eos_token_id": None,
-}
-
-
-def dmc_model(**dmc: Any) -> DMCLlamaForCausalLM:
-    """Random; about half of its tokens merge."""
-    torch.manual_seed(1)
-    model = DMCLlamaForCausalLM(DMCLlamaConfig(dmc={"decision_source": "projection", **dmc}, **SIZES)).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.decision.weight.normal_(std=20.0)
-            layer.self_attn.decision.bias.normal_()
-    return model
-
 
 @pytest.fixture(scope="module", params=["plain", "merge", "evict", "absorb"])
 def model(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(0)
     if request.param == "plain":
-        return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    return dmc_model(local_window=4, operation=request.param)
+        return plain_model()
+    return dmc_model({"decision_source": "projection", "local_window": 4, "operation": request.param})
 
 
 def prompts(count: int, tokens: int) -> list[torch.Tensor]:
-    return list(torch.randint(3, 97, (count, tokens), generator=torch.Generator().manual_seed(2)))
+    return list(torch.randint(3, VOCABULARY, (count, tokens), generator=torch.Generator().manual_seed(2)))
 
 
 def test_an_answer_is_recalled_where_greedy_generation_gives_it(model: Any) -> None:
@@ -69,12 +43,12 @@ def test_an_answer_is_recalled_where_greedy_generation_gives_it(model: Any) -> N
         for size in (1, 2, 7):
             assert recalls(model, Sample(prompt.tolist(), answer[:size], 0))
             for place in range(size):
-                wrong = [*answer[:place], (answer[place] + 1) % 97, *answer[place + 1 : size]]
+                wrong = [*answer[:place], (answer[place] + 1) % VOCABULARY, *answer[place + 1 : size]]
                 assert not recalls(model, Sample(prompt.tolist(), wrong, 0))
 
 
 def test_losses(model: Any) -> None:
-    base = dmc_model()
+    base = dmc_model({"decision_source": "projection"})
     windows = prompts(3, 33)
     told: list[int] = []
     found = text_loss(model, base, windows, told.append)

@@ -5,26 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from tests.support.exports import VOCABULARY, dmc_model, plain_model
 
 torch.set_num_threads(1)
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # logits that differ: greedy choices are not ties
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "projection": {"decision_source": "projection"},
     "neuron": {"decision_source": "neuron"},
@@ -36,26 +23,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    return plain_model()
 
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., DMCLlamaForCausalLM]:
-    def make(dmc: dict[str, Any], **config: Any) -> DMCLlamaForCausalLM:
-        torch.manual_seed(1)
-        model = DMCLlamaForCausalLM(DMCLlamaConfig(dmc=dmc, **{**SIZES, **config})).eval()
-        with torch.no_grad():
-            for layer in model.model.layers:
-                attention = layer.self_attn
-                if dmc.get("decision_source") == "neuron":
-                    attention.k_proj.weight.view(-1, attention.head_dim, SIZES["hidden_size"])[:, -1] *= 100
-                else:
-                    attention.decision.weight.normal_(std=20.0)
-                    attention.decision.bias.normal_()
-        return model
-
-    return make
+    return dmc_model
 
 
 @pytest.fixture(scope="session", params=VARIANTS.values(), ids=VARIANTS)
@@ -70,7 +43,7 @@ def projection_model(make_model: Callable[..., DMCLlamaForCausalLM]) -> DMCLlama
 
 @pytest.fixture
 def prompt() -> torch.Tensor:
-    return torch.randint(3, SIZES["vocab_size"], (3, 41), generator=torch.Generator().manual_seed(2))
+    return torch.randint(3, VOCABULARY, (3, 41), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
