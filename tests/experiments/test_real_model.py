@@ -87,6 +87,23 @@ def test_the_budget_decides_the_steps() -> None:
         assert scaled.checkpoint.directory == f"checkpoints/{retrofit.name}"
 
 
+def test_a_gpu_takes_larger_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = real_model_recipes()
+    for retrofit in RETROFITS:
+        budget = Budget(30_000_000, smoke=False, bf16=True, gpu=True)
+        recipe = load_recipe(recipes / f"{retrofit.recipe}.yaml", [*budget.words(retrofit, recipes)[2:], *SMOLLM2])
+        step = recipe.training.global_batch_size * recipe.data.sequence_length
+        assert recipe.training.micro_batch_size == 16 and step == 65536
+        assert budget.read_tokens(retrofit, recipes) == recipe.total_steps * step
+        assert not retrofit.scaled or 30_000_000 - step < recipe.total_steps * step <= 30_000_000
+    # Its commands see the GPUs that this process sees.
+    run = RealModelRun(Path("nowhere"), Options("smollm2"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in run.environment
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert run.environment["CUDA_VISIBLE_DEVICES"] == "3"
+
+
 def test_the_first_layers(tiny_model: Path, tmp_path: Path) -> None:
     first_layers(tiny_model / "tiny", tmp_path / "cut", 2)
     whole = AutoModelForCausalLM.from_pretrained(tiny_model / "tiny").eval()

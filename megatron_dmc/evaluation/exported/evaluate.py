@@ -243,6 +243,7 @@ def machine() -> dict[str, Any]:
     import transformers
 
     return {
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "architecture": platform.machine(),

@@ -12,7 +12,8 @@ from megatron_dmc.hf.cache import CACHE_NAME
 
 
 def load(folder: str | Path) -> Any:
-    """The model in float32, in eval mode: a plain Llama, or an export with its compressed cache.
+    """The model in eval mode, in float32 on the CPU, or in bfloat16 on the first GPU: a plain Llama, or an export with its
+    compressed cache.
 
     Raises:
         ConfigError: the folder holds no such model, or transformers cannot load it.
@@ -23,20 +24,23 @@ def load(folder: str | Path) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        gpu = torch.cuda.is_available()
+        dtype = torch.bfloat16 if gpu else torch.float32  # a GPU's attention takes no other
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
     # transformers raises whatever it happens to meet.
     except Exception as error:
         raise ConfigError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return model.eval()
+    return model.eval().to("cuda" if gpu else "cpu")
 
 
 def extend(model: Any, tokens: Tensor, cache: Any = None, *, last_only: bool = False) -> tuple[Tensor, Any]:
     """Takes tokens [seq] into a cache, a new one where none is given.
 
     Returns:
-        logits [seq, vocabulary], those of the last token only ([1, vocabulary]) on request; and the cache.
+        logits [seq, vocabulary], those of the last token only ([1, vocabulary]) on request, on the model's device; and the
+        cache.
     """
-    made = model(tokens[None], use_cache=True, logits_to_keep=int(last_only), **{CACHE_NAME: cache})
+    made = model(tokens[None].to(model.device), use_cache=True, logits_to_keep=int(last_only), **{CACHE_NAME: cache})
     return made.logits[0], made[CACHE_NAME]
 
 

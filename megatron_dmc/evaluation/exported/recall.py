@@ -15,7 +15,7 @@ def recalls(model: Any, sample: Sample) -> bool:
     No token is generated. The prompt is taken into the cache, then the answer in one piece; every answer token must be the
     likeliest one where it is due. Each of them then follows the same tokens as in a generation, so the two agree.
     """
-    answer = torch.tensor(sample.answer)
+    answer = torch.tensor(sample.answer, device=model.device)
     logits, cache = extend(model, torch.tensor(sample.prompt), last_only=True)
     if logits[-1].argmax() != answer[0] or len(answer) == 1:
         return bool(logits[-1].argmax() == answer[0])

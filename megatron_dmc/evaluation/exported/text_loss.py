@@ -26,6 +26,7 @@ def text_loss(
     losses, divergences = [], []
     for window in windows:
         predicted = _log_probabilities(model, window)
+        window = window.to(predicted.device)
         losses.append(-predicted.gather(1, window[1:, None])[:, 0])
         if base is not None:
             wanted = _log_probabilities(base, window)
@@ -46,14 +47,15 @@ def copying_loss(model: Any, windows: Sequence[Tensor], advance: Callable[[int],
     losses = []
     for half in windows:
         predicted = _log_probabilities(model, torch.cat([half, half]))
+        half = half.to(predicted.device)
         losses.append(-predicted[len(half) :].gather(1, half[1:, None])[:, 0])
         advance(2 * len(half))
     return float(torch.stack(losses).double().mean())
 
 
 def _log_probabilities(model: Any, window: Tensor) -> Tensor:
-    """float32 [tokens - 1, vocabulary]: of every token but the first."""
-    return model(window[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+    """float32 [tokens - 1, vocabulary], on the model's device: of every token but the first."""
+    return model(window[None, :-1].to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def _summary(name: str, values: Tensor) -> dict[str, Any]:

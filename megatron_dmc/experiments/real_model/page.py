@@ -20,8 +20,8 @@ The model is {name}: {num_hidden_layers} layers, hidden size {hidden_size}, {num
 {num_key_value_heads} KV heads, {vocab_size:,} tokens. The text is the sources and the documentation of Python's standard
 library: {train_tokens:,} tokens to train on, {heldout_tokens:,} held out.
 
-Machine: {cores} cores ({architecture}), {threads} threads, torch {torch}, transformers {transformers}, Python {python}. All
-stages took {minutes:.0f} minutes. One run, one seed.
+Machine: {gpu}{cores} cores ({architecture}), {threads} threads, torch {torch}, transformers {transformers},
+Python {python}. All stages took {minutes:.0f} minutes. One run, one seed.
 
 ![Costs, recall and ratios](figures/results.png)
 
@@ -65,8 +65,9 @@ def page(summary: dict[str, Any]) -> str:
     return _PAGE.format(
         **summary["model"],
         **summary["text"],
-        **summary["machine"],
+        **{name: value for name, value in summary["machine"].items() if name != "gpu"},
         **{name: summary["base"]["amount"][name] for name in ("windows", "window_tokens", "copies", "new_tokens")},
+        gpu="".join(f"{name}, " for name in [summary["machine"].get("gpu")] if name),
         copy_tokens=" and of ".join(map(str, summary["base"]["amount"]["copy_tokens"])),
         minutes=sum(stage["seconds"] for stage in summary["stages"]) / 60,
         losses=_table(LOSS_COLUMNS, loss_rows(summary)),

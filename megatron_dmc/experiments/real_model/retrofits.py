@@ -15,6 +15,8 @@ SMOKE_SETTINGS = [
     "monitor.eval_samples=2",
     "monitor.eval_interval=0",
 ]
+# A GPU is busy with sixteen samples at a time. Its steps see sixteen times as much.
+GPU_BATCH = {"training.micro_batch_size": 16, "training.global_batch_size": 64}
 SMOKE_SEQUENCE_LENGTH = 256
 SMOKE_CALIBRATION_STEPS = 5
 SMOKE_TOKENS = 4 * 2 * SMOKE_SEQUENCE_LENGTH
@@ -59,11 +61,13 @@ class Budget:
     Attributes:
         tokens: that each retrofit is trained on; None: as many as its recipe says.
         bf16: retrofits compute in bfloat16.
+        gpu: batches are a GPU's.
     """
 
     tokens: int | None
     smoke: bool
     bf16: bool = False
+    gpu: bool = False
 
     def words(self, retrofit: Retrofit, recipes: Path) -> list[str]:
         """The command that trains it, in the run's folder."""
@@ -75,6 +79,8 @@ class Budget:
             f"training.bf16={str(self.bf16).lower()}",
         ]
         words += [*retrofit.overrides, *(SMOKE_SETTINGS if self.smoke else ())]
+        if self.gpu and not self.smoke:
+            words += [f"{name}={value}" for name, value in GPU_BATCH.items()]
         if self.smoke or (retrofit.scaled and self.tokens is not None):
             words += [f"phases.{i}.steps={count}" for i, count in enumerate(self._steps(retrofit, phases, step_tokens))]
         return words
@@ -97,7 +103,8 @@ class Budget:
     def _recipe(self, retrofit: Retrofit, recipes: Path) -> tuple[list[int], int]:
         """Steps of the phases, and tokens of a step."""
         values: dict[str, Any] = yaml.safe_load((recipes / f"{retrofit.recipe}.yaml").read_text(encoding="utf-8"))
-        step = values["training"]["global_batch_size"] * values["data"]["sequence_length"]
+        samples = GPU_BATCH["training.global_batch_size"] if self.gpu else values["training"]["global_batch_size"]
+        step = samples * values["data"]["sequence_length"]
         return [phase["steps"] for phase in values["phases"]], 2 * SMOKE_SEQUENCE_LENGTH if self.smoke else step
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from megatron_dmc.config import ConfigError
@@ -105,7 +106,9 @@ class RealModelRun(SmallRun):
         self.retrofits, self.exports_at_once = retrofits, len(retrofits)
         self.recipes = real_model_recipes()
         self.options, self.source = options, Source(options.model)
-        self.budget = Budget(SMOKE_TOKENS if options.smoke else options.tokens, options.smoke, bf16_is_fast())
+        self.budget = Budget(
+            SMOKE_TOKENS if options.smoke else options.tokens, options.smoke, bf16_is_fast(), torch.cuda.is_available()
+        )
         self.evaluation = "evaluation-full" if options.full else "evaluation"
 
     def check(self) -> None:
@@ -222,11 +225,19 @@ class RealModelRun(SmallRun):
             "text": self._digest(),
             "tokens": self.budget.tokens,
             "bf16": self.budget.bf16,
+            **({"gpu": True} if self.budget.gpu else {}),
             "smoke": self.smoke,
         }
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of :class:`SmallRun`'s commands, but for the GPU: this model is large enough for one."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        kept = {name: value for name, value in super().environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+        return kept if visible is None else {**kept, "CUDA_VISIBLE_DEVICES": visible}
+
     def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        if differs := [name for name in wanted if found.get(name) != wanted[name]]:
+        if differs := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
             raise ConfigError(
                 f"{self.folder} holds a run with another {' and '.join(differs)}; remove it, or name another folder with "
                 "--output"
