@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/choosing.md, from results.json."""
+"""The tables and the figure of docs/small_model.md, from results.json."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +142,7 @@ def replace_section(page: Path, begin: str, end: str, parts: Sequence[str]) -> N
 
 
 def write(results: dict[str, Any], docs: Path) -> None:
-    """Replaces the measured section of ``choosing.md`` and its figure."""
+    """Replaces the measured section of ``small_model.md`` and its figure."""
     parts = (table(results), sweep(results), "![Ratio and loss of every recipe](figures/recipes.png)")
-    replace_section(docs / "choosing.md", BEGIN, END, parts)
+    replace_section(docs / "small_model.md", BEGIN, END, parts)
     draw(results).savefig(docs / "figures" / "recipes.png", dpi=110)

@@ -172,7 +172,7 @@ class Comparison(SmallRun):
 
 def run_recipes(folder: Path, smoke: bool) -> None:
     """Runs the comparison in ``folder``. In a source checkout the full one writes examples/recipes/results.json and
-    docs/choosing.md's section; results.json lies in ``folder`` and the tables are printed elsewhere.
+    docs/small_model.md's tables; results.json lies in ``folder`` and the tables are printed elsewhere.
 
     Raises:
         ConfigError: the folder holds a run on other text.
