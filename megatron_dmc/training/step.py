@@ -24,8 +24,8 @@ from megatron_dmc.training.schedule import StepPlan, plan_step
 
 # Logits.
 LONGEST_OFFSET_STEP = 0.5
-# Of a batch's error, that moves the offset at once.
-OFFSET_GAIN = 0.5
+# Of a batch's error, that moves the offset at once: at the phase's learning rate, and at least.
+OFFSET_GAIN, LEAST_OFFSET_GAIN = 0.5, 0.05
 # Of what a batch says of the multiplier, that is believed at once.
 MULTIPLIER_GAIN = 0.5
 
@@ -131,11 +131,13 @@ class StepRunner:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
         outputs = self._forward_backward(micro_batches)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
         result = self._reduce(outputs)
         if plan.target_compression_ratio is not None and self.recipe.dmc.ratio_control == "offset":
             target = plan.target_compression_ratio
-            self._move_offset(offset_step(result.counts, target, self._next_target() or target))
+            gain = offset_gain(learning_rate / plan.phase.lr)
+            self._move_offset(offset_step(result.counts, target, self._next_target() or target, gain))
             self.multiplier = next_multiplier(self.multiplier, *result.slopes.tolist())
         result.grad_norm, result.updated = float(grad_norm), bool(updated)
         return result
@@ -299,15 +301,27 @@ class StepRunner:
         self.optimizer.reload_model_params()
 
 
-def offset_step(counts: Tensor, target: float, next_target: float) -> float:
+def offset_gain(part: float) -> float:
+    """Of a batch's error, how much moves the offset.
+
+    A batch is a sample of the text: its error is that of the offset and chance. The offset errs because the decisions move, by
+    as much as the learning rate says. Once they hardly do, what is left is chance, and the offset is to average over batches.
+
+    Args:
+        part: the step's learning rate over its phase's.
+    """
+    return max(LEAST_OFFSET_GAIN, OFFSET_GAIN * part)
+
+
+def offset_step(counts: Tensor, target: float, next_target: float, gain: float) -> float:
     """By how much to move the decisions' offset after a global batch, in logits, cut at LONGEST_OFFSET_STEP.
 
-    Newton's step by what the target rises, and by a part of what the batch missed: a batch is a sample of the text, and its
-    error is that of the offset and chance.
+    Newton's step by what the target rises, and by a part of what the batch missed.
 
     Args:
         counts: [4, layers, kv_heads], see DecisionStatistics.
         target, next_target: compression ratios of this global batch and of the next.
+        gain: see :func:`offset_gain`.
     """
     _, merged, tokens, close = counts.sum(dim=(1, 2)).tolist()
     if not tokens:
@@ -315,7 +329,7 @@ def offset_step(counts: Tensor, target: float, next_target: float) -> float:
     # Merged tokens per logit of offset. Where hardly any decision is close, the longest step finds some.
     slope = max(close / (2 * CLOSE), 1e-3 * tokens)
     wanted, next_wanted = (merge_fraction_target(ratio) * tokens for ratio in (target, next_target))
-    step = (next_wanted - wanted + OFFSET_GAIN * (wanted - merged)) / slope
+    step = (next_wanted - wanted + gain * (wanted - merged)) / slope
     return max(-LONGEST_OFFSET_STEP, min(LONGEST_OFFSET_STEP, step))
 
 

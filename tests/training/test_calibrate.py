@@ -21,7 +21,7 @@ from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training import run_state
 from megatron_dmc.training.schedule import plan_step
-from megatron_dmc.training.step import MULTIPLIER_GAIN, OFFSET_GAIN, next_multiplier, offset_step
+from megatron_dmc.training.step import MULTIPLIER_GAIN, next_multiplier, offset_gain, offset_step
 from megatron_dmc.training.trainer import Trainer
 from tests.support.tensors import assert_same_tensors
 from tests.support.toy import LR, recipe_values, scalars, train, weights, write_base, write_recipe
@@ -237,12 +237,16 @@ def test_an_offset_follows_the_target_and_a_part_of_the_error() -> None:
     """100 of 1000 tokens merge, 200 lie within half a logit: a logit moves 200 of them."""
     counts = torch.tensor([0, 100, 1000, 200]).view(4, 1, 1)
     now, more, less = (1 / (1 - share) for share in (0.1, 0.15, 0.05))
-    assert offset_step(counts, now, now) == pytest.approx(0)
-    assert offset_step(counts, more, more) == pytest.approx(OFFSET_GAIN * 50 / 200)
-    assert offset_step(counts, less, less) == pytest.approx(-OFFSET_GAIN * 50 / 200)
-    assert offset_step(counts, now, more) == pytest.approx(50 / 200)
-    assert offset_step(counts, 4.0, 8.0) == 0.5
-    assert offset_step(torch.tensor([0, 0, 1000, 0]).view(4, 1, 1), 1.0, 2.0) == 0.5
+    assert offset_step(counts, now, now, 0.5) == pytest.approx(0)
+    assert offset_step(counts, more, more, 0.5) == pytest.approx(0.5 * 50 / 200)
+    assert offset_step(counts, less, less, 0.1) == pytest.approx(-0.1 * 50 / 200)
+    assert offset_step(counts, now, more, 0.5) == pytest.approx(50 / 200)
+    assert offset_step(counts, 4.0, 8.0, 0.5) == 0.5
+    assert offset_step(torch.tensor([0, 0, 1000, 0]).view(4, 1, 1), 1.0, 2.0, 0.5) == 0.5
+
+
+def test_the_offset_averages_over_batches_as_the_learning_rate_falls() -> None:
+    assert [offset_gain(part) for part in (1.0, 0.5, 0.05, 0.0)] == [0.5, 0.25, 0.05, 0.05]
 
 
 def test_a_multiplier_takes_what_an_offset_would_change() -> None:
