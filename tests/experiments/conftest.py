@@ -15,7 +15,7 @@ from tests.support.toy import TEXT
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama of six layers and its tokenizer (tiny, tiny.gguf), and text (text.jsonl)."""
     folder = tmp_path_factory.mktemp("real")
-    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=1024, hidden_size=64)
+    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=2048, hidden_size=64)
     train_tokenizer(TEXT, 300, folder / "tiny")
     write_gguf(folder / "tiny", folder / "tiny.gguf")
     with (folder / "text.jsonl").open("w") as file:

@@ -93,7 +93,7 @@ def test_a_gpu_takes_larger_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         budget = Budget(30_000_000, smoke=False, bf16=True, gpu=True)
         recipe = load_recipe(recipes / f"{retrofit.recipe}.yaml", [*budget.words(retrofit, recipes)[2:], *SMOLLM2])
         step = recipe.training.global_batch_size * recipe.data.sequence_length
-        assert recipe.training.micro_batch_size == 16 and step == 65536
+        assert recipe.training.micro_batch_size == 8 and step == 65536
         assert budget.read_tokens(retrofit, recipes) == recipe.total_steps * step
         assert not retrofit.scaled or 30_000_000 - step < recipe.total_steps * step <= 30_000_000
     # Its commands see the GPUs that this process sees.

@@ -67,7 +67,7 @@ def test_every_form_is_a_valid_run() -> None:
         )
         assert [phase.kind for phase in (*start.phases, *trained.phases)] == ["calibrate", "solidify"]
         assert trained.checkpoint.load_base == f"{start.checkpoint.directory}/final"
-        assert trained.total_steps * trained.training.global_batch_size * 1024 == real_model.TOKENS
+        assert trained.total_steps * trained.training.global_batch_size * 2048 == real_model.TOKENS
         for recipe in (start, trained):
             dmc = recipe.dmc
             assert (dmc.operation, dmc.local_window) == (form.operation, form.local_window)

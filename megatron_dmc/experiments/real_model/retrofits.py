@@ -15,8 +15,8 @@ SMOKE_SETTINGS = [
     "monitor.eval_samples=2",
     "monitor.eval_interval=0",
 ]
-# A GPU is busy with sixteen samples at a time. Its steps see sixteen times as much.
-GPU_BATCH = {"training.micro_batch_size": 16, "training.global_batch_size": 64}
+# A GPU is busy with eight samples at a time. Its steps see sixteen times as much as a CPU's.
+GPU_BATCH = {"training.micro_batch_size": 8, "training.global_batch_size": 32}
 SMOKE_SEQUENCE_LENGTH = 256
 SMOKE_CALIBRATION_STEPS = 5
 SMOKE_TOKENS = 4 * 2 * SMOKE_SEQUENCE_LENGTH

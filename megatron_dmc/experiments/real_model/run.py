@@ -35,7 +35,7 @@ from megatron_dmc.experiments.small_run import SmallRun, write_whole
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1
-SEQUENCE_LENGTH = 1024
+SEQUENCE_LENGTH = 2048
 SMOKE_LAYERS = 4
 # Characters of text in a smoke run.
 SMOKE_TEXT = 400_000
