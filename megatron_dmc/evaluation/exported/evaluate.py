@@ -228,8 +228,8 @@ def _of_base(task: str, tokens: int, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _skipped(task: str, tokens: int, before: dict[str, Any] | None) -> bool:
-    """Whether the base has recalled nothing there."""
-    return before is not None and not _of_base(task, tokens, before)["correct"]
+    """Whether the base cannot do the task, so that it says nothing about what was made from it."""
+    return before is not None and not _of_base(task, tokens, before)["counts"]
 
 
 def recall_over_base(report: dict[str, Any]) -> float | None:

@@ -37,7 +37,7 @@ equal, of {copy_tokens} tokens. *recall over base* is the mean of the next table
 
 Right answers of all samples. An answer is right where each of its tokens is the likeliest one, as in greedy generation. The
 prompt is taken into the cache first, then the answer. A star: the base is right in fewer than half of its samples, so the task
-does not count. Skipped: the base was never right.
+does not count. Skipped: for that reason it was not asked of this model.
 
 {recall}
 
