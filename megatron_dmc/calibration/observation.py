@@ -12,11 +12,10 @@ from megatron_dmc.model.compression_loss import takes_effect
 from megatron_dmc.ops.later_attention import Tokens, later_attention
 from megatron_dmc.ops.later_attention.context_parallel import context_parallel_later_attention
 from megatron_dmc.ops.matrix_product import matrix_product
+from megatron_dmc.recipe.sections import UNSEEN_PART
 
 # A score below this one is as good as none.
 LEAST_SHARE = 1e-8
-# Tokens in the last part of a text have been asked for by few queries yet: this part of it is not learned from.
-UNSEEN_PART = 4
 
 
 class Observation(NamedTuple):

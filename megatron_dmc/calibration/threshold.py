@@ -18,7 +18,8 @@ class Histogram:
         self.counts = torch.zeros((MOST - LEAST) * PER_UNIT, dtype=torch.int64, device=device)
 
     def add(self, values: Tensor) -> None:
-        bins = ((values.flatten() - LEAST) * PER_UNIT).clamp(0, len(self.counts) - 1).long()
+        # A prediction that is not a number has an error that is none either, by which the calibration is refused.
+        bins = ((values.flatten().nan_to_num(LEAST) - LEAST) * PER_UNIT).clamp(0, len(self.counts) - 1).long()
         self.counts += torch.bincount(bins, minlength=len(self.counts))
 
 

@@ -25,6 +25,7 @@ _FREQUENCIES = "rope_freqs.weight"
 _TENSOR = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
 )
+_POSITIONS = f"{_ARCHITECTURE}.context_length"
 _SCALING = f"{_ARCHITECTURE}.rope.scaling.type"
 # transformers reads GGUF with both.
 _PACKAGES = ("gguf", "accelerate")
@@ -97,6 +98,23 @@ def check_gguf(file: Path) -> None:
             f"{file}: its tokenizer has {len(tokens)} tokens, its model {shapes[_EMBEDDING][0]}; the tokenizer is another "
             "model's, fetch the file again"
         )
+
+
+def gguf_sizes(file: Path) -> tuple[int, int, int]:
+    """Positions, hidden size and vocabulary of a file that :func:`check_gguf` has let pass.
+
+    Raises:
+        ConfigError: the file does not say how many positions its model has.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    positions = _value(reader, _POSITIONS)
+    if not isinstance(positions, int):
+        raise ConfigError(f"{file} holds no {_POSITIONS}; fetch it again")
+    (embedding,) = (tensor for tensor in reader.tensors if tensor.name == _EMBEDDING)
+    hidden_size, vocabulary = (int(size) for size in embedding.shape)
+    return positions, hidden_size, vocabulary
 
 
 def write_hf_folder(file: Path, folder: Path) -> None:

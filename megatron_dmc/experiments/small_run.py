@@ -67,7 +67,7 @@ class SmallRun:
         wanted = self._identity()
         done = self.folder / "data" / "done.json"
         if done.exists():
-            self._check_same(json.loads(done.read_text()), wanted)
+            self._check_same(read_object(done), wanted)
             return
         self.timed("text, tokenizer, datasets", self._write_text)
         write_whole(done, json.dumps(wanted))
@@ -82,7 +82,12 @@ class SmallRun:
             raise ConfigError(f"{self.folder} holds a run on other text; remove it, or name the same --data")
 
     def _check_folder(self) -> None:
-        """Raises ConfigError for a folder with anything but such a run: its files could be taken for results, or removed."""
+        """Raises ConfigError for a folder with anything but such a run: its files could be taken for results, or removed; and
+        for one inside the text's own folder: the run would read what it writes, without end."""
+        if self.data is not None and self.folder.resolve().is_relative_to(Path(self.data).resolve()):
+            raise ConfigError(
+                f"--output {self.folder} lies inside --data {self.data}: it would read its own text; name a folder outside"
+            )
         data = self.folder / "data"
         is_ours = (data / "done.json").exists() or (data / UNFINISHED).exists()
         if not is_ours and self.folder.is_dir() and any(self.folder.iterdir()):
@@ -177,6 +182,17 @@ class SmallRun:
     def environment(self) -> dict[str, str]:
         """The environment of every command: the small model is for the CPU, also where there is a GPU."""
         return {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a run has written. Raises ConfigError for a file that is gone or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is gone or damaged; remove it and what lies beside it, and run again")
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:

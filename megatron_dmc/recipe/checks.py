@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megatron_dmc.config import ConfigError, DMCConfig, check_ranges
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.layout import check_layout
-from megatron_dmc.recipe.sections import PhaseConfig, Recipe
+from megatron_dmc.recipe.sections import UNSEEN_PART, PhaseConfig, Recipe
 
 # megatron-core builds an index of all of a run's samples in the host's memory, so many bytes of each.
 INDEX_BYTES = 16
@@ -70,6 +70,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     check_layout(recipe)
     _check_phases(phases, recipe.dmc)
+    if recipe.merges:
+        _check_window(recipe.dmc, recipe.data.sequence_length)
     _check_calibration(recipe)
     samples = recipe.total_steps * training.global_batch_size
     if samples > MOST_SAMPLES:
@@ -82,8 +84,6 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if training.fp8 is not None:
         _check_fp8(recipe)
-    if recipe.merges:
-        _check_window(recipe.dmc, recipe.data.sequence_length)
     _check_base(recipe)
 
 
@@ -128,14 +128,17 @@ def _check_calibration(recipe: Recipe) -> None:
             raise ConfigError(
                 f"phases[{i}].steps must be >= 2 for calibrate, got {phase.steps}: one to learn, one to measure"
             )
-        samples = phase.fit_steps * recipe.training.global_batch_size
+        # The first token of a sample and its last ones, which few queries have asked for yet, are not learned from.
+        length = recipe.data.sequence_length
+        each = recipe.training.global_batch_size * max(
+            length - 1 - max(recipe.dmc.local_window, length // UNSEEN_PART), 0
+        )
         needed = recipe.model.hidden_size
-        if samples * recipe.data.sequence_length < needed:
-            each = recipe.training.global_batch_size * recipe.data.sequence_length
+        if phase.fit_steps * each < needed:
+            remedy = f"set it to {math.ceil(20 * needed / each)} or more" if each else "use longer samples"
             raise ConfigError(
-                f"phases[{i}].steps ({phase.steps}) of calibrate are too few: they learn from "
-                f"{samples * recipe.data.sequence_length} tokens, and the regression needs more than {needed} "
-                f"(model.hidden_size); set it to {math.ceil(20 * needed / each)} or more"
+                f"phases[{i}].steps ({phase.steps}) of calibrate are too few: they learn from {phase.fit_steps * each} tokens "
+                f"and the regression needs more than {needed} (model.hidden_size); {remedy}"
             )
 
 
@@ -145,11 +148,12 @@ def _check_window(dmc: DMCConfig, sequence_length: int) -> None:
             f"dmc.local_window ({dmc.local_window}) must be smaller than data.sequence_length ({sequence_length}): no "
             "decision would ever take effect"
         )
-    if dmc.local_window * dmc.target_compression_ratio >= sequence_length:
+    kept = dmc.local_window + 1
+    if kept * dmc.target_compression_ratio >= sequence_length:
         raise ConfigError(
-            f"dmc.target_compression_ratio {dmc.target_compression_ratio:g} is out of reach: the {dmc.local_window} tokens of "
-            f"dmc.local_window are kept of every {sequence_length} (data.sequence_length); shorten the window, lengthen "
-            f"the sequence, or aim below {sequence_length / dmc.local_window:g}"
+            f"dmc.target_compression_ratio {dmc.target_compression_ratio:g} is out of reach: the first token and the "
+            f"{dmc.local_window} of dmc.local_window are kept of every {sequence_length} (data.sequence_length); shorten the "
+            f"window, lengthen the sequence, or aim below {sequence_length / kept:.4g}"
         )
 
 

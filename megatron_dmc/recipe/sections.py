@@ -16,6 +16,9 @@ Decay = Annotated[float, Range(0, 0.999999)]
 Processes = Annotated[int, Range(1, 1_000_000)]
 
 
+# Tokens in the last quarter of a text have been asked for by few queries yet: calibrate does not learn from them.
+UNSEEN_PART = 4
+
 # The comment of a setting, after it or above it, is its line in docs/settings.md. A type says what may be written.
 
 

@@ -215,6 +215,9 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
     else:
         # An adapter has nothing but its decisions to learn, so its learning rate decides how fast they change.
         rate, pull = "a higher learning rate", "a larger dmc.loss_coefficient"
-        first, second = (rate, pull) if recipe.trains_adapter else (pull, rate)
-        advice = f"try {first}, {second}, or more steps"
+        if recipe.dmc.ratio_control == "offset":
+            advice = "try more steps, a lower learning rate, or a larger training.global_batch_size"
+        else:
+            first, second = (rate, pull) if recipe.trains_adapter else (pull, rate)
+            advice = f"try {first}, {second}, or more steps"
     return f"warning: target missed: CR {ratio:.2f} on {where}, target {target:g}; {advice}"

@@ -1,20 +1,23 @@
 """What ``megatron-dmc evaluate`` measures, against generate() and against losses that are computed plainly."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
-from megatron_dmc.evaluation.exported.evaluate import evaluate_exported, read_report, recall_over_base
-from megatron_dmc.evaluation.exported.model import cache_bytes
+from megatron_dmc.evaluation.exported.evaluate import evaluate_exported, recall_over_base
+from megatron_dmc.evaluation.exported.model import cache_bytes, load
 from megatron_dmc.evaluation.exported.recall import recalls
+from megatron_dmc.evaluation.exported.report import read_report
 from megatron_dmc.evaluation.exported.serving import serving
 from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import Sample
@@ -126,7 +129,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert status == 0, said
     report = read_report("reports/base.json")
     assert set(report) == {
-        *("model", "amount", "heldout_tokens", "loss", "loss_by_quarter", "copying", "serving", "recall"),
+        *("model", "amount", "text", "heldout_tokens", "loss", "loss_by_quarter", "copying", "serving", "recall"),
         *("machine", "seconds"),
     }
     assert [row["task"] for row in report["recall"]] == ["passkey", "number", "lookup", "copy"]
@@ -176,7 +179,79 @@ def test_what_it_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     fails(r"holds \d+ tokens, the evaluation reads 257 in a row; hold out", evaluate, "base", str(tmp_path / "short"))
     save_random_llama(tmp_path / "small", max_position_embeddings=64)
     train_tokenizer(TEXT, 300, tmp_path / "small")
-    fails("the model has 64 positions, the evaluation reads 128 tokens or more", evaluate, str(tmp_path / "small"))
+    fails("the model has 64 positions, the evaluation reads 261 tokens at once", evaluate, str(tmp_path / "small"))
+
+
+def test_a_base_of_another_text_or_place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    report = evaluate_exported("base", "text", base=None, amount="smoke")
+    (tmp_path / "base.json").write_text(json.dumps(report))
+    build_indexed_dataset(
+        [f"{i} other {one}" for i, one in enumerate(TEXT * 3)], load_tokenizer("base"), tmp_path / "other"
+    )
+    other, place = str(tmp_path / "other"), str(tmp_path / "base.json")
+    with pytest.raises(ConfigError, match=r"base\.json was measured on other text than .*other; name the same text"):
+        evaluate_exported("base", other, base=place, amount="smoke")
+    (tmp_path / "moved.json").write_text(json.dumps(report | {"model": "elsewhere"}))
+    with pytest.raises(
+        ConfigError, match=r"moved\.json was measured on elsewhere, which is not there; run in the same"
+    ):
+        evaluate_exported("base", "text", base=str(tmp_path / "moved.json"), amount="smoke")
+
+
+def test_a_damaged_report_is_none(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    report = evaluate_exported("base", "text", base=None, amount="smoke")
+    place = tmp_path / "base.json"
+    place.write_text(json.dumps(report))
+    assert read_report(str(place)) == json.loads(json.dumps(report))
+    amount, (first, *rows) = report["amount"], report["recall"]
+    damaged: list[Any] = [
+        *(["amount", "model", "copying", "recall", "text"], 3, None, {}),
+        *(report | {"amount": value} for value in (3, None, {}, "4", amount | {"more": 1})),
+        *(report | {"amount": amount | {"window_tokens": value}} for value in (130, "4", 4.5, -1, 0, True, None)),
+        *(report | {"amount": amount | {"copy_tokens": value}} for value in (128, [1], [], [129])),
+        report | {"amount": {name: value for name, value in amount.items() if name != "samples"}},
+        *(report | {"recall": value} for value in ([], None, rows, [first | {"task": "other"}, *rows])),
+        *(
+            report | {"recall": [first | value, *rows]}
+            for value in ({"correct": None}, {"samples": 0}, {"accuracy": 2})
+        ),
+        report | {"recall": [first | {"correct": 0, "accuracy": 0.0, "counts": True}, *rows]},
+        report | {"recall": [{"task": first["task"], "tokens": first["tokens"]}, *rows]},
+        *(report | {"model": value} for value in (5, None, "")),
+        *(report | more for more in ({"copying": []}, {"text": None}, {"kl": 0.1}, {"dmc": {}})),
+    ]
+    for each in damaged:
+        place.write_text(json.dumps(each))
+        fails(r"base\.json is no report of a base; write it with megatron-dmc evaluate BASE", read_report, str(place))
+
+
+def test_weights_that_are_missing_or_not_finite(folder: Path, tmp_path: Path) -> None:
+    def with_weights(name: str, weights: dict[str, torch.Tensor]) -> str:
+        shutil.copytree(folder / "base", tmp_path / name)
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+        return str(tmp_path / name)
+
+    weights = load_file(folder / "base" / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    rest = {other: x for other, x in weights.items() if other != name}
+    fails(rf"weights are not those of its model: {name} \(missing\)", load, with_weights("missing", rest))
+    more = with_weights("more", weights | {"model.layers.7.mlp.up_proj.weight": weights["model.norm.weight"].clone()})
+    fails(r"weights are not those of its model: model\.layers\.7\.mlp\.up_proj\.weight \(unexpected\)", load, more)
+    nan = with_weights("nan", weights | {name: torch.full_like(weights[name], float("nan"))})
+    with pytest.raises(ConfigError, match="nan: its loss is nan; its weights are damaged"):
+        evaluate_exported(nan, str(folder / "text"), base=None, amount="smoke")
+
+
+def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "base" / "modeling_other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_other.Other"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    load(tmp_path / "base")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_recall_over_the_bases() -> None:

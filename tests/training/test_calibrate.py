@@ -144,7 +144,7 @@ def test_a_checkpoint_from_the_middle_has_no_decisions(data: Path, tmp_path: Pat
         (
             [CALIBRATE | {"steps": 2}],
             ["training.global_batch_size=1", "training.micro_batch_size=1", "data.sequence_length=17"],
-            r"learn from 17 tokens, and the regression needs more than 32 .*set it to 38 or more",
+            r"learn from 12 tokens and the regression needs more than 32 .*set it to 54 or more",
         ),
         ([CALIBRATE], ["dmc.local_window=33"], r"dmc.local_window \(33\) must be smaller than data.sequence_length"),
     ],

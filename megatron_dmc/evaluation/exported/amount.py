@@ -1,8 +1,9 @@
 """How much is measured of a model."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from megatron_dmc.evaluation.exported.text_loss import QUARTERS
 from megatron_dmc.evaluation.recall_tasks import TASKS
 
 
@@ -29,10 +30,26 @@ class Amount:
     serving_tokens: tuple[int, ...] = (2000,)
     new_tokens: int = 32
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not numbers or any(type(number) is not int or number < 1 for number in numbers):
+                raise ValueError(f"{name} must be whole numbers from 1, got {value}")
+        if self.window_tokens % QUARTERS or any(tokens < 4 or tokens % 2 for tokens in self.copy_tokens):
+            raise ValueError(
+                f"windows have quarters and copies have halves, got {self.window_tokens}, {self.copy_tokens}"
+            )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Amount":
-        """The inverse of :meth:`to_dict`, also after JSON."""
+        """The inverse of :meth:`to_dict`, also after JSON.
+
+        Raises:
+            TypeError, ValueError: values are missing, unknown, or no amount.
+        """
         read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        if set(read) != {each.name for each in fields(cls)}:
+            raise ValueError(f"an amount has other values than {sorted(read)}")
         return cls(**read)
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,6 +59,12 @@ class Amount:
     def recall_parts(self) -> list[tuple[str, int]]:
         """Tasks and lengths of their prompts, in the order of the report."""
         return [(task, tokens) for task in TASKS for tokens in self.recall_tokens]
+
+    @property
+    def least_positions(self) -> int:
+        """Of a model that is read at the shortest of the lengths."""
+        shortest = min(self.copy_tokens), min(self.recall_tokens) + 1, min(self.serving_tokens) + self.new_tokens + 1
+        return max(self.window_tokens, *shortest)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,7 @@
 """``megatron-dmc evaluate``: one Hugging Face folder, by itself or beside the base that it was made from."""
 
-import json
+import hashlib
+import math
 import os
 import platform
 import sys
@@ -21,10 +22,10 @@ from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
 from megatron_dmc.evaluation.exported.model import load
 from megatron_dmc.evaluation.exported.recall import recalls
+from megatron_dmc.evaluation.exported.report import read_report
 from megatron_dmc.evaluation.exported.serving import serving
 from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import draw
-from megatron_dmc.files import why_no_file
 
 # A base that recalls none of so many samples is asked for no more of them.
 PROBE = 4
@@ -52,6 +53,11 @@ class Heldout:
                 f"{least / max(len(ids), 1):.1f} times as much text"
             )
         return cls(tokenizer, ids)
+
+    @property
+    def digest(self) -> str:
+        """The same for the same tokens."""
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
 
     def windows(self, count: int, tokens: int) -> list[torch.Tensor]:
         """So many stretches of so many tokens, evenly spread over the text; they overlap where the text is short."""
@@ -82,6 +88,15 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
         draw(task, heldout.tokenizer, heldout.ids, tokens, 0)
     plain = None
     if before is not None:
+        if before["text"] != heldout.digest:
+            raise ConfigError(
+                f"--base {base} was measured on other text than {text}; name the same text, or measure it again"
+            )
+        if not Path(before["model"]).is_dir():
+            raise ConfigError(
+                f"--base {base} was measured on {before['model']}, which is not there; run in the same folder as then, or "
+                "measure the base again"
+            )
         base_config, _ = read_config(Path(before["model"]))
         if base_config.vocab_size != config.vocab_size:
             raise ConfigError(
@@ -90,22 +105,6 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
             )
         plain = load(before["model"])
     return _Evaluation(load(folder), dmc, plain, heldout, settings).report(folder, before)
-
-
-def read_report(path: str) -> dict[str, Any]:
-    """Raises ConfigError for a file that is no report of a base."""
-    if (problem := why_no_file(Path(path))) is not None:
-        raise ConfigError(f"--base {path} {problem}; write it with megatron-dmc evaluate BASE --output {path}")
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        is_base = {"amount", "model", "copying", "recall"} <= set(report) and "kl" not in report
-    except (ValueError, TypeError, RecursionError):
-        is_base = False
-    if not is_base:
-        raise ConfigError(
-            f"--base {path} is no report of a base; write it with megatron-dmc evaluate BASE --output {path}"
-        )
-    return report
 
 
 def _within(amount: Amount, positions: int) -> Amount:
@@ -117,8 +116,8 @@ def _within(amount: Amount, positions: int) -> Amount:
     }
     if amount.window_tokens > positions or not all(kept.values()):
         raise ConfigError(
-            f"the model has {positions} positions, the evaluation reads {amount.window_tokens} tokens or more at once; "
-            "evaluate a model with more positions, or measure less (--amount smoke)"
+            f"the model has {positions} positions, the evaluation reads {amount.least_positions} tokens at once; evaluate a "
+            "model with more positions, or measure less (--amount smoke)"
         )
     if dropped := sorted({n for name in kept for n in getattr(amount, name) if n not in kept[name]}):
         print(
@@ -155,6 +154,10 @@ class _Evaluation:
             row = text_loss(
                 self.model, self.plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance
             )
+            if not math.isfinite(row["loss"]):
+                raise ConfigError(
+                    f"{folder}: its loss is {row['loss']}; its weights are damaged, convert or fetch it again"
+                )
             row["copying"] = [self._copying(tokens, advance) for tokens in amount.copy_tokens]
             progress.update(bar, description="cache, speed")
             row["serving"] = [self._serving(tokens, advance) for tokens in amount.serving_tokens]
@@ -167,6 +170,7 @@ class _Evaluation:
             **({} if before is None else {"base": before["model"]}),
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             "amount": amount.to_dict(),
+            "text": self.heldout.digest,
             "heldout_tokens": len(self.heldout.ids),
             **row,
             "machine": machine(),

@@ -15,21 +15,29 @@ def load(folder: str | Path) -> Any:
     """The model in eval mode, in float32 on the CPU, or in bfloat16 on the first GPU: a plain Llama, or an export with its
     compressed cache.
 
-    Raises:
-        ConfigError: the folder holds no such model, or transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM, logging
+    Nothing of the folder's own code is run: an export's is this package's.
 
-    read_config(Path(folder))
+    Raises:
+        ConfigError: the folder holds no such model, transformers cannot load it, or weights are missing or too many.
+    """
+    from transformers import LlamaForCausalLM, logging
+
+    from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+
+    _, dmc = read_config(Path(folder))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32  # a GPU's attention takes no other
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        family: Any = LlamaForCausalLM if dmc is None else DMCLlamaForCausalLM
+        model, info = family.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     # transformers raises whatever it happens to meet.
     except Exception as error:
         raise ConfigError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    wrong = [f"{name} ({what[:-5]})" for what in ("missing_keys", "unexpected_keys") for name in sorted(info[what])]
+    if wrong:
+        raise ConfigError(f"{folder}: its weights are not those of its model: {wrong[0]}; convert or fetch it again")
     return model.eval().to("cuda" if gpu else "cpu")
 
 

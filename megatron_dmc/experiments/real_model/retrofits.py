@@ -1,5 +1,6 @@
 """What is made of the model: the list, and the words of each command."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ SMOKE_SETTINGS = [
 # A GPU is busy with eight samples at a time. Its steps see sixteen times as much as a CPU's.
 GPU_BATCH = {"training.micro_batch_size": 8, "training.global_batch_size": 32}
 SMOKE_SEQUENCE_LENGTH = 256
-SMOKE_CALIBRATION_STEPS = 5
+# Tokens of a smoke run's calibration that are learned from, about, for each of the model's hidden size.
+_LEARNED, _STEP_LEARNS = 1.5, 2 * SMOKE_SEQUENCE_LENGTH * 0.7
 SMOKE_TOKENS = 4 * 2 * SMOKE_SEQUENCE_LENGTH
 
 
@@ -62,16 +64,17 @@ class Budget:
         tokens: that each retrofit is trained on; None: as many as its recipe says.
         bf16: retrofits compute in bfloat16.
         gpu: batches are a GPU's.
+        hidden_size: the model's.
     """
 
     tokens: int | None
     smoke: bool
     bf16: bool = False
     gpu: bool = False
+    hidden_size: int = 0
 
     def words(self, retrofit: Retrofit, recipes: Path) -> list[str]:
         """The command that trains it, in the run's folder."""
-        phases, step_tokens = self._recipe(retrofit, recipes)
         words = ["retrofit", str(recipes / f"{retrofit.recipe}.yaml")]
         words += [
             f"checkpoint.directory=checkpoints/{retrofit.name}",
@@ -82,30 +85,36 @@ class Budget:
         if self.gpu and not self.smoke:
             words += [f"{name}={value}" for name, value in GPU_BATCH.items()]
         if self.smoke or (retrofit.scaled and self.tokens is not None):
-            words += [f"phases.{i}.steps={count}" for i, count in enumerate(self._steps(retrofit, phases, step_tokens))]
+            words += [f"phases.{i}.steps={count}" for i, count in enumerate(self._steps(retrofit, recipes))]
         return words
 
     def read_tokens(self, retrofit: Retrofit, recipes: Path) -> int:
         """Tokens of all its steps."""
-        phases, step_tokens = self._recipe(retrofit, recipes)
-        return step_tokens * sum(self._steps(retrofit, phases, step_tokens))
+        _, _, step_tokens = self._recipe(retrofit, recipes)
+        return step_tokens * sum(self._steps(retrofit, recipes))
 
-    def _steps(self, retrofit: Retrofit, phases: list[int], step_tokens: int) -> list[int]:
+    def _steps(self, retrofit: Retrofit, recipes: Path) -> list[int]:
+        phases, least, step_tokens = self._recipe(retrofit, recipes)
         if retrofit.scaled and self.tokens is not None:
-            return scaled_steps(phases, self.tokens // step_tokens)
-        return [SMOKE_CALIBRATION_STEPS] if self.smoke else phases
+            return scaled_steps(phases, self.tokens // step_tokens, least)
+        if not self.smoke:
+            return phases
+        fit = math.ceil(_LEARNED * self.hidden_size / _STEP_LEARNS)
+        return [max(5, fit + math.ceil(fit / 4))]  # the last fifth only measures
 
     def least(self, retrofits: Sequence[Retrofit], recipes: Path) -> int:
-        """Tokens that are enough for one step of every phase of every retrofit."""
+        """Tokens that are enough for every retrofit: for each phase its warm-up, and a step."""
         read = (self._recipe(retrofit, recipes) for retrofit in retrofits if retrofit.scaled)
-        return max(len(phases) * step_tokens for phases, step_tokens in read)
+        return max(sum(least) * step_tokens for _, least, step_tokens in read)
 
-    def _recipe(self, retrofit: Retrofit, recipes: Path) -> tuple[list[int], int]:
-        """Steps of the phases, and tokens of a step."""
+    def _recipe(self, retrofit: Retrofit, recipes: Path) -> tuple[list[int], list[int], int]:
+        """Steps of the phases, as few as they can have, and tokens of a step."""
         values: dict[str, Any] = yaml.safe_load((recipes / f"{retrofit.recipe}.yaml").read_text(encoding="utf-8"))
         samples = GPU_BATCH["training.global_batch_size"] if self.gpu else values["training"]["global_batch_size"]
         step = samples * values["data"]["sequence_length"]
-        return [phase["steps"] for phase in values["phases"]], 2 * SMOKE_SEQUENCE_LENGTH if self.smoke else step
+        phases = values["phases"]
+        least = [phase.get("lr_warmup_steps", 0) + 1 for phase in phases]
+        return [phase["steps"] for phase in phases], least, 2 * SMOKE_SEQUENCE_LENGTH if self.smoke else step
 
 
 def bf16_is_fast() -> bool:
@@ -115,7 +124,7 @@ def bf16_is_fast() -> bool:
     return torch.cuda.is_available() or any(each() for each in has)
 
 
-def scaled_steps(steps: Sequence[int], total: int) -> list[int]:
-    """``total`` steps in the same proportions, one at least of each; the first takes what rounding leaves."""
-    scaled = [max(1, total * count // sum(steps)) for count in steps]
-    return [max(1, total - sum(scaled[1:])), *scaled[1:]]
+def scaled_steps(steps: Sequence[int], total: int, least: Sequence[int]) -> list[int]:
+    """``total`` steps in the same proportions, at least so many of each; the first takes what rounding leaves."""
+    scaled = [max(fewest, total * count // sum(steps)) for count, fewest in zip(steps, least, strict=True)]
+    return [max(least[0], total - sum(scaled[1:])), *scaled[1:]]

@@ -4,6 +4,7 @@ Nearly every stage is a command that a user could type in the run's folder, and 
 done again.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from megatron_dmc.experiments.real_model.retrofits import (
 )
 from megatron_dmc.experiments.real_model.source import Source, fetch, first_layers
 from megatron_dmc.experiments.real_model.summary import show, summarize
-from megatron_dmc.experiments.small_run import SmallRun, write_whole
+from megatron_dmc.experiments.small_run import SmallRun, read_object, write_whole
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1
@@ -106,10 +107,18 @@ class RealModelRun(SmallRun):
         self.retrofits, self.exports_at_once = retrofits, len(retrofits)
         self.recipes = real_model_recipes()
         self.options, self.source = options, Source(options.model)
-        self.budget = Budget(
-            SMOKE_TOKENS if options.smoke else options.tokens, options.smoke, bf16_is_fast(), torch.cuda.is_available()
-        )
         self.evaluation = "evaluation-full" if options.full else "evaluation"
+
+    @functools.cached_property
+    def budget(self) -> Budget:
+        """Needs a model that :meth:`Source.check` has let pass."""
+        return Budget(
+            SMOKE_TOKENS if self.smoke else self.options.tokens,
+            self.smoke,
+            bf16_is_fast(),
+            torch.cuda.is_available(),
+            self.source.hidden_size if self.smoke else 0,
+        )
 
     def check(self) -> None:
         """Raises ConfigError for what would stop the run later: the model, the budget, the folder, too little space."""
@@ -117,7 +126,9 @@ class RealModelRun(SmallRun):
         if self.budget.tokens is not None and self.budget.tokens < (
             least := self.budget.least(self.retrofits, self.recipes)
         ):
-            raise ConfigError(f"--tokens must be at least {least}, a step of each phase, got {self.budget.tokens}")
+            raise ConfigError(
+                f"--tokens must be at least {least}, the warm-up of each phase and a step, got {self.budget.tokens}"
+            )
         self._check_folder()
         # A checkpoint and an export of the base, and an export of each retrofit; what is there already is counted again.
         share = 1 / 4 if self.smoke and self.source.package else 1
@@ -214,9 +225,7 @@ class RealModelRun(SmallRun):
 
     def text_counts(self) -> dict[str, int]:
         """Tokens of both parts of the text."""
-        read = {
-            name: json.loads((self.folder / "data" / f"text_{name}.json").read_text()) for name in ("train", "valid")
-        }
+        read = {name: read_object(self.folder / "data" / f"text_{name}.json") for name in ("train", "valid")}
         return {"train_tokens": read["train"]["tokens"], "heldout_tokens": read["valid"]["tokens"]}
 
     def _identity(self) -> dict[str, Any]:

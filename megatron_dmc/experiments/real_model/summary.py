@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
+from megatron_dmc.experiments.small_run import read_object
 
 if TYPE_CHECKING:
     from megatron_dmc.experiments.real_model.run import Options
@@ -35,10 +36,10 @@ def summarize(
         model, its sizes; options; text; machine; base and models, the reports of ``megatron-dmc evaluate``, each of the
         models with its name, target_compression_ratio and recall_over_base; stages, with command and seconds.
     """
-    config = json.loads((folder / "hf-base" / "config.json").read_text())
+    config = read_object(folder / "hf-base" / "config.json")
     models = []
     for each in retrofits:
-        report = json.loads((folder / evaluation / f"{each.name}.json").read_text())
+        report = read_object(folder / evaluation / f"{each.name}.json")
         models.append(
             {
                 "name": each.name,
@@ -47,7 +48,7 @@ def summarize(
                 "recall_over_base": recall_over_base(report),
             }
         )
-    base = json.loads((folder / evaluation / "base.json").read_text())
+    base = read_object(folder / evaluation / "base.json")
     return {
         # A folder's own name: where it lies is nobody's business.
         "model": {"name": Path(options.model).name, **{name: config[name] for name in _MODEL}},

@@ -16,7 +16,7 @@ from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage
 from megatron_dmc.experiments.recipes import real_report
-from megatron_dmc.experiments.small_run import write_whole
+from megatron_dmc.experiments.small_run import read_object, write_whole
 
 RATIOS = (4, 8)
 WINDOWS = (32, 64, 16)
@@ -77,6 +77,9 @@ class RealComparison(RealModelRun):
         super().__init__(folder, options, [each for form in wanted for each in form.retrofits])
         self.forms, self.exports_at_once = wanted, 1
 
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "comparison": True}
+
     def result_stages(self) -> list[Stage]:
         stages = [self.base_evaluation_stage()]
         for form in self.forms:
@@ -103,8 +106,8 @@ class RealComparison(RealModelRun):
         """The base and the rows that are measured so far, as plain values; see ``real_report``."""
 
         def read(name: str) -> dict[str, Any]:
-            report = json.loads((self.folder / self.evaluation / f"{name}.json").read_text())
-            found = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
+            report = read_object(self.folder / self.evaluation / f"{name}.json")
+            found: dict[str, Any] = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
             if "dmc" in found:
                 found["compression_ratio"] = report["serving"][0]["compression_ratio"]
                 found["recall_over_base"] = recall_over_base(report)
