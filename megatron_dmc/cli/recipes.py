@@ -10,7 +10,9 @@ HELP = "ways to the same ratio side by side, on a small model or on a real one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--smoke", action="store_true", help="three rows at toy size; no page is written")
+    parser.add_argument(
+        "--smoke", action="store_true", help="three rows at toy size, with --model one; no page is written"
+    )
     parser.add_argument(
         "--output",
         type=output_folder,

@@ -12,6 +12,7 @@ from megatron_dmc.checkpoint.agreement import size_text
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.progress import short_number
 from megatron_dmc.training.run_state import SavedCheckpoint
+from megatron_dmc.training.schedule import CALIBRATION_REPEATS
 from megatron_dmc.training.step import StepResult
 
 # A ratio below this share of its target misses it.
@@ -49,7 +50,7 @@ def banner(
         *([("teacher", "none: distillation.weight is 0, so distillation.teacher is not used")] if unused else []),
         ("layout", _layout(recipe, world)),
         *(("phase", line) for line in _phases(recipe)),
-        ("data", ", ".join(data.train) + _repeats(recipe.repeat_fraction)),
+        ("data", ", ".join(data.train) + _repeats(recipe)),
         ("held out", ", ".join(data.valid) or "nothing"),
         ("checkpoints", f"{checkpoint.directory}, {every}"),
         ("TensorBoard", monitor.tensorboard or "none"),
@@ -95,7 +96,9 @@ def _phases(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _repeats(fraction: float) -> str:
+def _repeats(recipe: Recipe) -> str:
+    only_calibrates = all(phase.kind == "calibrate" for phase in recipe.phases)
+    fraction = CALIBRATION_REPEATS if only_calibrates else recipe.repeat_fraction
     if not fraction:
         return ""
     simple = Fraction(fraction).limit_denominator(12)
@@ -215,7 +218,9 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
     else:
         # An adapter has nothing but its decisions to learn, so its learning rate decides how fast they change.
         rate, pull = "a higher learning rate", "a larger dmc.loss_coefficient"
-        if recipe.dmc.ratio_control == "offset":
+        if recipe.phases[-1].kind == "calibrate":
+            advice = "try more steps, or text like that which it is measured on"
+        elif recipe.dmc.ratio_control == "offset":
             advice = "try more steps, a lower learning rate, or a larger training.global_batch_size"
         else:
             first, second = (rate, pull) if recipe.trains_adapter else (pull, rate)

@@ -179,7 +179,7 @@ def step_record(
     """The step's numbers as progress and monitor show them."""
     samples = step * recipe.training.global_batch_size
     loss = None
-    if plan.target_compression_ratio is not None and result.merges:
+    if plan.target_compression_ratio is not None and result.merges and recipe.dmc.ratio_control == "loss":
         missing = merge_fraction_target(plan.target_compression_ratio) - result.merge_fraction(noisy=True)
         loss = recipe.dmc.loss_coefficient * max(0.0, missing)
     return StepRecord(

@@ -18,7 +18,8 @@ _PAGE = """# A real model
 
 The model is {name}: {num_hidden_layers} layers, hidden size {hidden_size}, {num_attention_heads} query heads on
 {num_key_value_heads} KV heads, {vocab_size:,} tokens. The text is the sources and the documentation of Python's standard
-library: {train_tokens:,} tokens to train on, {heldout_tokens:,} held out.
+library: {train_tokens:,} tokens to train on, {heldout_tokens:,} held out. Each retrofit was calibrated on
+{calibrated_tokens:,} tokens, and the trained ones then trained on {trained_tokens:,}, in samples of {sequence_length}.
 
 Machine: {gpu}{cores} cores ({architecture}), {threads} threads, torch {torch}, transformers {transformers},
 Python {python}. All stages took {minutes:.0f} minutes. One run, one seed.

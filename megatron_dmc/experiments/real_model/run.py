@@ -204,7 +204,13 @@ class RealModelRun(SmallRun):
     def summary(self) -> dict[str, Any]:
         """All numbers of the run; see ``summarize``."""
         evaluated = [each for each in self.retrofits if each.evaluated]
-        return summarize(self.folder, self.evaluation, self.options, self.text_counts(), evaluated)
+        read = {each.scaled: self.budget.read_tokens(each, self.recipes) for each in self.retrofits}
+        samples = {
+            "sequence_length": SMOKE_SEQUENCE_LENGTH if self.smoke else SEQUENCE_LENGTH,
+            "calibrated_tokens": read[False],
+            "trained_tokens": read[True],
+        }
+        return summarize(self.folder, self.evaluation, self.options, self.text_counts() | samples, evaluated)
 
     def check_text(self) -> None:
         """Raises ConfigError where the held-out text is shorter than what the evaluation reads in a row."""

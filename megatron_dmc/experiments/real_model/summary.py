@@ -29,7 +29,7 @@ def summarize(
     Args:
         folder: the run's.
         evaluation: the folder of the reports in it.
-        text: tokens of both parts of the text.
+        text: tokens of both parts of the text, of a sample, and of all that a retrofit was calibrated and trained on.
         retrofits: those that have been evaluated.
 
     Returns:
