@@ -20,8 +20,8 @@ from megatron_dmc.experiments.small_run import read_object, write_whole
 
 RATIOS = (4, 8)
 WINDOWS = (32, 64, 16)
-# With this window, of all operations.
-WINDOW, OTHERS = 32, ("evict", "merge")
+# With the recipes' own window, of all operations.
+WINDOW, OTHERS = 64, ("evict", "merge")
 SEEDS = (1234, 1, 2)
 # About a quarter of what the recipes take, and two thirds: six hours for all rows instead of a day.
 TOKENS = 65_536
