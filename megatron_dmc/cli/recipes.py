@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     """Trains a small model to the same compression ratios in many ways and compares the losses. Takes about two hours on two
     cores; what is done is not done again. In a source checkout it writes examples/recipes/results.json and the tables of
     docs/small_model.md; elsewhere the table is printed. With --model it retrofits a pretrained model instead, by the recipes
-    of examples/smollm2 with other operations and windows: about five hours for three seeds of smollm2 on two cores."""
+    of examples/smollm2 with other operations and windows: about eight hours for three seeds of smollm2 on two cores."""
     name = "recipes" if options.model is None else f"recipes-{Path(options.model).resolve().stem or 'model'}"
     folder = options.output or Path("runs", f"{name}-smoke" if options.smoke else name)
     if options.model is not None:

@@ -100,8 +100,8 @@ def check_gguf(file: Path) -> None:
         )
 
 
-def gguf_sizes(file: Path) -> tuple[int, int, int]:
-    """Positions, hidden size and vocabulary of a file that :func:`check_gguf` has let pass.
+def gguf_sizes(file: Path) -> tuple[int, int]:
+    """Positions and hidden size of a file that :func:`check_gguf` has let pass.
 
     Raises:
         ConfigError: the file does not say how many positions its model has.
@@ -113,8 +113,7 @@ def gguf_sizes(file: Path) -> tuple[int, int, int]:
     if not isinstance(positions, int):
         raise ConfigError(f"{file} holds no {_POSITIONS}; fetch it again")
     (embedding,) = (tensor for tensor in reader.tensors if tensor.name == _EMBEDDING)
-    hidden_size, vocabulary = (int(size) for size in embedding.shape)
-    return positions, hidden_size, vocabulary
+    return positions, int(embedding.shape[0])
 
 
 def write_hf_folder(file: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.experiments.places import small_recipes
 
@@ -187,12 +188,9 @@ class SmallRun:
 def read_object(path: Path) -> dict[str, Any]:
     """What a run has written. Raises ConfigError for a file that is gone or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is gone or damaged; remove it and what lies beside it, and run again")
-    return found
+        return read_json(path)
+    except ConfigError:
+        raise ConfigError(f"{path} is gone or damaged; remove it and what lies beside it, and run again") from None
 
 
 def write_whole(path: Path, text: str) -> None:

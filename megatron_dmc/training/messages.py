@@ -215,14 +215,13 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
         return None
     if training_ratio is not None and training_ratio >= REACHED * target:
         advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or a higher target"
+    elif recipe.phases[-1].kind == "calibrate":
+        advice = "try more steps, or text like that which it is measured on"
+    elif recipe.dmc.ratio_control == "offset":
+        advice = "try more steps, a lower learning rate, or a larger training.global_batch_size"
+    elif recipe.trains_adapter:
+        # It has nothing but its decisions to learn, so its learning rate decides how fast they change.
+        advice = "try a higher learning rate, a larger dmc.loss_coefficient, or more steps"
     else:
-        # An adapter has nothing but its decisions to learn, so its learning rate decides how fast they change.
-        rate, pull = "a higher learning rate", "a larger dmc.loss_coefficient"
-        if recipe.phases[-1].kind == "calibrate":
-            advice = "try more steps, or text like that which it is measured on"
-        elif recipe.dmc.ratio_control == "offset":
-            advice = "try more steps, a lower learning rate, or a larger training.global_batch_size"
-        else:
-            first, second = (rate, pull) if recipe.trains_adapter else (pull, rate)
-            advice = f"try {first}, {second}, or more steps"
+        advice = "try a larger dmc.loss_coefficient, a higher learning rate, or more steps"
     return f"warning: target missed: CR {ratio:.2f} on {where}, target {target:g}; {advice}"

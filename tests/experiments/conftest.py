@@ -1,14 +1,33 @@
 """A model and text for the programs of ``quickstart --model`` and ``recipes --model``."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_dmc.cli import main
 from megatron_dmc.data.tokenizer import train_tokenizer
 from tests.support.gguf_files import write_gguf
 from tests.support.llamas import save_random_llama
 from tests.support.toy import TEXT
+
+
+@pytest.fixture
+def smoke(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    """Runs a command on the tiny model at toy size, in the folder run of this test's own; returns what it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str) -> str:
+        words = [command, "--smoke", "--model", str(tiny_model / "tiny"), "--data", str(tiny_model / "text.jsonl")]
+        status = main([*words, "--output", "run"])
+        said = capfd.readouterr()
+        assert status == 0, said.err
+        return said.out
+
+    return run
 
 
 @pytest.fixture(scope="session")

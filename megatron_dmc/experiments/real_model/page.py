@@ -71,13 +71,14 @@ def page(summary: dict[str, Any]) -> str:
         gpu="".join(f"{name}, " for name in [summary["machine"].get("gpu")] if name),
         copy_tokens=" and of ".join(map(str, summary["base"]["amount"]["copy_tokens"])),
         minutes=sum(stage["seconds"] for stage in summary["stages"]) / 60,
-        losses=_table(LOSS_COLUMNS, loss_rows(summary)),
-        recall=_table(recall_columns(summary), recall_rows(summary)),
-        serving=_table(SERVING_COLUMNS, serving_rows(summary)),
-        stages=_table(("stage", "seconds", "command"), stages),
+        losses=markdown_table(LOSS_COLUMNS, loss_rows(summary)),
+        recall=markdown_table(recall_columns(summary), recall_rows(summary)),
+        serving=markdown_table(SERVING_COLUMNS, serving_rows(summary)),
+        stages=markdown_table(("stage", "seconds", "command"), stages),
     )
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Of the texts of its cells."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -34,6 +34,7 @@ class Retrofit:
         overrides: settings over the recipe's.
         scaled: the budget of tokens decides the steps of the recipe's phases. If not, the recipe has one and does not train.
         evaluated: it is exported and measured, not only what another one starts from.
+        steps: of its one phase, in place of the recipe's.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Retrofit:
     overrides: Sequence[str] = ()
     scaled: bool = True
     evaluated: bool = True
+    steps: int | None = None
 
 
 def _retrofits(ratio: int) -> tuple[Retrofit, Retrofit]:
@@ -84,37 +86,50 @@ class Budget:
         words += [*retrofit.overrides, *(SMOKE_SETTINGS if self.smoke else ())]
         if self.gpu and not self.smoke:
             words += [f"{name}={value}" for name, value in GPU_BATCH.items()]
-        if self.smoke or (retrofit.scaled and self.tokens is not None):
-            words += [f"phases.{i}.steps={count}" for i, count in enumerate(self._steps(retrofit, recipes))]
+        if (steps := self._steps(retrofit, recipes)) != self._recipe(retrofit, recipes).steps:
+            words += [f"phases.{i}.steps={count}" for i, count in enumerate(steps)]
         return words
 
     def read_tokens(self, retrofit: Retrofit, recipes: Path) -> int:
         """Tokens of all its steps."""
-        _, _, step_tokens = self._recipe(retrofit, recipes)
-        return step_tokens * sum(self._steps(retrofit, recipes))
+        return self._recipe(retrofit, recipes).step_tokens * sum(self._steps(retrofit, recipes))
+
+    def sequence_length(self, retrofits: Sequence[Retrofit], recipes: Path) -> int:
+        """Tokens of their longest samples."""
+        return max(self._recipe(retrofit, recipes).sequence_length for retrofit in retrofits)
 
     def _steps(self, retrofit: Retrofit, recipes: Path) -> list[int]:
-        phases, least, step_tokens = self._recipe(retrofit, recipes)
+        recipe = self._recipe(retrofit, recipes)
         if retrofit.scaled and self.tokens is not None:
-            return scaled_steps(phases, self.tokens // step_tokens, least)
+            return scaled_steps(recipe.steps, self.tokens // recipe.step_tokens, recipe.least_steps)
         if not self.smoke:
-            return phases
+            return recipe.steps if retrofit.steps is None else [retrofit.steps]
         fit = math.ceil(_LEARNED * self.hidden_size / _STEP_LEARNS)
         return [max(5, fit + math.ceil(fit / 4))]  # the last fifth only measures
 
     def least(self, retrofits: Sequence[Retrofit], recipes: Path) -> int:
         """Tokens that are enough for every retrofit: for each phase its warm-up, and a step."""
         read = (self._recipe(retrofit, recipes) for retrofit in retrofits if retrofit.scaled)
-        return max(sum(least) * step_tokens for _, least, step_tokens in read)
+        return max(sum(recipe.least_steps) * recipe.step_tokens for recipe in read)
 
-    def _recipe(self, retrofit: Retrofit, recipes: Path) -> tuple[list[int], list[int], int]:
-        """Steps of the phases, as few as they can have, and tokens of a step."""
+    def _recipe(self, retrofit: Retrofit, recipes: Path) -> "_Read":
         values: dict[str, Any] = yaml.safe_load((recipes / f"{retrofit.recipe}.yaml").read_text(encoding="utf-8"))
         samples = GPU_BATCH["training.global_batch_size"] if self.gpu else values["training"]["global_batch_size"]
-        step = samples * values["data"]["sequence_length"]
+        length = values["data"]["sequence_length"]
+        if self.smoke:
+            samples, length = 2, SMOKE_SEQUENCE_LENGTH
         phases = values["phases"]
         least = [phase.get("lr_warmup_steps", 0) + 1 for phase in phases]
-        return [phase["steps"] for phase in phases], least, 2 * SMOKE_SEQUENCE_LENGTH if self.smoke else step
+        return _Read([phase["steps"] for phase in phases], least, length, samples * length)
+
+
+class _Read(NamedTuple):
+    """Of a recipe: the steps of its phases, as few as they can have; tokens of a sample and of a step in this budget."""
+
+    steps: list[int]
+    least_steps: list[int]
+    sequence_length: int
+    step_tokens: int
 
 
 def bf16_is_fast() -> bool:

