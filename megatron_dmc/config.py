@@ -73,8 +73,6 @@ def check_ranges(section: Any, place: str = "") -> None:
             allowed.check(f"{place}.{name}" if place else name, value)
 
 
-# Bytes of a name and of a path, on Linux: NAME_MAX, and PATH_MAX without its closing NUL.
-LONGEST_NAME, LONGEST_PATH = 255, 4095
 # An interval, a size or a number of things: megatron-core and numpy count with int32 here and there.
 MOST = 2**31 - 1
 # Of a tokenizer that is trained: every byte and the end of a text; the trainer sets memory aside for all of it.

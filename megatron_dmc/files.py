@@ -1,13 +1,21 @@
 """Why a path is not what a command needs, in words that follow its name in an error's one line."""
 
 import errno
+import fcntl
 import os
 import re
+import socket
 import stat
 from pathlib import Path
 
 # What :func:`why_no_file` says of a path where there is nothing.
 ABSENT = "does not exist"
+# Bytes of a name and of a path, on Linux: NAME_MAX, and PATH_MAX without its closing NUL.
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+# Bytes that a name's temporary form may add to it: ".tmp-", a process's number, ".mask.idx".
+_TEMPORARY = 24
+# Of a :class:`Claim`.
+LOCK = ".lock"
 
 _KINDS = (
     (stat.S_ISREG, "a file"),
@@ -35,6 +43,12 @@ def why_no_folder(path: Path) -> str | None:
 
 def why_nothing_new(path: Path) -> str | None:
     """Why nothing can be made at a path, folders that it lies in included; a whole clause. None where it can."""
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest + _TEMPORARY > LONGEST_NAME or len(os.fsencode(path)) + _TEMPORARY > LONGEST_PATH:
+        return (
+            f"{str(path)[:30]}... is too long: one name may have {LONGEST_NAME - _TEMPORARY} bytes, a path "
+            f"{LONGEST_PATH - _TEMPORARY}"
+        )
     for parent in path.parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
@@ -76,6 +90,46 @@ def _is_running(process: str) -> bool:
     except PermissionError:
         pass
     return True
+
+
+class Claim:
+    """Keeps other processes out of a folder until it is closed; that of a process which is killed ends with it.
+
+    Where the storage has no locks it keeps nobody out. A process does not keep itself out.
+
+    Args:
+        folder: made if absent.
+
+    Attributes:
+        problem: who has the folder, and what to do; a whole clause. None: this claim has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOCK
+        self.problem: str | None = None
+        self._file = path.open("a+")
+        try:
+            # A process's own: a child that has the file open does not keep it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            holder = self._file.read(200).strip() or "another process"
+            self._file.close()
+            self.problem = (
+                f"{folder} is in use by {holder}; wait until that run has ended, or name another folder (if it is gone, "
+                f"remove {path})"
+            )
+        except OSError:
+            pass
+        else:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Lets others in."""
+        self._file.close()
 
 
 def why_no_checkpoint(folder: Path) -> str | None:

@@ -1,5 +1,7 @@
 """What a path is instead of what a command needs."""
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -12,12 +14,14 @@ import pytest
 
 from megatron_dmc.files import (
     ABSENT,
+    Claim,
     is_full_disk,
     left_by_killed_processes,
     why_no_file,
     why_no_folder,
     why_nothing_new,
 )
+from tests.support.processes import at_work_in
 from tests.support.texts import full_disk, without_privileges
 
 
@@ -97,6 +101,37 @@ def test_nothing_new_is_made_inside_a_checkpoint() -> None:
     # A checkpoint itself may be replaced, and stands beside others.
     assert why_nothing_new(Path("folder")) is None
     assert why_nothing_new(Path("folder2/new")) is None
+
+
+def test_names_that_are_too_long() -> None:
+    """Shorter than what a disk takes by what a temporary name adds."""
+    assert why_nothing_new(Path("x" * 231)) is None
+    long = "... is too long: one name may have 231 bytes, a path 4071"
+    for name in ("x" * 232, "folder/" + "x" * 300, "\u00e4" * 116, "x/" * 2100):
+        problem = why_nothing_new(Path(name))
+        assert problem is not None and problem.endswith(long)
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_one_run_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it closes its claim, or is killed."""
+    with at_work_in(Path("folder")) as process:
+        problem = Claim(Path("folder")).problem
+        assert problem is not None
+        assert problem.startswith(f"folder is in use by process {process.pid} on ") and "remove folder/.lock" in problem
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "lockf", no_locks)
+            assert Claim(Path("folder")).problem is None
+        assert Claim(Path("folder")).problem is not None
+        process.kill()
+    claim = Claim(Path("folder"))
+    assert claim.problem is None
+    claim.close()
+    claim.close()
+    assert Claim(Path("new/deep")).problem is None
 
 
 def test_what_killed_processes_left() -> None:

@@ -1,5 +1,5 @@
 """Decisions from the base's attention, before any training: scores, their regression, and one threshold for a ratio."""
 
-from megatron_dmc.calibration.calibrator import CalibrationError, CalibrationResult, Calibrator
+from megatron_dmc.calibration.calibrator import DAMAGED, CalibrationError, CalibrationResult, Calibrator
 
-__all__ = ["CalibrationError", "CalibrationResult", "Calibrator"]
+__all__ = ["DAMAGED", "CalibrationError", "CalibrationResult", "Calibrator"]

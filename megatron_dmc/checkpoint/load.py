@@ -90,8 +90,22 @@ def load_tensors(
             lambda entry: isinstance(entry, ShardedTensor | ShardedObject) and _key(entry) not in stored.entries,
         )
         with _without_deprecations():
-            state_dict = dist_checkpointing.load(present, str(folder), strict="assume_ok_unexpected")
+            state_dict: dict[str, Any] = dist_checkpointing.load(present, str(folder), strict="assume_ok_unexpected")
+    # Every rank reads the same file.
+    absent = next(_absent_values(sharded_state_dict, state_dict), None)
+    if absent is not None:
+        raise CheckpointError(f"checkpoint {folder} is damaged: common.pt has no {absent}")
     return state_dict
+
+
+def _absent_values(wanted: Mapping[Any, Any], found: Any, place: str = "") -> Iterator[str]:
+    """The names of plain values that were asked for and are not there."""
+    for name, value in wanted.items():
+        inside = isinstance(found, Mapping) and name in found
+        if isinstance(value, Mapping):
+            yield from _absent_values(value, found[name] if inside else {}, f"{place}{name}.")
+        elif isinstance(value, int | float | str) and not inside:
+            yield f"{place}{name}"
 
 
 def _key(entry: ShardedTensor | ShardedObject) -> str:

@@ -202,6 +202,8 @@ class SavedModel:
                     f"{self.folder} is a retrofitted model, but no phase merges: its decisions would be dropped"
                 )
             for name in MEANING:
+                if name == "omega_floor" and not recipe.dmc.merges:
+                    continue
                 mine, theirs = getattr(recipe.dmc, name), getattr(self.recipe.dmc, name)
                 if mine != theirs:
                     raise ConfigError(
@@ -301,8 +303,14 @@ def must_be_seen(folder: Path, reads: str) -> None:
 
 def _recipe(folder: Path, info: CheckpointInfo) -> Recipe:
     try:
-        return recipe_from_dict(info.recipe)
+        recipe = recipe_from_dict(info.recipe)
     except ConfigError as error:
         raise CheckpointError(
             f"{folder}/dmc.json holds a recipe that this version of megatron_dmc does not understand: {error}"
         ) from None
+    if info.step > recipe.total_steps or info.phase >= len(recipe.phases):
+        raise CheckpointError(
+            f"{folder}/dmc.json is damaged: step {info.step} of {recipe.total_steps}, in phase {info.phase} of "
+            f"{len(recipe.phases)} (counted from 0)"
+        )
+    return recipe

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
+from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import shortened
 from megatron_dmc.files import checkpoint_below, why_no_checkpoint, why_nothing_new
 
@@ -50,8 +50,6 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def output_folder(text: str) -> Path:
     """The type of a flag that names a folder to write to; refuses, before any work, what can be none."""
     folder = Path(path(text))
-    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts) or len(os.fsencode(folder)) > LONGEST_PATH:
-        raise argparse.ArgumentTypeError(f"{text[:30]}... is too long for the name of a folder")
     if (problem := why_nothing_new(folder / "any")) is not None:
         raise argparse.ArgumentTypeError(f"{problem}; name another folder")
     return folder

@@ -16,6 +16,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.experiments.places import small_recipes
+from megatron_dmc.files import LOCK, Claim
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
@@ -57,14 +58,20 @@ class SmallRun:
         self.folder, self.data, self.smoke = folder.absolute(), data, smoke
         self.recipes = small_recipes()
         self.seconds: dict[str, float] = {}
+        self._claim: Claim | None = None
 
     def prepare_text(self) -> None:
         """Splits the text, trains the tokenizer on the larger part, and writes both as megatron-core datasets.
 
         Raises:
-            ConfigError: the folder holds other files or a run on other text, or the text is too short.
+            ConfigError: the folder holds other files or a run on other text, another process is at work in it, or the text
+                is too short.
         """
         self._check_folder()
+        # Kept for as long as this object is.
+        self._claim = Claim(self.folder)
+        if self._claim.problem is not None:
+            raise ConfigError(self._claim.problem)
         wanted = self._identity()
         done = self.folder / "data" / "done.json"
         if done.exists():
@@ -91,7 +98,7 @@ class SmallRun:
             )
         data = self.folder / "data"
         is_ours = (data / "done.json").exists() or (data / UNFINISHED).exists()
-        if not is_ours and self.folder.is_dir() and any(self.folder.iterdir()):
+        if not is_ours and self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise ConfigError(
                 f"--output {self.folder} holds other files than such a run's; name a new folder, or remove them"
             )

@@ -7,8 +7,9 @@ import unicodedata
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from megatron_dmc.config import LONGEST_NAME, LONGEST_PATH, ConfigError
+from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import shortened
+from megatron_dmc.files import LONGEST_NAME, LONGEST_PATH
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.sections import Recipe
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from megatron_dmc import __version__
 from megatron_dmc.calibration import CalibrationResult
 from megatron_dmc.checkpoint.agreement import size_text
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.progress import short_number
 from megatron_dmc.training.run_state import SavedCheckpoint
 from megatron_dmc.training.schedule import CALIBRATION_REPEATS
 from megatron_dmc.training.step import StepResult
 
-# A ratio below this share of its target misses it.
-REACHED = 0.95
+# A ratio below this share of its target misses it; where something holds it there, one above that share does, too.
+REACHED, EXCEEDED = 0.95, 1.1
 # Nobody is told to have a larger fraction of the samples repeated: a model must still see text that does not repeat.
 MOST_REPEATS = 0.5
 
@@ -145,6 +146,21 @@ def few_samples(recipe: Recipe, valid_samples: int) -> str | None:
     return f"{there}: an evaluation reads {read}, each once, in place of {wanted} (monitor.eval_samples)"
 
 
+def without_effect(dmc: DMCConfig) -> str | None:
+    """A warning of settings that somebody has set and that mean nothing beside the others; None where all do."""
+    default = DMCConfig()
+    ignored = {
+        "omega_floor": (not dmc.merges, f"dmc.operation {dmc.operation}"),
+        "loss_coefficient": (dmc.ratio_control == "offset", "dmc.ratio_control offset"),
+    }
+    found = [
+        f"dmc.{name} with {beside}"
+        for name, (applies, beside) in ignored.items()
+        if applies and getattr(dmc, name) != getattr(default, name)
+    ]
+    return f"warning: without effect: {', '.join(found)}" if found else None
+
+
 def below_targets(names: Sequence[str]) -> str:
     """Which checkpoints were saved below their targets; there are several."""
     return f"{len(names)} checkpoints were saved below their targets: {', '.join(names)}"
@@ -201,7 +217,7 @@ def finished(folder: Path, steps: int, ratio: float | None, target: float | None
 
 
 def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: float | None) -> str | None:
-    """A warning where a run's last phase was to reach the target and did not; None where all is well.
+    """A warning where a run's last phase was to reach the target and did not, or went beyond it; None where all is well.
 
     Args:
         held_out_ratio: noise-free, on held-out samples; None without any.
@@ -211,10 +227,18 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
     ratio, where = held_out_ratio, "held-out samples"
     if ratio is None:
         ratio, where = training_ratio, "the last training batch"
-    if not recipe.phases[-1].decides or ratio is None or ratio >= REACHED * target:
+    last = recipe.phases[-1]
+    if not last.decides or ratio is None:
         return None
-    if training_ratio is not None and training_ratio >= REACHED * target:
-        advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or a higher target"
+    # The loss is one-sided: a model may merge more of its own accord.
+    is_held = last.kind == "calibrate" or recipe.dmc.ratio_control == "offset"
+    low, high = REACHED * target, EXCEEDED * target if is_held else math.inf
+    if low <= ratio <= high:
+        return None
+    missed = "missed" if ratio < low else "exceeded"
+    if training_ratio is not None and low <= training_ratio <= high:
+        other = "a higher target" if ratio < low else "a lower target"
+        advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or {other}"
     elif recipe.phases[-1].kind == "calibrate":
         advice = "try more steps, or text like that which it is measured on"
     elif recipe.dmc.ratio_control == "offset":
@@ -224,4 +248,4 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
         advice = "try a higher learning rate, a larger dmc.loss_coefficient, or more steps"
     else:
         advice = "try a larger dmc.loss_coefficient, a higher learning rate, or more steps"
-    return f"warning: target missed: CR {ratio:.2f} on {where}, target {target:g}; {advice}"
+    return f"warning: target {missed}: CR {ratio:.2f} on {where}, target {target:g}; {advice}"

@@ -149,6 +149,8 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
     lines = messages.banner(recipe, world, *count_parameters(model), vocabulary)
     if recipe.monitor.progress_bar:
         _print(f"{lines}\n{messages.started(store.started_from, step)}")
+    if recipe.merges and (warning := messages.without_effect(recipe.dmc)) is not None:
+        _print(warning)
 
 
 def show_few_samples(recipe: Recipe, valid_samples: int) -> None:

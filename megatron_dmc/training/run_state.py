@@ -1,9 +1,10 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
+import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import adapter_may_lack, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
-from megatron_dmc.files import checkpoint_around
+from megatron_dmc.files import Claim, checkpoint_around
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
@@ -141,6 +142,21 @@ class RunStore:
             self.wait()
         elif self.background is not None:
             self.background.close()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within it no other run writes into the folder. Raises CheckpointError on all ranks if one does already."""
+        claim: Claim | None = None
+        with on_all_ranks(f"cannot write into {self.root}"):
+            if dist.get_rank() == 0:
+                claim = Claim(self.root)
+                if claim.problem is not None:
+                    raise CheckpointError(claim.problem)
+        try:
+            yield
+        finally:
+            if claim is not None:
+                claim.close()
 
     def wait(self) -> None:
         """Until every checkpoint is whole; raises CheckpointError on all ranks if a save in the background has failed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_dmc.calibration import Calibrator
+from megatron_dmc.calibration import DAMAGED, Calibrator
 from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import Repeats, SampleDataset, build_datasets, check_reach, distinct_valid_samples
@@ -62,6 +62,10 @@ class Trainer(StepRunner):
 
         Returns:
             The last evaluation on held-out samples, or None without held-out data or without a step left to do.
+
+        Raises:
+            CheckpointError: another run writes into ``checkpoint.directory``, or what is there does not go on.
+            TrainingError, CalibrationError: see there.
         """
         recipe = self.recipe
         self._calibrator = None
@@ -76,9 +80,11 @@ class Trainer(StepRunner):
         show_start(recipe, self.model, self.store, self.step)
         show_few_samples(recipe, self._valid_samples)
         evaluation: StepResult | None = None
-        with Report(recipe, self.store, self.step) as report, self.store:
+        with self.store.claimed(), Report(recipe, self.store, self.step) as report, self.store:
             if self.step == 0:
-                self._evaluate_and_report(plan_step(recipe.phases, recipe.dmc, 0), report)
+                _check_base(
+                    self._evaluate_and_report(plan_step(recipe.phases, recipe.dmc, 0), report), "held-out samples"
+                )
             while self.step < last_step and not self.stopped:
                 self.store.poll()
                 report.saved()
@@ -144,6 +150,7 @@ class Trainer(StepRunner):
         began = time.perf_counter()
         with calibrator.observing(plan.step_in_phase):
             result = self._forward_step()
+        _check_base(result, f"the samples of step {self.step + 1}")
         self.step += 1
         report.step(self._record(plan, result, 0.0, time.perf_counter() - began))
         found = calibrator.finish_step(plan.step_in_phase)
@@ -246,6 +253,12 @@ def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, 
     train, valid = build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out)
     fractions = partial(repeat_fraction, recipe.phases, recipe.repeat_fraction)
     return Repeats(train, lambda number: fractions(number // size)), valid, distinct
+
+
+def _check_base(result: StepResult | None, where: str) -> None:
+    """Raises TrainingError, on all ranks, if a model that has not been trained yet gives no number."""
+    if result is not None and result.tokens and not math.isfinite(result.loss):
+        raise TrainingError(f"the loss on {where} is {result.loss} before any training; {DAMAGED}")
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -106,6 +106,14 @@ def test_what_changed_after_it_was_checked_is_not_read(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
+@pytest.mark.parametrize(("step", "phase"), [(999, 0), (0, 7)])
+def test_a_step_beyond_the_recipe(tmp_path: Path, step: int, phase: int) -> None:
+    info = CheckpointInfo("weights", placeholder_recipe(SIZES, None).to_dict(), step, 0, phase)
+    folder = save_checkpoint(tmp_path, "base", model_state([empty_model(SIZES, None, torch.float32)]), info)
+    with pytest.raises(CheckpointError, match=rf"base/dmc\.json is damaged: step {step} of 1, in phase {phase} of 1"):
+        SavedModel.open(folder)
+
+
 def test_a_recipe_that_is_not_understood(tmp_path: Path) -> None:
     info = CheckpointInfo("weights", placeholder_recipe(SIZES, None).to_dict() | {"color": "red"}, 0, 0, 0)
     folder = save_checkpoint(tmp_path, "base", model_state([empty_model(SIZES, None, torch.float32)]), info)

@@ -182,8 +182,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
                 (str(RECIPE), f"{RECIPE} is a file, not a folder; name another folder"),
                 (str(RECIPE / "below"), f"{RECIPE} is a file, not a folder; name another folder"),
                 ("/dev/null", "/dev/null is a device, not a folder; name another folder"),
-                ("x" * 256, "xx... is too long for the name of a folder"),
-                ("x/" * 2100, "x/... is too long for the name of a folder"),
+                ("x" * 256, "xx... is too long: one name may have 231 bytes, a path 4071"),
+                ("x/" * 2100, "x/... is too long: one name may have 231 bytes, a path 4071"),
             )
         ),
         (["quickstart", "--data", ""], 2, "argument --data: an empty path"),

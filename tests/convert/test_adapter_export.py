@@ -60,7 +60,7 @@ def save_adapter(save_llama: Callable[..., Path], tokenizer_folder: Path, tmp_pa
                 if ".decision." in name:
                     parameter.normal_()
         base = SavedModel.open(tmp_path / "base").as_base_for(tmp_path / "run")
-        info = CheckpointInfo("weights", placeholder_recipe(model, dmc).to_dict(), 7, 7, 0, 2.0, base=base)
+        info = CheckpointInfo("weights", placeholder_recipe(model, dmc).to_dict(), 1, 1, 0, 2.0, base=base)
         state = only_decisions(model_state([network]))
         return Adapter(
             folder, tmp_path / "base", save_checkpoint(tmp_path / "run", "final", state, info, tokenizer_folder)

@@ -62,7 +62,7 @@ def dmc_checkpoint(
             else:
                 parameter.copy_(base.get_parameter(name))
     recipe = placeholder_recipe(model, dmc)
-    info = CheckpointInfo("weights", recipe.to_dict(), 7, 7, 0, 2.0)
+    info = CheckpointInfo("weights", recipe.to_dict(), 1, 1, 0, 2.0)
     save_checkpoint(tmp_path / "run", "final", model_state([network]), info, tokenizer_folder)
     yield tmp_path / "run" / "final"
 

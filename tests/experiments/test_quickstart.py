@@ -8,8 +8,9 @@ import pytest
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.experiments.small_run import TOY_SIZES, TOY_STEPS, SmallRun
+from megatron_dmc.files import LOCK
 from megatron_dmc.recipe import load_recipe
-from tests.support.processes import ROOT, started
+from tests.support.processes import ROOT, at_work_in, started
 from tests.support.toy import TEXT
 
 
@@ -43,6 +44,14 @@ def test_other_peoples_files_stay(tmp_path: Path) -> None:
             SmallRun(folder, None, smoke=True).prepare_text()
     assert [path.name for path in kept.parents[1].rglob("*")] == ["data", "thesis.tex"]
     assert kept.read_text() == "years of work"
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with at_work_in(tmp_path / "run"), pytest.raises(ConfigError, match="run is in use by process"):
+        SmallRun(tmp_path / "run", None, True).prepare_text()
+    # What a run left that was killed at once is no other people's file.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    SmallRun(tmp_path / "run", None, True)._check_folder()
 
 
 def test_a_run_that_was_stopped_begins_anew(tmp_path: Path) -> None:

@@ -259,6 +259,15 @@ def test_text_that_is_too_short(tiny_model: Path, tmp_path: Path) -> None:
     fails("the text gives 100 held-out tokens, this needs 257; name about 2.6 times as much text", run.check_text)
 
 
+def test_text_that_is_surely_too_short_is_refused_before_the_model_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 20}) + "\n" for i in range(10)))
+    run = RealModelRun(tmp_path / "run", Options(str(tiny_model / "tiny"), str(tmp_path / "text.jsonl"), smoke=True))
+    fails(
+        "the text has 400 bytes, 10% of which are held out, and this needs 257 tokens of them; name 5.1 times", run.run
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

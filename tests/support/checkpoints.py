@@ -20,6 +20,7 @@ SIZES = ModelConfig(
     max_position_embeddings=64,
 )
 RECIPE = placeholder_recipe(SIZES, None).to_dict()
+RECIPE["phases"][0]["steps"] = 10
 MODEL = RECIPE["model"]
 INFO = CheckpointInfo(kind="full", recipe=RECIPE, step=3, consumed_samples=24, phase=0, compression_ratio=1.5)
 

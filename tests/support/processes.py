@@ -78,3 +78,26 @@ def started(*arguments: object, **variables: str) -> Iterator[subprocess.Popen[s
             yield process
         finally:
             process.kill()
+
+
+_CLAIMS = """
+import sys, time
+from pathlib import Path
+from megatron_dmc.files import Claim
+claim = Claim(Path(sys.argv[1]))
+print(claim.problem, flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def at_work_in(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the claim of a folder, until it is killed or the block ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _CLAIMS, str(folder)], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "None\n"
+            yield process
+        finally:
+            process.kill()

@@ -1,5 +1,6 @@
 """The phase ``calibrate``: decisions from the base's attention, whole or resumed; what it refuses."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dmc.calibration import CalibrationError
-from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.calibration import CalibrationError, calibrator
+from megatron_dmc.calibration.observation import observe
+from megatron_dmc.checkpoint import CheckpointError, SavedModel
 from megatron_dmc.checkpoint.load import check_files
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
@@ -22,7 +24,8 @@ from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training import run_state
 from megatron_dmc.training.schedule import plan_step
 from megatron_dmc.training.step import MULTIPLIER_GAIN, next_multiplier, offset_gain, offset_step
-from megatron_dmc.training.trainer import Trainer
+from megatron_dmc.training.trainer import Trainer, TrainingError
+from tests.support.processes import at_work_in
 from tests.support.tensors import assert_same_tensors
 from tests.support.toy import LR, recipe_values, scalars, train, weights, write_base, write_recipe
 
@@ -179,8 +182,10 @@ def test_a_rate_in_logits_is_none_for_a_base(data: Path, tmp_path: Path) -> None
         Trainer(load_recipe(path, ["training.train=full"]))
 
 
-def test_a_damaged_base_is_refused(data: Path, tmp_path: Path) -> None:
-    trainer = Trainer(load_recipe(recipe(data, tmp_path, [CALIBRATE])))
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_damaged_base_is_refused_before_any_work(data: Path, tmp_path: Path, held_out: bool) -> None:
+    overrides = [] if held_out else ["data.valid=[]"]
+    trainer = Trainer(load_recipe(recipe(data, tmp_path, [CALIBRATE]), overrides))
     load = trainer.store.load
 
     def damaged(*arguments: Any) -> Any:
@@ -190,8 +195,40 @@ def test_a_damaged_base_is_refused(data: Path, tmp_path: Path) -> None:
         return found
 
     trainer.store.load = damaged  # type: ignore[method-assign]
-    with pytest.raises(CalibrationError, match="layer 1 are not finite"):
+    where = "held-out samples" if held_out else "the samples of step 1"
+    with pytest.raises(TrainingError, match=f"the loss on {where} is nan before any training; the base is damaged"):
         trainer.run()
+
+
+def test_scores_that_are_not_finite_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(attention: Any, *seen: Any) -> Any:
+        found = observe(attention, *seen)
+        return found._replace(scores=found.scores + (math.inf if attention.layer_number == 2 else 0))
+
+    monkeypatch.setattr(calibrator, "observe", damaged)
+    with pytest.raises(CalibrationError, match="layer 1 are not finite"):
+        train(recipe(data, tmp_path, [CALIBRATE]))
+
+
+def test_what_a_calibration_had_learned_must_be_there(data: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path, [CALIBRATE])
+    train(path, "training.exit_after_steps=2")
+    common = tmp_path / "checkpoints" / "step_00000002" / "common.pt"
+    values = torch.load(common)
+    del values["calibration"]
+    torch.save(values, common)
+    with pytest.raises(CheckpointError, match=r"step_00000002 is damaged: common.pt has no calibration.tokens"):
+        train(path)
+
+
+def test_two_runs_in_one_folder_are_refused(data: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path, [CALIBRATE])
+    with (
+        at_work_in(tmp_path / "checkpoints") as other,
+        pytest.raises(CheckpointError, match=f"checkpoints is in use by process {other.pid} on .*; wait until"),
+    ):
+        train(path)
+    train(path)
 
 
 @pytest.mark.parametrize("lr", [3e-3, 0.3])

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_dmc.checkpoint import CheckpointInfo
 from megatron_dmc.cli import main
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dmc.recipe import Recipe, recipe_from_dict
@@ -184,6 +185,26 @@ def test_an_adapter_is_told_of_its_learning_rate_first() -> None:
     warning = messages.missed_target(adapter, 2.93, 3.0)
     assert warning is not None
     assert warning.endswith("; try a higher learning rate, a larger dmc.loss_coefficient, or more steps")
+
+
+def test_a_ratio_that_is_held_may_not_go_beyond_its_target() -> None:
+    held = replace(recipe(), dmc=replace(recipe().dmc, decision_source="projection", ratio_control="offset"))
+    assert messages.missed_target(held, 4.39, 4.0) is None
+    warning = messages.missed_target(held, 4.41, 4.0)
+    assert warning is not None and "target exceeded: CR 4.41 on held-out samples, target 4; training reached" in warning
+    assert "a lower target" in warning
+    # The loss is one-sided.
+    assert messages.missed_target(recipe(), 9.0, 9.0) is None
+
+
+def test_settings_without_effect_are_named() -> None:
+    assert messages.without_effect(DMCConfig(omega_floor=0.1, loss_coefficient=2.0)) is None
+    absorbing = DMCConfig(local_window=4, operation="absorb", ratio_control="offset")
+    assert messages.without_effect(absorbing) is None
+    assert messages.without_effect(replace(absorbing, omega_floor=0.1, loss_coefficient=2.0)) == (
+        "warning: without effect: dmc.omega_floor with dmc.operation absorb, dmc.loss_coefficient with dmc.ratio_control "
+        "offset"
+    )
 
 
 def test_a_checkpoint_below_its_ratio_says_so() -> None:

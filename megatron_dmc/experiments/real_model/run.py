@@ -170,7 +170,7 @@ class RealModelRun(SmallRun):
     def text_stage(self) -> Stage:
         words = ["preprocess", "--input", "data/documents.jsonl", "--tokenizer", "checkpoints/base/tokenizer"]
         words += ["--output", "data/text", "--overwrite"]
-        words += ["--valid-fraction", str(SMOKE_HELDOUT_FRACTION if self.smoke else HELDOUT_FRACTION)]
+        words += ["--valid-fraction", str(self._heldout_fraction)]
         return Stage("datasets", "data/text_valid.bin", words, 20)
 
     def result_stages(self) -> list[Stage]:
@@ -214,7 +214,7 @@ class RealModelRun(SmallRun):
     def check_text(self) -> None:
         """Raises ConfigError where the held-out text is shorter than what the evaluation reads in a row."""
         counts = self.text_counts()
-        least = AMOUNTS[self.options.amount].longest + 1
+        least = self._least_heldout
         if counts["heldout_tokens"] < least:
             raise ConfigError(
                 f"the text gives {counts['heldout_tokens']} held-out tokens, this needs {least}; name about "
@@ -264,9 +264,28 @@ class RealModelRun(SmallRun):
         return _up_to(documents, SMOKE_TEXT) if self.smoke else documents
 
     def _write_text(self) -> None:
+        sizes = []
         with (self._new_text_folder() / "documents.jsonl").open("w", encoding="utf-8") as file:
             for document in self._documents():
                 file.write(json.dumps({"text": document}) + "\n")
+                sizes.append(len(document.encode()))
+        # A token is a byte or more, and a document has a last one; see split_documents. check_text knows the tokens.
+        most = max(self._heldout_fraction * sum(sizes), min(sizes, default=0)) + len(sizes)
+        if most < self._least_heldout:
+            raise ConfigError(
+                f"the text has {sum(sizes)} bytes, {self._heldout_fraction:.0%} of which are held out, and this needs "
+                f"{self._least_heldout} tokens of them; name {self._least_heldout / max(most, 1):.1f} times as much "
+                "text or more"
+            )
+
+    @property
+    def _heldout_fraction(self) -> float:
+        return SMOKE_HELDOUT_FRACTION if self.smoke else HELDOUT_FRACTION
+
+    @property
+    def _least_heldout(self) -> int:
+        """Tokens in a row that the evaluation reads."""
+        return AMOUNTS[self.options.amount].longest + 1
 
     def _is_done(self, stage: Stage) -> bool:
         return (self.folder / stage.makes).exists()
