@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --model: train each retrofit on about so many (default: the recipe's)",
     )
-    parser.add_argument("--full", action="store_true", help="with --model: evaluate on longer texts and more samples")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="with --model: compression ratio 2, too, and longer texts and more samples in the evaluation",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

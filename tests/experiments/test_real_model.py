@@ -101,6 +101,12 @@ def test_a_gpu_takes_larger_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.environment["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+def test_a_full_run_makes_one_more_ratio() -> None:
+    made = [each.name for each in RealModelRun(Path("nowhere"), Options("smollm2", full=True)).retrofits]
+    assert made == [f"{how}-cr{ratio}" for ratio in (2, 4, 8) for how in ("calibrated", "trained")]
+    assert RealModelRun(Path("nowhere"), Options("smollm2")).retrofits == RETROFITS
+
+
 def test_a_wide_model_is_calibrated_on_more_text_in_a_smoke_run() -> None:
     recipes = real_model_recipes()
     wide = ["model.num_layers=2", "model.hidden_size=4096", "model.ffn_hidden_size=512", "model.num_attention_heads=32"]

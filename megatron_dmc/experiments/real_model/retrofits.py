@@ -56,6 +56,8 @@ def _retrofits(ratio: int) -> tuple[Retrofit, Retrofit]:
 
 
 RETROFITS = (*_retrofits(4), *_retrofits(8))
+# Of --full.
+ALL_RETROFITS = (*_retrofits(2), *RETROFITS)
 
 
 @dataclass(frozen=True)

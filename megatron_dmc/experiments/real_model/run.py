@@ -23,6 +23,7 @@ from megatron_dmc.evaluation.exported.amount import AMOUNTS
 from megatron_dmc.experiments.places import checkout, real_model_recipes
 from megatron_dmc.experiments.real_model import figure, page
 from megatron_dmc.experiments.real_model.retrofits import (
+    ALL_RETROFITS,
     RETROFITS,
     SMOKE_TOKENS,
     Budget,
@@ -55,7 +56,7 @@ class Options:
         data: a folder, .txt or .jsonl; None: sources and documentation of Python's standard library.
         tokens: that each retrofit is trained on; None: as many as its recipe says.
         smoke: the model's first layers, few steps, short texts.
-        full: longer texts and more samples in the evaluation.
+        full: compression ratio 2, too; longer texts and more samples in the evaluation.
         brief: fewer of both.
     """
 
@@ -94,15 +95,17 @@ class RealModelRun(SmallRun):
 
     Args:
         folder: made if absent.
-        retrofits: what is made of the model, in this order.
+        retrofits: what is made of the model, in this order; None: what the options ask for.
 
     Raises:
         ConfigError: the recipes are not there (see ``places``).
     """
 
-    def __init__(self, folder: Path, options: Options, retrofits: Sequence[Retrofit] = RETROFITS) -> None:
+    def __init__(self, folder: Path, options: Options, retrofits: Sequence[Retrofit] | None = None) -> None:
         super().__init__(folder, options.data, options.smoke)
-        self.retrofits, self.exports_at_once = retrofits, len(retrofits)
+        asked = ALL_RETROFITS if options.full else RETROFITS
+        self.retrofits = asked if retrofits is None else retrofits
+        self.exports_at_once = len(self.retrofits)
         self.recipes = real_model_recipes()
         self.options, self.source = options, Source(options.model)
         self.evaluation = "evaluation-full" if options.full else "evaluation"
