@@ -160,7 +160,7 @@ def test_an_adapters_checkpoint_is_small_and_needs_its_base(
     metadata.write_bytes(kept)
     # Another base.
     info = json.loads((tmp_path / "moved/base/checkpoints/final/dmc.json").read_text())
-    (tmp_path / "moved/base/checkpoints/final/dmc.json").write_text(json.dumps(info | {"step": 99}))
+    (tmp_path / "moved/base/checkpoints/final/dmc.json").write_text(json.dumps(info | {"consumed_samples": 99}))
     capsys.readouterr()
     assert main(["inspect", str(final), "--tokens", "50"]) == 1
     assert f"{final} is an adapter of another base than {base}" in capsys.readouterr().err

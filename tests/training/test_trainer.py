@@ -164,7 +164,7 @@ def test_saving_in_the_background_changes_nothing(data: Path, tmp_path: Path) ->
         names[0]
         == names[1]
         == {
-            *("cr_2", "cr_3", "final", "latest"),
+            *(".lock", "cr_2", "cr_3", "final", "latest"),
             *(f"step_{step:08d}" for step in (7, 8, 9)),
         }
     )
@@ -201,7 +201,7 @@ def test_a_failed_save_in_the_background_ends_the_run_in_one_line(
         assert main(["retrofit", recipe]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-dmc:")]
     assert "step_00000002: File too large" in line and "earlier checkpoints are untouched" in line
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step_00000001"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {".lock", "latest", "step_00000001"}
     assert main(["retrofit", recipe]) == 0
 
 
