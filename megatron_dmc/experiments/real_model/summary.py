@@ -100,13 +100,20 @@ def recall_columns(summary: dict[str, Any]) -> tuple[str, ...]:
 
 
 def recall_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Right of all samples, by task and length; a star where the base cannot do it, so that it does not count."""
-    rows = []
+    """Right of all samples, by task and length, and their sums; a star where the base cannot do it, so that it does not
+    count."""
+    rows, models = [], (summary["base"], *summary["models"])
+    counts = [base["counts"] for base in summary["base"]["recall"]]
     for number, base in enumerate(summary["base"]["recall"]):
-        found = [row["recall"][number] for row in summary["models"]]
-        cells = ["skipped" if not row["samples"] else f"{row['correct']}/{row['samples']}" for row in (base, *found)]
+        found = [model["recall"][number] for model in models]
+        cells = ["skipped" if not row["samples"] else _share([row]) for row in found]
         rows.append((base["task"] + ("" if base["counts"] else " *"), str(base["tokens"]), *cells))
-    return rows
+    sums = [_share([row for row, count in zip(model["recall"], counts, strict=True) if count]) for model in models]
+    return [*rows, ("all that count", "", *sums)]
+
+
+def _share(rows: Sequence[dict[str, Any]]) -> str:
+    return f"{sum(row['correct'] for row in rows)}/{sum(row['samples'] for row in rows)}"
 
 
 def serving_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
