@@ -1,4 +1,4 @@
-"""Why a path is not what a command needs, in words that follow its name in an error's one line."""
+"""Why a path is not what a command needs, in words that follow its name in an error's one line; and who is at work in it."""
 
 import errno
 import fcntl
@@ -14,8 +14,8 @@ ABSENT = "does not exist"
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 # Bytes that a name's temporary form may add to it: ".tmp-", a process's number, ".mask.idx".
 _TEMPORARY = 24
-# Of a :class:`Claim`.
-LOCK = ".lock"
+# Of a :class:`Claim`, which writes into it: a name that nobody else gives a file.
+LOCK = ".megatron_dmc.lock"
 
 _KINDS = (
     (stat.S_ISREG, "a file"),
@@ -41,10 +41,15 @@ def why_no_folder(path: Path) -> str | None:
     return _why_not(path, is_folder=True)
 
 
+def is_too_long(path: str, added: int = 0) -> bool:
+    """Whether a path, or a name in it, has more bytes than it may have once so many are added to it."""
+    whole = os.fsencode(path)
+    return max(map(len, whole.split(b"/"))) + added > LONGEST_NAME or len(whole) + added > LONGEST_PATH
+
+
 def why_nothing_new(path: Path) -> str | None:
     """Why nothing can be made at a path, folders that it lies in included; a whole clause. None where it can."""
-    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    if longest + _TEMPORARY > LONGEST_NAME or len(os.fsencode(path)) + _TEMPORARY > LONGEST_PATH:
+    if is_too_long(str(path), _TEMPORARY):
         return (
             f"{str(path)[:30]}... is too long: one name may have {LONGEST_NAME - _TEMPORARY} bytes, a path "
             f"{LONGEST_PATH - _TEMPORARY}"
@@ -95,7 +100,8 @@ def _is_running(process: str) -> bool:
 class Claim:
     """Keeps other processes out of a folder until it is closed; that of a process which is killed ends with it.
 
-    Where the storage has no locks it keeps nobody out. A process does not keep itself out.
+    Where the storage has no locks it keeps nobody out. A process does not keep itself out, and has one claim of a folder at a
+    time: the lock goes when the first of several is closed.
 
     Args:
         folder: made if absent.

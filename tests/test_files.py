@@ -14,6 +14,7 @@ import pytest
 
 from megatron_dmc.files import (
     ABSENT,
+    LOCK,
     Claim,
     is_full_disk,
     left_by_killed_processes,
@@ -121,7 +122,9 @@ def test_one_run_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     with at_work_in(Path("folder")) as process:
         problem = Claim(Path("folder")).problem
         assert problem is not None
-        assert problem.startswith(f"folder is in use by process {process.pid} on ") and "remove folder/.lock" in problem
+        assert (
+            problem.startswith(f"folder is in use by process {process.pid} on ") and f"remove folder/{LOCK}" in problem
+        )
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "lockf", no_locks)
             assert Claim(Path("folder")).problem is None

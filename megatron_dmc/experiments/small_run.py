@@ -69,7 +69,7 @@ class SmallRun:
         """
         self._check_folder()
         # Kept for as long as this object is.
-        self._claim = Claim(self.folder)
+        self._claim = self._claim or Claim(self.folder)
         if self._claim.problem is not None:
             raise ConfigError(self._claim.problem)
         wanted = self._identity()

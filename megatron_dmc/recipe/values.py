@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import shortened
-from megatron_dmc.files import LONGEST_NAME, LONGEST_PATH
+from megatron_dmc.files import LONGEST_NAME, LONGEST_PATH, is_too_long
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.sections import Recipe
 
@@ -121,8 +121,7 @@ def _no_path(text: str) -> str | None:
     odd = next((character for character in text if unicodedata.category(character) in _ODD_CATEGORIES), None)
     if odd is not None:
         return f"it holds the character U+{ord(odd):04X}; remove it"
-    longest = max(len(part.encode()) for part in text.split("/"))
-    if longest > LONGEST_NAME or len(text.encode()) > LONGEST_PATH:
+    if is_too_long(text):
         return (
             f"{text[:30]}... has {len(text)} characters; one name may have {LONGEST_NAME} bytes, a path {LONGEST_PATH}"
         )

@@ -237,9 +237,9 @@ def missed_target(recipe: Recipe, held_out_ratio: float | None, training_ratio: 
         return None
     missed = "missed" if ratio < low else "exceeded"
     if training_ratio is not None and low <= training_ratio <= high:
-        other = "a higher target" if ratio < low else "a lower target"
-        advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or {other}"
-    elif recipe.phases[-1].kind == "calibrate":
+        other = "higher" if ratio < low else "lower"
+        advice = f"training reached {training_ratio:.2f}: try more varied text, more steps, or a {other} target"
+    elif last.kind == "calibrate":
         advice = "try more steps, or text like that which it is measured on"
     elif recipe.dmc.ratio_control == "offset":
         advice = "try more steps, a lower learning rate, or a larger training.global_batch_size"

@@ -10,6 +10,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.experiments.small_run import TOY_SIZES, TOY_STEPS, SmallRun
 from megatron_dmc.files import LOCK
 from megatron_dmc.recipe import load_recipe
+from tests.support import processes
 from tests.support.processes import ROOT, at_work_in, started
 from tests.support.toy import TEXT
 
@@ -24,6 +25,9 @@ def test_another_text_under_the_same_name_is_noticed(tmp_path: Path, capsys: pyt
     assert "datasets" in capsys.readouterr().out
     quickstart.prepare_text()
     assert not capsys.readouterr().out
+    # It still has the folder.
+    claim = "import sys, pathlib, megatron_dmc.files as files; print(files.Claim(pathlib.Path(sys.argv[1])).problem)"
+    assert f"is in use by process {os.getpid()} on" in processes.run("-c", claim, tmp_path / "run").stdout
     moved = data.rename(tmp_path / "moved")
     SmallRun(tmp_path / "run", str(moved), smoke=True).prepare_text()
     text = (moved / "7.txt").read_text()

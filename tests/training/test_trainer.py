@@ -10,6 +10,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer
+from megatron_dmc.files import LOCK
 from megatron_dmc.model.attention import DMCSelfAttention
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
@@ -164,7 +165,7 @@ def test_saving_in_the_background_changes_nothing(data: Path, tmp_path: Path) ->
         names[0]
         == names[1]
         == {
-            *(".lock", "cr_2", "cr_3", "final", "latest"),
+            *(LOCK, "cr_2", "cr_3", "final", "latest"),
             *(f"step_{step:08d}" for step in (7, 8, 9)),
         }
     )
@@ -201,7 +202,7 @@ def test_a_failed_save_in_the_background_ends_the_run_in_one_line(
         assert main(["retrofit", recipe]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-dmc:")]
     assert "step_00000002: File too large" in line and "earlier checkpoints are untouched" in line
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {".lock", "latest", "step_00000001"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {LOCK, "latest", "step_00000001"}
     assert main(["retrofit", recipe]) == 0
 
 
