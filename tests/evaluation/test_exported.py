@@ -1,7 +1,9 @@
 """What ``megatron-dmc evaluate`` measures, against generate() and against losses that are computed plainly."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,18 @@ def test_what_it_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     save_random_llama(tmp_path / "small", max_position_embeddings=64)
     train_tokenizer(TEXT, 300, tmp_path / "small")
     fails("the model has 64 positions, the evaluation reads 261 tokens at once", evaluate, str(tmp_path / "small"))
+
+
+def test_lengths_that_the_text_has_not_are_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(AMOUNTS, "smoke", replace(AMOUNTS["smoke"], serving_tokens=(256, 100_000)))
+    save_random_llama(folder / "long", max_position_embeddings=200_000)
+    shutil.copy("base/tokenizer.json", "long")
+    report = evaluate_exported("long", "text", base=None, amount="smoke")
+    assert [row["tokens"] for row in report["serving"]] == list(report["amount"]["serving_tokens"]) == [256]
+    assert re.search(r"the held-out text has \d+ tokens: not measured at 100000 tokens", capsys.readouterr().err)
 
 
 def test_a_base_of_another_text_or_place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

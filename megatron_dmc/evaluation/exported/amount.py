@@ -1,6 +1,6 @@
 """How much is measured of a model."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_dmc.evaluation.exported.text_loss import QUARTERS
@@ -23,11 +23,11 @@ class Amount:
 
     windows: int = 32
     window_tokens: int = 512
-    copies: int = 16
+    copies: int = 8
     copy_tokens: tuple[int, ...] = (512, 2048)
     recall_tokens: tuple[int, ...] = (300, 1000, 2000)
     samples: int = 16
-    serving_tokens: tuple[int, ...] = (2000,)
+    serving_tokens: tuple[int, ...] = (2000, 8000)
     new_tokens: int = 32
 
     def __post_init__(self) -> None:
@@ -67,9 +67,9 @@ class Amount:
         return max(self.window_tokens, *shortest)
 
     @property
-    def longest(self) -> int:
-        """Tokens of held-out text in a row that the longest part reads."""
-        return max(self.window_tokens + 1, *self.copy_tokens, *self.recall_tokens, *self.serving_tokens)
+    def least_text(self) -> int:
+        """Tokens of held-out text without which nothing is measured. Longer texts for cache and speed are left out then."""
+        return max(self.window_tokens, *self.copy_tokens, *self.recall_tokens, min(self.serving_tokens)) + 1
 
 
 AMOUNTS = {
@@ -83,7 +83,7 @@ AMOUNTS = {
         serving_tokens=(256,),
         new_tokens=4,
     ),
-    "brief": Amount(windows=16, copies=8, recall_tokens=(2000,), samples=8),
+    "brief": Amount(windows=16, recall_tokens=(2000,), samples=8, serving_tokens=(2000,)),
     "default": Amount(),
-    "full": replace(Amount(), recall_tokens=(300, 1000, 2000, 4000), samples=48, serving_tokens=(2000, 8000)),
+    "full": Amount(copies=16, recall_tokens=(300, 1000, 2000, 4000), samples=48),
 }

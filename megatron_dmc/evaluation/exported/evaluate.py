@@ -82,7 +82,8 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
     config, dmc = read_config(Path(folder))
     settings = AMOUNTS[amount] if before is None else Amount.from_dict(before["amount"])
     settings = _within(settings, config.max_position_embeddings)
-    heldout = Heldout.open(text, load_tokenizer(folder), settings.longest + 1)
+    heldout = Heldout.open(text, load_tokenizer(folder), settings.least_text)
+    settings = _within_text(settings, len(heldout.ids))
     for task, tokens in settings.recall_parts:
         # What cannot be drawn is said before a model is read.
         draw(task, heldout.tokenizer, heldout.ids, tokens, 0)
@@ -119,11 +120,19 @@ def _within(amount: Amount, positions: int) -> Amount:
             f"the model has {positions} positions, the evaluation reads {amount.least_positions} tokens at once; evaluate a "
             "model with more positions, or measure less (--amount smoke)"
         )
+    return _without(amount, kept, f"the model has {positions} positions")
+
+
+def _within_text(amount: Amount, tokens: int) -> Amount:
+    """The lengths of texts for cache and speed that the held-out text has."""
+    kept = tuple(n for n in amount.serving_tokens if n <= tokens)
+    return _without(amount, {"serving_tokens": kept}, f"the held-out text has {tokens} tokens")
+
+
+def _without(amount: Amount, kept: dict[str, Any], why: str) -> Amount:
+    """``amount`` with these lengths only. Says which others are left out."""
     if dropped := sorted({n for name in kept for n in getattr(amount, name) if n not in kept[name]}):
-        print(
-            f"the model has {positions} positions: not measured at {', '.join(map(str, dropped))} tokens",
-            file=sys.stderr,
-        )
+        print(f"{why}: not measured at {', '.join(map(str, dropped))} tokens", file=sys.stderr)
     return replace(amount, **kept)
 
 

@@ -288,7 +288,7 @@ class RealModelRun(SmallRun):
     @property
     def _least_heldout(self) -> int:
         """Tokens in a row that the evaluation reads."""
-        return AMOUNTS[self.options.amount].longest + 1
+        return AMOUNTS[self.options.amount].least_text
 
     def _is_done(self, stage: Stage) -> bool:
         return (self.folder / stage.makes).exists()
