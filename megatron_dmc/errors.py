@@ -28,3 +28,8 @@ def is_too_long_number(error: BaseException) -> bool:
 def shortened(message: str) -> str:
     """A message in which a number of very many digits stands by its first ones."""
     return re.sub(rf"\d{{{_MOST_DIGITS + 1},}}", lambda found: f"{found[0][:10]}... ({len(found[0])} digits)", message)
+
+
+def or_aim_below(ratio: float, words: str = ", or aim below") -> str:
+    """The end of a remedy: a compression ratio that can be reached; empty where none can."""
+    return f"{words} {ratio:.4g}" if ratio > 1 else ""

@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import io
 import os
 import re
 import socket
 import stat
 from pathlib import Path
+from typing import TextIO
 
 # What :func:`why_no_file` says of a path where there is nothing.
 ABSENT = "does not exist"
@@ -114,7 +116,12 @@ class Claim:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOCK
         self.problem: str | None = None
-        self._file = path.open("a+")
+        try:
+            self._file = _own_file(path)
+        except OSError as error:
+            self._file = io.StringIO()
+            self.problem = f"{path} is not the lock of a run ({error.strerror}); remove it, or name another folder"
+            return
         try:
             # A process's own: a child that has the file open does not keep it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,6 +143,15 @@ class Claim:
     def close(self) -> None:
         """Lets others in."""
         self._file.close()
+
+
+def _own_file(path: Path) -> TextIO:
+    """To be read and written; made if absent. A link is not followed, and nothing but a file is opened."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file")
+    return open(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def why_no_checkpoint(folder: Path) -> str | None:

@@ -137,6 +137,28 @@ def test_one_run_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Claim(Path("new/deep")).problem is None
 
 
+def test_a_lock_that_is_not_a_runs(tmp_path: Path) -> None:
+    precious, lock = tmp_path / "precious", tmp_path / "run" / LOCK
+    precious.write_text("years of work")
+    lock.parent.mkdir()
+    makers = {
+        "Is a directory": lock.mkdir,
+        "it is no file": lambda: os.mkfifo(lock),
+        "Too many levels of symbolic links": lambda: lock.symlink_to(precious),
+    }
+    for why, make in makers.items():
+        make()
+        problem = f"{lock} is not the lock of a run ({why}); remove it, or name another folder"
+        claim = Claim(lock.parent)
+        assert claim.problem == problem
+        claim.close()
+        lock.rmdir() if lock.is_dir() else lock.unlink()
+    assert precious.read_text() == "years of work"
+    with at_work_in(lock.parent):
+        lock.write_bytes(b"\xff\xfe")
+        assert "is in use by" in str(Claim(lock.parent).problem)
+
+
 def test_what_killed_processes_left() -> None:
     """Only an output's own names, with the number of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:

@@ -19,7 +19,7 @@ from megatron_dmc.calibration.observation import Observation, StateNorm, observe
 from megatron_dmc.calibration.regression import Fit, Sums, gram_rows, solve, summed
 from megatron_dmc.calibration.threshold import Histogram, quantile
 from megatron_dmc.checkpoint.agreement import gather
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, or_aim_below
 from megatron_dmc.model.attention import BaseAttention, DMCSelfAttention
 from megatron_dmc.model.compression_loss import merge_fraction_target
 from megatron_dmc.model.decision_projection import DecisionProjection
@@ -245,8 +245,8 @@ class Calibrator:
         if fraction * every >= in_effect:
             raise CalibrationError(
                 f"compression ratio {self.ratio:g} is out of reach: the decisions of {in_effect / every:.0%} of the tokens "
-                f"take effect within their texts (dmc.local_window {dmc.local_window}); shorten the window, use longer texts, "
-                f"or aim below {every / max(every - in_effect, 1):.3g}"
+                f"take effect within their texts (dmc.local_window {dmc.local_window}); shorten the window, use longer "
+                f"texts{or_aim_below(every / max(every - in_effect, 1))}"
             )
         threshold = quantile(self.histogram.counts, max(fraction * every / in_effect, LEAST_SHARE_BELOW))
         slopes = torch.tensor([SHARPNESS, -OMEGA_SHARPNESS[dmc.operation]]) * threshold / dmc.decision_scale

@@ -8,7 +8,14 @@ written as ``root/.name.tmp-*`` and renamed when every file is on the disk. ``ro
 """
 
 from megatron_dmc.checkpoint.companions import copy_tokenizer
-from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo, prune, read_latest, update_latest
+from megatron_dmc.checkpoint.folder import (
+    CheckpointError,
+    CheckpointInfo,
+    full_checkpoints,
+    prune,
+    read_latest,
+    update_latest,
+)
 from megatron_dmc.checkpoint.save import publish, save_checkpoint
 from megatron_dmc.checkpoint.saved_model import SavedModel
 
@@ -17,6 +24,7 @@ __all__ = [
     "CheckpointInfo",
     "SavedModel",
     "copy_tokenizer",
+    "full_checkpoints",
     "prune",
     "publish",
     "read_latest",

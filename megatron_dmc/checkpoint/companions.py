@@ -6,6 +6,7 @@ code. What is left out are weights, what is written anew, what a training run le
 
 import ast
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -87,7 +88,7 @@ def _is_companion(path: Path, source: Path) -> bool:
 
 def _stays(path: Path, source: Path) -> bool:
     """Whether what a path leads to belongs to the folder. The Hub's cache holds the files of a snapshot beside it."""
-    found, folder = path.resolve(), source.resolve()
+    found, folder = Path(os.path.realpath(path)), Path(os.path.realpath(source))
     homes = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     return any(found.is_relative_to(home) for home in homes) or (path.parent == source and path.name in _MAY_BE_LINKED)
 

@@ -203,6 +203,12 @@ def read_latest(root: str | Path) -> str | None:
     return name
 
 
+def full_checkpoints(root: str | Path) -> list[str]:
+    """Names of the whole full checkpoints ``step_*`` below ``root``, the newest last."""
+    steps = {path.name: step for path in Path(root).glob("step_*") if (step := _step(path.name)) is not None}
+    return [name for name in sorted(steps, key=lambda name: steps[name]) if _is_whole_and_full(Path(root) / name)]
+
+
 def prune(root: str | Path, keep_last: int) -> list[str]:
     """Deletes all but the newest ``keep_last`` full checkpoints ``step_*``, and never the one that ``latest`` names.
 
@@ -215,12 +221,7 @@ def prune(root: str | Path, keep_last: int) -> list[str]:
     root = Path(root)
     latest = read_latest(root)
     newest = _step(latest or "")
-    steps = {path.name: step for path in root.glob("step_*") if (step := _step(path.name)) is not None}
-    full = [
-        name
-        for name in sorted(steps, key=lambda name: steps[name])
-        if (newest is None or steps[name] <= newest) and _is_whole_and_full(root / name)
-    ]
+    full = [name for name in full_checkpoints(root) if newest is None or (_step(name) or 0) <= newest]
     deleted = [name for name in full[: max(0, len(full) - keep_last)] if name != latest]
     for name in deleted:
         # Renamed first: a half deleted folder must not look like a checkpoint.

@@ -28,9 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--amount",
         choices=["smoke", "brief", "default", "full"],
-        default="default",
-        help="how much is measured of a base, and so of what is compared with it (default: about ten minutes a model of 135 M "
-        "parameters on two cores)",
+        help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
+        "minutes for a model of 135 M parameters on two cores)",
     )
 
 
@@ -45,10 +44,11 @@ def run(options: argparse.Namespace) -> None:
     if (problem := why_nothing_new(output)) is not None:
         raise ConfigError(f"--output {output} cannot be written: {problem}; name another file")
     from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
+    from megatron_dmc.evaluation.exported.words import told
 
     report = evaluate_exported(options.folder, options.text, base=options.base, amount=options.amount)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     partial.replace(output)
-    print(f"{output}: evaluated {options.folder}")
+    print(f"{output}: evaluated {options.folder}", told(report), sep="\n")

@@ -1,6 +1,7 @@
 """``megatron-dmc quickstart``."""
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_dmc.cli.common import output_folder, path
@@ -71,7 +72,7 @@ def _run_real_model(options: argparse.Namespace) -> None:
     for flag in ("tokens", "full"):
         if options.smoke and getattr(options, flag):
             raise ConfigError(f"--{flag} has no meaning with --smoke; leave one of them out")
-    name = Path(options.model).resolve().stem or "model"
+    name = Path(os.path.realpath(options.model)).stem or "model"
     folder = options.output or Path("runs", f"{name}-smoke" if options.smoke else name)
     run_real_model(
         folder, Options(options.model, options.data, tokens=options.tokens, smoke=options.smoke, full=options.full)

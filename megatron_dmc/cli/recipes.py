@@ -1,6 +1,7 @@
 """``megatron-dmc recipes``."""
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_dmc.cli.common import output_folder, path
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     cores; what is done is not done again. In a source checkout it writes examples/recipes/results.json and the tables of
     docs/small_model.md; elsewhere the table is printed. With --model it retrofits a pretrained model instead, by the recipes
     of examples/smollm2 with other operations and windows: about eight hours for three seeds of smollm2 on two cores."""
-    name = "recipes" if options.model is None else f"recipes-{Path(options.model).resolve().stem or 'model'}"
+    name = "recipes" if options.model is None else f"recipes-{Path(os.path.realpath(options.model)).stem or 'model'}"
     folder = options.output or Path("runs", f"{name}-smoke" if options.smoke else name)
     if options.model is not None:
         from megatron_dmc.experiments.recipes.real_model import compare_on_real_model

@@ -15,7 +15,7 @@ from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import Weights
-from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recipe, TrainingConfig, check_head_dim
 from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
@@ -56,7 +56,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     weights.check(hugging_face_shapes(model, dmc))
     check_companions(folder)
     if (folder / "tokenizer.json").is_file():
-        check_vocabulary(load_tokenizer(folder), model.vocab_size)
+        check_own_vocabulary(load_tokenizer(folder), model.vocab_size)
     # What an export would refuse is refused now, not after the training.
     tokens = special_tokens(folder, model.vocab_size)
     padding = -model.vocab_size % pad_vocab_to_multiple_of
@@ -66,7 +66,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         network = empty_model(model, dmc, weights.dtype)
         parameters = dict(network.named_parameters())
         with torch.no_grad():
-            for name, value in to_megatron(weights.__getitem__, model, dmc):
+            for name, value in to_megatron(weights.finite, model, dmc):
                 # The folder has no rows that pad the vocabulary.
                 parameters.pop(name)[: len(value)].copy_(value)
         if parameters:

@@ -88,6 +88,7 @@ def check_gguf(file: Path) -> None:
         raise ConfigError(f"{file} holds {other}, which a plain Llama does not have; this model is not supported")
     if _EMBEDDING not in shapes:
         raise ConfigError(f"{file} holds no {_EMBEDDING}; it is a part of a model, or no language model")
+    _check_shapes(file, reader, shapes)
     tokens = _value(reader, "tokenizer.ggml.tokens")
     if tokens is None:
         raise ConfigError(
@@ -98,6 +99,46 @@ def check_gguf(file: Path) -> None:
             f"{file}: its tokenizer has {len(tokens)} tokens, its model {shapes[_EMBEDDING][0]}; the tokenizer is another "
             "model's, fetch the file again"
         )
+
+
+def _check_shapes(file: Path, reader: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ConfigError unless the tensors are those of the model that the header describes.
+
+    transformers reads as many layers as the header says, and forgets the rest.
+    """
+
+    def size(name: str, absent: int | None = None) -> int:
+        found = _value(reader, f"{_ARCHITECTURE}.{name}")
+        found = absent if found is None else found
+        if not isinstance(found, int) or found < 1:
+            raise ConfigError(f"{file} holds no {_ARCHITECTURE}.{name}; fetch it again")
+        return found
+
+    hidden, inner, heads = size("embedding_length"), size("feed_forward_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", hidden // heads)
+    query, key = heads * head_dim, size("attention.head_count_kv", heads) * head_dim
+    of_layer = {
+        **dict.fromkeys(("attn_norm", "ffn_norm"), (hidden,)),
+        **{"attn_q": (query, hidden), "attn_k": (key, hidden), "attn_v": (key, hidden), "attn_output": (hidden, query)},
+        **{"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)},
+    }
+    vocabulary = shapes[_EMBEDDING][0]
+    expected = {_EMBEDDING: (vocabulary, hidden), "output_norm.weight": (hidden,)}
+    for layer in range(size("block_count")):
+        expected |= {f"blk.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    # A file without it ties it to the embedding.
+    if "output.weight" in shapes:
+        expected["output.weight"] = (vocabulary, hidden)
+    for name in sorted({*expected, *shapes}):
+        if shapes.get(name) != expected.get(name):
+            found, wanted = (
+                "absent" if shape is None else " x ".join(map(str, shape))
+                for shape in (shapes.get(name), expected.get(name))
+            )
+            raise ConfigError(
+                f"{file}: its tensors are not those that its header describes: {name} is {found}, expected {wanted}; fetch "
+                "the file again"
+            )
 
 
 def gguf_sizes(file: Path) -> tuple[int, int]:

@@ -76,6 +76,15 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         return self._handles[name].get_tensor(name)
 
+    def finite(self, name: str) -> Tensor:
+        """A tensor; raises ConfigError for one that holds NaN or infinity."""
+        value = self[name]
+        if not bool(torch.isfinite(value).all()):
+            raise ConfigError(
+                f"{self._folder}: {name} is not finite everywhere; its weights are damaged, fetch it again"
+            )
+        return value
+
     def drop(self, name: str) -> None:
         """Forgets a tensor that the model does not have."""
         del self._handles[name], self.shapes[name]

@@ -4,6 +4,7 @@ import numpy
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import read_index
+from megatron_dmc.errors import or_aim_below
 from megatron_dmc.recipe import Recipe
 
 
@@ -21,8 +22,8 @@ def check_reach(recipe: Recipe) -> None:
         raise ConfigError(
             f"dmc.target_compression_ratio {dmc.target_compression_ratio:g} is out of reach: under data.reset_at_documents a "
             f"document keeps its first token and its last {dmc.local_window} (dmc.local_window), and those of data.train have "
-            f"{lengths.mean():.0f} tokens in the mean; shorten the window, aim well below {highest:.3g}, or set "
-            "data.reset_at_documents to false"
+            f"{lengths.mean():.0f} tokens in the mean; shorten the window{or_aim_below(highest, ', aim well below')}, or "
+            "set data.reset_at_documents to false"
         )
 
 

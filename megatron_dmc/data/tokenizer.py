@@ -190,13 +190,21 @@ def load_tokenizer(folder: str | Path, name: str = "tokenizer") -> Tokenizer:
     return Tokenizer(backend, _end_token(backend, folder), folder)
 
 
-def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, remedy: str) -> None:
     """Raises ConfigError where the tokenizer can produce an id that the model has no embedding for."""
     if tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {model_vocab_size}, but the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} "
-            f"tokens; set model.vocab_size to at least {tokenizer.vocab_size}"
+            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, its model {model_vocab_size}; {remedy}"
         )
+
+
+def check_own_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """:func:`check_vocabulary` of a folder that holds both."""
+    check_vocabulary(
+        tokenizer,
+        model_vocab_size,
+        "put the model's own tokenizer there, or resize the model's embeddings and save it anew",
+    )
 
 
 def _end_token(backend: tokenizers.Tokenizer, folder: Path) -> int:

@@ -75,7 +75,7 @@ class SmallRun:
         wanted = self._identity()
         done = self.folder / "data" / "done.json"
         if done.exists():
-            self._check_same(read_object(done), wanted)
+            self._check_same(read_object(done, remedy=f"remove {self.folder}"), wanted)
             return
         self.timed("text, tokenizer, datasets", self._write_text)
         write_whole(done, json.dumps(wanted))
@@ -92,7 +92,8 @@ class SmallRun:
     def _check_folder(self) -> None:
         """Raises ConfigError for a folder with anything but such a run: its files could be taken for results, or removed; and
         for one inside the text's own folder: the run would read what it writes, without end."""
-        if self.data is not None and self.folder.resolve().is_relative_to(Path(self.data).resolve()):
+        # realpath, not resolve: that raises for a link which leads to itself.
+        if self.data is not None and Path(os.path.realpath(self.folder)).is_relative_to(os.path.realpath(self.data)):
             raise ConfigError(
                 f"--output {self.folder} lies inside --data {self.data}: it would read its own text; name a folder outside"
             )
@@ -192,16 +193,22 @@ class SmallRun:
         return {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """What a run has written. Raises ConfigError for a file that is gone or damaged."""
+def read_object(path: Path, *needs: str, remedy: str = "remove it") -> dict[str, Any]:
+    """What a run has written. Raises ConfigError for a file that is gone or damaged, or lacks one of the names."""
     try:
-        return read_json(path)
+        found = read_json(path)
     except ConfigError:
-        raise ConfigError(f"{path} is gone or damaged; remove it and what lies beside it, and run again") from None
+        found = None
+    if found is None or not found.keys() >= set(needs):
+        raise ConfigError(f"{path} is gone or damaged; {remedy}, and run again")
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes the whole file or none."""
+    """Writes the whole file or none, also where the power fails."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)

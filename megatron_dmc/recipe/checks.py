@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_dmc.config import ConfigError, DMCConfig, check_ranges
+from megatron_dmc.errors import or_aim_below
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.layout import check_layout
 from megatron_dmc.recipe.sections import UNSEEN_PART, PhaseConfig, Recipe
@@ -153,7 +154,7 @@ def _check_window(dmc: DMCConfig, sequence_length: int) -> None:
         raise ConfigError(
             f"dmc.target_compression_ratio {dmc.target_compression_ratio:g} is out of reach: the first token and the "
             f"{dmc.local_window} of dmc.local_window are kept of every {sequence_length} (data.sequence_length); shorten the "
-            f"window, lengthen the sequence, or aim below {sequence_length / kept:.4g}"
+            f"window, lengthen the sequence{or_aim_below(sequence_length / kept)}"
         )
 
 

@@ -1,15 +1,15 @@
 """What a run tells its reader in words: what it is, where it starts, what it saved, and how it ended."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc import __version__
 from megatron_dmc.calibration import CalibrationResult
 from megatron_dmc.checkpoint.agreement import size_text
-from megatron_dmc.config import DMCConfig
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.training.progress import short_number
 from megatron_dmc.training.run_state import SavedCheckpoint
@@ -98,8 +98,7 @@ def _phases(recipe: Recipe) -> list[str]:
 
 
 def _repeats(recipe: Recipe) -> str:
-    only_calibrates = all(phase.kind == "calibrate" for phase in recipe.phases)
-    fraction = CALIBRATION_REPEATS if only_calibrates else recipe.repeat_fraction
+    fraction = CALIBRATION_REPEATS if _only_calibrates(recipe) else recipe.repeat_fraction
     if not fraction:
         return ""
     simple = Fraction(fraction).limit_denominator(12)
@@ -146,19 +145,34 @@ def few_samples(recipe: Recipe, valid_samples: int) -> str | None:
     return f"{there}: an evaluation reads {read}, each once, in place of {wanted} (monitor.eval_samples)"
 
 
-def without_effect(dmc: DMCConfig) -> str | None:
+def without_effect(recipe: Recipe) -> str | None:
     """A warning of settings that somebody has set and that mean nothing beside the others; None where all do."""
-    default = DMCConfig()
-    ignored = {
-        "omega_floor": (not dmc.merges, f"dmc.operation {dmc.operation}"),
-        "loss_coefficient": (dmc.ratio_control == "offset", "dmc.ratio_control offset"),
-    }
-    found = [
-        f"dmc.{name} with {beside}"
-        for name, (applies, beside) in ignored.items()
-        if applies and getattr(dmc, name) != getattr(default, name)
-    ]
+    found: list[str] = []
+
+    def add(section: str, settings: Any, names: Iterable[str], beside: str) -> None:
+        for field in fields(settings):
+            if field.name in names and getattr(settings, field.name) != field.default:
+                found.append(f"{section}.{field.name} with {beside}")
+
+    dmc = recipe.dmc
+    if not dmc.merges:
+        add("dmc", dmc, ["omega_floor"], f"dmc.operation {dmc.operation}")
+    if dmc.ratio_control == "offset":
+        add("dmc", dmc, ["loss_coefficient"], "dmc.ratio_control offset")
+    for number, phase in enumerate(recipe.phases):
+        if phase.kind == "calibrate":
+            others = {field.name for field in fields(phase)} - {"kind", "steps"}
+            add(f"phases[{number}]", phase, others, "kind calibrate")
+    if _only_calibrates(recipe):
+        nothing_learns = "phases of kind calibrate alone"
+        add("dmc", dmc, ["temperature"], nothing_learns)
+        add("distillation", recipe.distillation, ["weight"], nothing_learns)
+        add("data", recipe.data, ["repeat_fraction"], nothing_learns)
     return f"warning: without effect: {', '.join(found)}" if found else None
+
+
+def _only_calibrates(recipe: Recipe) -> bool:
+    return all(phase.kind == "calibrate" for phase in recipe.phases)
 
 
 def below_targets(names: Sequence[str]) -> str:
@@ -182,9 +196,11 @@ def recall_behind(recipe: Recipe, gap: float | None) -> str | None:
         gap: ``StepResult.recall_gap``.
     """
     limit = recipe.monitor.recall_limit
-    if gap is None or limit is None or gap <= limit:
+    # What is not finite is an error of its own.
+    if gap is None or limit is None or not limit < gap < math.inf:
         return None
-    repeats = ["a larger data.repeat_fraction"] if recipe.repeat_fraction < MOST_REPEATS else []
+    may_repeat = recipe.repeat_fraction < MOST_REPEATS and not _only_calibrates(recipe)
+    repeats = ["a larger data.repeat_fraction"] if may_repeat else []
     remedies = ", ".join(["more steps", *repeats, "a larger dmc.local_window"])
     return (
         f"warning: recall falls behind: {gap:.2f} nats per token above the base on repeated text (limit {limit:g}, "
@@ -197,8 +213,18 @@ def calibration(result: CalibrationResult) -> str:
     r2 = result.r2
     ratio = 1 / (1 - result.merge_fraction)
     return (
-        f"calibrated on {short_number(result.tokens)} tokens: predicts {float(r2.mean()):.2f} of the variance of later "
+        f"calibrated on {short_number(result.tokens)} tokens: predicts {float(r2.mean()):.2f} of the variance (R²) of later "
         f"attention on other text (layers {float(r2.min()):.2f} to {float(r2.max()):.2f}); compression ratio {ratio:.2f}"
+    )
+
+
+def useless_calibration(result: CalibrationResult) -> str | None:
+    """A warning where a constant would have predicted as well; None where all is well."""
+    if float(result.r2.mean()) > 0:
+        return None
+    return (
+        "warning: this calibration predicts nothing on other text, its decisions are no better than chance; try more steps, "
+        "or text like that which the model is for"
     )
 
 

@@ -96,6 +96,8 @@ class Report:
     def calibration(self, result: CalibrationResult, step: int) -> None:
         """What ``calibrate`` found, after the run's step ``step``."""
         self._progress.message(messages.calibration(result))
+        if (warning := messages.useless_calibration(result)) is not None:
+            self._progress.message(warning, important=True)
         if self._monitor is not None:
             self._monitor.log_calibration(step, result.r2.tolist())
 
@@ -149,7 +151,7 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
     lines = messages.banner(recipe, world, *count_parameters(model), vocabulary)
     if recipe.monitor.progress_bar:
         _print(f"{lines}\n{messages.started(store.started_from, step)}")
-    if recipe.merges and (warning := messages.without_effect(recipe.dmc)) is not None:
+    if recipe.merges and (warning := messages.without_effect(recipe)) is not None:
         _print(warning)
 
 

@@ -1,6 +1,7 @@
 """What a run saves and where it goes on: weights, optimizer, position and gate, by way of megatron-core's checkpoints."""
 
 import contextlib
+import logging
 import os
 import time
 from collections import deque
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_dmc.calibration import Calibrator
-from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, publish, read_latest
+from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, full_checkpoints, publish, read_latest
 from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
 from megatron_dmc.checkpoint.folder import is_checkpoint_name
@@ -33,12 +34,15 @@ from megatron_dmc.training.optimizer import gather_parameters
 from megatron_dmc.training.optimizer_state import OptimizerState
 from megatron_dmc.training.schedule import plan_step
 
+logger = logging.getLogger(__name__)
+
 
 def check_writable(folder: Path) -> None:
     """Raises ConfigError if checkpoints could not be written; called before anything is built, and makes nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"checkpoint.directory {folder} cannot be written ({existing} is no folder to write in)")
+        why = "may not be written to" if existing.is_dir() else "is no folder"
+        raise ConfigError(f"checkpoint.directory {folder} cannot be written: {existing} {why}; name another folder")
 
 
 def check_nothing_is_lost(recipe: Recipe) -> None:
@@ -183,7 +187,7 @@ class RunStore:
             CheckpointError, ConfigError: the checkpoint is damaged, or the recipe differs where it must not.
         """
         with on_all_ranks(f"cannot read {self.root / 'latest'}"):
-            latest = read_latest(self.root)
+            latest = self._latest() if dist.get_rank() == 0 else None
         # What rank 0 reads: another node may still see the file as it was before.
         latest = from_first_rank(latest)
         if latest is not None:
@@ -193,6 +197,31 @@ class RunStore:
             self.started_from = self.start.folder
             self.start.load_into(self.model, self.recipe)
         return 0, 0.0, None
+
+    def _latest(self) -> str | None:
+        """The name of the checkpoint to go on from, None at a run's start.
+
+        Raises:
+            CheckpointError: ``latest`` names one that is gone.
+        """
+        latest, full = read_latest(self.root), full_checkpoints(self.root)
+        if latest is None and full:
+            # A run that was killed before it could write the name, or a copy that lacks the file: no work is begun anew.
+            logger.warning(
+                "warning: %s is missing; resuming from %s, the newest full checkpoint", self.root / "latest", full[-1]
+            )
+            return full[-1]
+        if latest is not None and not os.path.lexists(self.root / latest):
+            raise CheckpointError(
+                f"{self.root / 'latest'} names {latest}, which is not there; {self._other_start(latest)}"
+            )
+        return latest
+
+    def _other_start(self, unfit: str) -> str:
+        """What to do where a checkpoint cannot be resumed from."""
+        if others := [name for name in full_checkpoints(self.root) if name != unfit]:
+            return f"write {others[-1]} into {self.root / 'latest'} to resume from there"
+        return "name a new checkpoint.directory to begin anew"
 
     def _has_trained(self, step: int) -> bool:
         """Whether the optimizer has a state after so many steps; ``calibrate`` takes none, and each phase begins with none."""
@@ -207,7 +236,10 @@ class RunStore:
         with on_all_ranks(f"cannot resume from {folder}"):
             if dist.get_rank() > 0:
                 must_be_seen(folder, "resumes from")
-        saved = SavedModel.open(folder)
+        try:
+            saved = SavedModel.open(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._other_start(folder.name)}") from error
         info = saved.info
         if info.kind != "full":
             raise CheckpointError(

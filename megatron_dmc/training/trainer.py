@@ -244,7 +244,8 @@ def _check_offset(recipe: Recipe, start: SavedModel | None) -> None:
 def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, int]:
     """The run's training and held-out samples, after all checks that need no model, and how many held-out ones differ."""
     tokenizer = load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
-    check_vocabulary(tokenizer, recipe.model.vocab_size)
+    remedy = f"set model.vocab_size to at least {tokenizer.vocab_size}, or name the model's tokenizer"
+    check_vocabulary(tokenizer, recipe.model.vocab_size, remedy)
     check_batch(recipe, parallel_state.get_data_parallel_world_size())
     check_reach(recipe)
     size = recipe.training.global_batch_size

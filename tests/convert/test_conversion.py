@@ -182,8 +182,20 @@ def test_a_failed_conversion_leaves_nothing(save_llama: Callable[..., Path], tmp
 
 
 def test_a_tokenizer_that_exceeds_the_vocabulary(save_llama: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="vocab_size is 100"):
+    with pytest.raises(ConfigError, match="tokens, its model 100; put the model's own tokenizer there, or resize"):
         import_hf(save_llama(vocab_size=100), tmp_path / "megatron")
+
+
+def test_weights_that_are_not_finite(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is not finite everywhere; .* fetch it again"
+    ):
+        import_hf(folder, tmp_path / "megatron")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_generation_config_is_found_before_the_training(

@@ -98,12 +98,30 @@ def test_tensors_that_are_not_the_models(llama: Path, tmp_path: Path) -> None:
     lacks = tmp_path / "lacks.gguf"
     write_gguf(llama, lacks, leave_out="model.layers.1.mlp.up_proj.weight")
     fails(
-        r"lacks\.gguf: its tensors are not those of its model, such as model\.layers\.1\.mlp",
+        r"its tensors are not those that its header describes: blk\.1\.ffn_up\.weight is absent, expected 48 x 32",
         import_gguf,
         lacks,
         tmp_path / "o",
     )
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"num_hidden_layers": 1}, r"blk\.1\.attn_k\.weight is 16 x 32, expected absent; fetch the file again"),
+        ({"num_hidden_layers": 3}, r"blk\.2\.attn_k\.weight is absent, expected 16 x 32"),
+        ({"num_key_value_heads": 1}, r"blk\.0\.attn_k\.weight is 16 x 32, expected 8 x 32"),
+        ({"intermediate_size": 95}, r"blk\.0\.ffn_down\.weight is 32 x 48, expected 32 x 95"),
+        ({"hidden_size": 60}, r"blk\.0\.attn_k\.weight is 16 x 32, expected 30 x 60"),
+        ({"num_attention_heads": 0}, r"holds no llama\.attention\.head_count; fetch it again"),
+    ],
+    ids=str,
+)
+def test_a_header_of_another_model(llama: Path, tmp_path: Path, says: dict[str, int], message: str) -> None:
+    """transformers' reader forgets layers that the header does not count."""
+    write_gguf(llama, tmp_path / "a.gguf", says=says)
+    fails(message, check_gguf, tmp_path / "a.gguf")
 
 
 def test_the_packages_that_read_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

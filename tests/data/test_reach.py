@@ -6,6 +6,7 @@ import torch
 
 from megatron_dmc.data import check_reach
 from megatron_dmc.data.reach import highest_ratio
+from megatron_dmc.errors import or_aim_below
 from megatron_dmc.model.compression_loss import takes_effect
 from megatron_dmc.recipe import recipe_from_dict
 from tests.support.texts import fails
@@ -31,3 +32,6 @@ def test_a_target_that_documents_cannot_reach_is_refused(tmp_path):
     values["data"]["reset_at_documents"] = True
     check_reach(recipe_from_dict(values | {"dmc": values["dmc"] | {"local_window": 0}}))
     fails("target_compression_ratio 3.6 is out of reach: .* aim well below", check_reach, recipe_from_dict(values))
+    assert or_aim_below(7.5294) == ", or aim below 7.529"
+    # There is no such ratio.
+    assert or_aim_below(1.0) == or_aim_below(0.99) == ""

@@ -125,19 +125,33 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
 
     def evaluate(*words: str) -> tuple[int, str]:
         status = main(["evaluate", "base", "--text", "text", *words])
-        return status, capfd.readouterr().err
+        printed, said = capfd.readouterr()
+        return status, said or printed
 
     status, said = evaluate("--output", "reports/base.json", "--amount", "smoke")
     assert status == 0, said
     report = read_report("reports/base.json")
     assert set(report) == {
-        *("model", "amount", "text", "heldout_tokens", "loss", "loss_by_quarter", "copying", "serving", "recall"),
+        *(
+            "model",
+            "amount",
+            "text",
+            "weights",
+            "heldout_tokens",
+            "loss",
+            "loss_by_quarter",
+            "copying",
+            "serving",
+            "recall",
+        ),
         *("machine", "seconds"),
     }
     assert [row["task"] for row in report["recall"]] == ["passkey", "number", "lookup", "copy"]
     status, said = evaluate("--output", "reports/again.json", "--base", "reports/base.json")
     assert status == 0, said
     again = json.loads(Path("reports/again.json").read_text())
+    assert re.search(r"loss \d\.\d+ nats per token, KL\(base \|\| model\) 0\.0000\n.*\nrecall 0 of 0 right", said)
+    assert re.search(r"256 tokens: cache (\S+) MB \(base \1 MB\), first token after", said)
     assert again["base"] == "base" and again["kl"] == 0 and again["loss"] == report["loss"]
     assert again["serving"][0]["plain_cache_bytes"] == again["serving"][0]["cache_bytes"]
     # The tiny model is random: it recalls nothing, so nothing is asked of what was made from it.
@@ -150,7 +164,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     save_random_llama(folder / "other", vocab_size=320, max_position_embeddings=512)
     train_tokenizer(TEXT, 300, folder / "other")
     with pytest.raises(ConfigError, match="other has 320 tokens, its base base 300"):
-        evaluate_exported("other", "text", base="reports/base.json", amount="smoke")
+        evaluate_exported("other", "text", base="reports/base.json")
 
 
 def test_what_a_base_recalls_is_asked_of_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +173,7 @@ def test_what_a_base_recalls_is_asked_of_the_others(folder: Path, monkeypatch: p
     for row in report["recall"][:2]:
         row |= {"correct": 2, "accuracy": 0.5, "counts": True}
     Path("able.json").write_text(json.dumps(report))
-    again = evaluate_exported("base", "text", base="able.json", amount="smoke")
+    again = evaluate_exported("base", "text", base="able.json")
     assert [row["samples"] for row in again["recall"]] == [4, 4, 0, 0]
     assert again["recall"][0] == {
         **{"task": "passkey", "tokens": 256, "samples": 4, "correct": 0, "accuracy": 0.0},
@@ -172,7 +186,7 @@ def test_what_it_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(folder)
 
     def evaluate(name: str, text: str = "text", base: str | None = None) -> None:
-        evaluate_exported(name, text, base=base, amount="smoke")
+        evaluate_exported(name, text, base=base, amount=None if base else "smoke")
 
     fails("nowhere does not exist", evaluate, "nowhere")
     fails("nothing", evaluate, "base", "nothing")
@@ -205,12 +219,46 @@ def test_a_base_of_another_text_or_place(folder: Path, tmp_path: Path, monkeypat
     )
     other, place = str(tmp_path / "other"), str(tmp_path / "base.json")
     with pytest.raises(ConfigError, match=r"base\.json was measured on other text than .*other; name the same text"):
-        evaluate_exported("base", other, base=place, amount="smoke")
+        evaluate_exported("base", other, base=place)
     (tmp_path / "moved.json").write_text(json.dumps(report | {"model": "elsewhere"}))
     with pytest.raises(
         ConfigError, match=r"moved\.json was measured on elsewhere, which is not there; run in the same"
     ):
-        evaluate_exported("base", "text", base=str(tmp_path / "moved.json"), amount="smoke")
+        evaluate_exported("base", "text", base=str(tmp_path / "moved.json"))
+
+
+def test_a_base_that_has_become_another_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    report = evaluate_exported("base", "text", base=None, amount="smoke")
+    shutil.copytree("base", "changed")
+    weights = load_file("changed/model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, "changed/model.safetensors", {"format": "pt"})
+    (tmp_path / "base.json").write_text(json.dumps(report | {"model": "changed"}))
+    with pytest.raises(
+        ConfigError, match=r"was measured on another model than changed holds now; measure the base again"
+    ):
+        evaluate_exported("base", "text", base=str(tmp_path / "base.json"))
+    fails("--amount brief has no effect with --base", evaluate_exported, "base", "text", base="x.json", amount="brief")
+
+
+def test_a_model_that_does_not_fit_its_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    save_random_llama(tmp_path / "small", vocab_size=299, max_position_embeddings=512)
+    shutil.copy("base/tokenizer.json", tmp_path / "small")
+    small = str(tmp_path / "small")
+    fails(
+        "has 300 tokens, its model 299; put the model's own",
+        evaluate_exported,
+        small,
+        "text",
+        base=None,
+        amount="smoke",
+    )
+    shutil.copytree("base", tmp_path / "resized")
+    config = json.loads((tmp_path / "resized" / "config.json").read_text())
+    (tmp_path / "resized" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    with pytest.raises(ConfigError, match=r"k_proj\.weight \(of another size than config.json says\)"):
+        load(tmp_path / "resized")
 
 
 def test_a_damaged_report_is_none(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

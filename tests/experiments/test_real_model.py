@@ -17,7 +17,8 @@ from megatron_dmc.experiments.places import real_model_recipes
 from megatron_dmc.experiments.real_model import page
 from megatron_dmc.experiments.real_model.retrofits import RETROFITS, Budget, scaled_steps
 from megatron_dmc.experiments.real_model.run import Options, RealModelRun
-from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, fetch, first_layers
+from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, check_cache, fetch, first_layers
+from megatron_dmc.experiments.real_model.summary import read_stages
 from megatron_dmc.recipe import load_recipe
 from tests.support.gguf_files import write_gguf
 from tests.support.llamas import SMOLLM2, TOKENS, save_random_llama
@@ -136,7 +137,7 @@ def test_a_damaged_file_of_a_run(content: str | None, tiny_model: Path, tmp_path
     (tmp_path / "run" / "data").mkdir(parents=True)
     if content is not None:
         (tmp_path / "run" / "data" / "done.json").write_text(content)
-        fails(r"data/done\.json is gone or damaged; remove it and what lies beside it, and run again", run.prepare_text)
+        fails(r"data/done\.json is gone or damaged; remove .*run, and run again", run.prepare_text)
     fails(r"data/text_train\.json is gone or damaged", run.text_counts)
 
 
@@ -214,12 +215,54 @@ def test_another_package_under_the_name(package: Package, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache" / "megatron-dmc").iterdir())
 
 
+def test_no_place_for_a_download(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = r"set XDG_CACHE_HOME to a folder that can be written to, or name a model's folder with --model FOLDER"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fails(
+        rf"no download can be kept in .*file/megatron-dmc \(Not a directory\); {remedy}",
+        fetch,
+        package,
+        tmp_path / "run",
+    )
+    monkeypatch.setitem(PACKAGES, "tiny", package)
+    # Before any text is read.
+    fails("no download can be kept in", RealModelRun(tmp_path / "run", Options("tiny", smoke=True)).run)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    fails(f"no home folder is known to keep a download in; {remedy}", check_cache, package)
+    assert not (tmp_path / "run").exists()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_damaged_notes_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    """Stages only tell what was done; the counts of the text are needed."""
+    stages = tmp_path / "stages.json"
+    for content in ("", "{}", "[3]", '[{"stage": "a"}]', "\udcff"):
+        stages.write_text(content, errors="surrogateescape")
+        assert read_stages(stages) == []
+    row = {"stage": "a", "command": "", "seconds": 1.0}
+    stages.write_text(json.dumps([row]))
+    assert read_stages(stages) == [row]
+    run = RealModelRun(tmp_path / "run", Options(str(tiny_model / "tiny"), smoke=True))
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    for content in ("", "{}"):
+        (tmp_path / "run" / "data" / "text_train.json").write_text(content)
+        fails(r"text_train\.json is gone or damaged; remove .*data/text_valid\.bin, and run again", run.text_counts)
+
+
 def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(model: object, output: str = "new", **options: object) -> None:
         RealModelRun(tmp_path / output, Options(str(model), **{"smoke": True, **options})).check()  # type: ignore[arg-type]
 
     check(tiny_model / "tiny")
     check(tiny_model / "tiny.gguf")
+    (tmp_path / "loop").symlink_to("loop")
+    fails("loop is neither smollm2 nor", check, tmp_path / "loop")
+    check(tiny_model / "tiny", data=str(tmp_path / "loop"))  # it does not raise; the text's reader says what it is
     fails("--model smollm3 is neither smollm2 nor a folder or .gguf file; name one of them", check, "smollm3")
     (tmp_path / "empty").mkdir()
     fails(
@@ -281,15 +324,17 @@ def test_text_that_is_surely_too_short_is_refused_before_the_model_is_read(tiny_
         (["--full"], "--full goes with --model"),
         (["--full", "--smoke", "--model", "smollm2"], "--full has no meaning with --smoke"),
         (["--model", "nowhere"], "--model nowhere is neither smollm2 nor a folder or .gguf file"),
+        (["--model", "loop"], "--model loop is neither smollm2 nor a folder or .gguf file"),
     ],
 )
 def test_flags_that_do_not_fit(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
     assert main(["quickstart", *words]) == 1
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 def test_the_package_is_the_one_that_was_tried() -> None:

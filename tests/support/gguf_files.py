@@ -33,21 +33,23 @@ def write_gguf(
     architecture: str = "llama",
     more: dict[str, numpy.ndarray] | None = None,
     leave_out: str = "",
+    says: dict[str, int] | None = None,
 ) -> None:
     """Writes config.json, model.safetensors and the byte-level BPE of tokenizer.json as one file of float32 tensors.
 
     Args:
         more: further tensors.
         leave_out: the name of one of the folder's tensors.
+        says: sizes that the header has in place of config.json's.
     """
     config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(file, architecture)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer, header = GGUFWriter(file, architecture), config | (says or {})
+    writer.add_context_length(header["max_position_embeddings"])
+    writer.add_embedding_length(header["hidden_size"])
+    writer.add_block_count(header["num_hidden_layers"])
+    writer.add_feed_forward_length(header["intermediate_size"])
+    writer.add_head_count(header["num_attention_heads"])
+    writer.add_head_count_kv(header["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])

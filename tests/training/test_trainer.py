@@ -1,5 +1,6 @@
 """Whole runs of the trainer at toy size: phases, resume, recomputation, saving, settings that are refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,31 @@ def test_a_lower_rate_may_resume_a_run_that_diverged(
     assert "training diverged; lower phases[0].lr" in capsys.readouterr().err
     (tmp_path / "checkpoints" / "latest").write_text("step_00000002\n")
     assert main(["retrofit", recipe, "phases.0.lr=1.0e-4"]) == 0
+
+
+def test_a_run_without_latest_goes_on_from_its_newest_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = str(write_recipe(tmp_path, recipe_values(data, tmp_path, RETROFIT)))
+    checkpoints = tmp_path / "checkpoints"
+    for _ in range(2):
+        assert main(["retrofit", recipe, "training.exit_after_steps=1"]) == 0
+    (checkpoints / "latest").unlink()
+    assert main(["retrofit", recipe, "training.exit_after_steps=1"]) == 0
+    assert f"{checkpoints}/latest is missing; resuming from step_00000002, the newest full checkpoint" in caplog.text
+    assert (checkpoints / "latest").read_text() == "step_00000003\n"
+    (checkpoints / "step_00000003" / "common.pt").unlink()
+    assert main(["retrofit", recipe]) == 1
+    assert f"common.pt is missing; write step_00000002 into {checkpoints}/latest to resume" in capsys.readouterr().err
+    shutil.rmtree(checkpoints / "step_00000003")
+    assert main(["retrofit", recipe]) == 1
+    assert (
+        f"{checkpoints}/latest names step_00000003, which is not there; write step_00000002" in capsys.readouterr().err
+    )
+    for path in checkpoints.glob("step_*"):
+        shutil.rmtree(path)
+    assert main(["retrofit", recipe]) == 1
+    assert "which is not there; name a new checkpoint.directory to begin anew" in capsys.readouterr().err
 
 
 def test_attention_without_sample_numbers_is_refused() -> None:

@@ -1,6 +1,7 @@
 """What a run tells its reader: what it is, where it starts, what it saved, and whether it reached its target."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from megatron_dmc.calibration import CalibrationResult
 from megatron_dmc.checkpoint import CheckpointInfo
 from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_dmc.recipe import Recipe, recipe_from_dict
+from megatron_dmc.recipe import PhaseConfig, Recipe, recipe_from_dict
 from megatron_dmc.training import messages
 from megatron_dmc.training.run_state import SavedCheckpoint
 from tests.support.toy import recipe_values, write_recipe, write_text
@@ -198,13 +201,47 @@ def test_a_ratio_that_is_held_may_not_go_beyond_its_target() -> None:
 
 
 def test_settings_without_effect_are_named() -> None:
-    assert messages.without_effect(DMCConfig(omega_floor=0.1, loss_coefficient=2.0)) is None
+    def said(dmc: DMCConfig) -> str | None:
+        return messages.without_effect(replace(recipe(), dmc=dmc))
+
+    assert said(DMCConfig(omega_floor=0.1, loss_coefficient=2.0)) is None
     absorbing = DMCConfig(local_window=4, operation="absorb", ratio_control="offset")
-    assert messages.without_effect(absorbing) is None
-    assert messages.without_effect(replace(absorbing, omega_floor=0.1, loss_coefficient=2.0)) == (
+    assert said(absorbing) is None
+    assert said(replace(absorbing, omega_floor=0.1, loss_coefficient=2.0)) == (
         "warning: without effect: dmc.omega_floor with dmc.operation absorb, dmc.loss_coefficient with dmc.ratio_control "
         "offset"
     )
+
+
+def test_where_nothing_is_trained_more_settings_are_without_effect() -> None:
+    phase = PhaseConfig(kind="calibrate", steps=5)
+    alone = replace(recipe(), phases=[phase], data=replace(recipe().data, repeat_fraction=None))
+    assert messages.without_effect(alone) is None
+    odd = replace(
+        alone,
+        phases=[replace(phase, lr=7.0, start_compression_ratio=3.0)],
+        dmc=replace(alone.dmc, temperature=3.0),
+        distillation=replace(alone.distillation, weight=1.0),
+        data=replace(alone.data, repeat_fraction=0.0),
+    )
+    nothing_learns = "with phases of kind calibrate alone"
+    assert messages.without_effect(odd) == (
+        "warning: without effect: phases[0].lr with kind calibrate, phases[0].start_compression_ratio with kind calibrate, "
+        f"dmc.temperature {nothing_learns}, distillation.weight {nothing_learns}, data.repeat_fraction {nothing_learns}"
+    )
+    # Before training they have one.
+    trained = replace(odd, phases=[phase, PhaseConfig(kind="solidify", steps=5, lr=7.0)])
+    assert messages.without_effect(trained) is None
+    gap = messages.recall_behind(alone, 0.5)
+    assert gap is not None and "repeat_fraction" not in gap
+    assert messages.recall_behind(alone, math.nan) is None
+
+
+def test_a_calibration_that_predicts_nothing() -> None:
+    found = CalibrationResult(1000, torch.tensor([0.3, -0.1]), 0.75)
+    assert messages.useless_calibration(found) is None
+    warning = messages.useless_calibration(replace(found, r2=torch.tensor([0.1, -0.3])))
+    assert warning is not None and "predicts nothing on other text" in warning
 
 
 def test_a_checkpoint_below_its_ratio_says_so() -> None:

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
-from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dmc.data.tokenizer import Tokenizer, check_own_vocabulary, load_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
 from megatron_dmc.evaluation.exported.model import load
 from megatron_dmc.evaluation.exported.recall import recalls
@@ -66,23 +67,29 @@ class Heldout:
         return [torch.from_numpy(self.ids[begin : begin + tokens].copy()) for begin in begins]
 
 
-def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) -> dict[str, Any]:
+def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str | None = None) -> dict[str, Any]:
     """All that ``megatron-dmc evaluate`` reports of one model, as plain values.
 
     Args:
         folder: a Hugging Face folder with its tokenizer.
         text: path prefix of a held-out dataset.
         base: the report of the base that the model was made from: the same samples are read. None: this is the base.
-        amount: a name of AMOUNTS; of a base only.
+        amount: a name of AMOUNTS; of a base only, what is compared with it reads as much. None: "default".
 
     Raises:
         ConfigError: no such model, text or report, or text that is too short.
     """
+    if base is not None and amount is not None:
+        raise ConfigError(
+            f"--amount {amount} has no effect with --base: as much is measured as of the base; leave it out"
+        )
     before = None if base is None else read_report(base)
     config, dmc = read_config(Path(folder))
-    settings = AMOUNTS[amount] if before is None else Amount.from_dict(before["amount"])
+    settings = AMOUNTS[amount or "default"] if before is None else Amount.from_dict(before["amount"])
     settings = _within(settings, config.max_position_embeddings)
-    heldout = Heldout.open(text, load_tokenizer(folder), settings.least_text)
+    tokenizer = load_tokenizer(folder)
+    check_own_vocabulary(tokenizer, config.vocab_size)
+    heldout = Heldout.open(text, tokenizer, settings.least_text)
     settings = _within_text(settings, len(heldout.ids))
     for task, tokens in settings.recall_parts:
         # What cannot be drawn is said before a model is read.
@@ -104,6 +111,10 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str) 
                 f"{folder} has {config.vocab_size} tokens, its base {before['model']} {base_config.vocab_size}; name the "
                 "report of the base that it was made from"
             )
+        if model_digest(Path(before["model"])) != before["weights"]:
+            raise ConfigError(
+                f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
+            )
         plain = load(before["model"])
     return _Evaluation(load(folder), dmc, plain, heldout, settings).report(folder, before)
 
@@ -118,7 +129,7 @@ def _within(amount: Amount, positions: int) -> Amount:
     if amount.window_tokens > positions or not all(kept.values()):
         raise ConfigError(
             f"the model has {positions} positions, the evaluation reads {amount.least_positions} tokens at once; evaluate a "
-            "model with more positions, or measure less (--amount smoke)"
+            "model with more positions, or measure less of its base, or of itself if it is one (--amount smoke)"
         )
     return _without(amount, kept, f"the model has {positions} positions")
 
@@ -163,7 +174,8 @@ class _Evaluation:
             row = text_loss(
                 self.model, self.plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance
             )
-            if not math.isfinite(row["loss"]):
+            # The base's own was finite when it was measured, and it is the same model.
+            if not math.isfinite(row["loss"]) or not math.isfinite(row.get("kl", 0)):
                 raise ConfigError(
                     f"{folder}: its loss is {row['loss']}; its weights are damaged, convert or fetch it again"
                 )
@@ -180,6 +192,7 @@ class _Evaluation:
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,
+            "weights": model_digest(Path(folder)),
             "heldout_tokens": len(self.heldout.ids),
             **row,
             "machine": machine(),

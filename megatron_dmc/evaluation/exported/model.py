@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.weights import Weights
 from megatron_dmc.hf.cache import CACHE_NAME
 
 
@@ -25,17 +26,22 @@ def load(folder: str | Path) -> Any:
     from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
 
     _, dmc = read_config(Path(folder))
+    # Missing, damaged or mixed files: better said here than by what transformers meets first.
+    Weights(Path(folder))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32  # a GPU's attention takes no other
         family: Any = LlamaForCausalLM if dmc is None else DMCLlamaForCausalLM
-        model, info = family.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, info = family.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     # transformers raises whatever it happens to meet.
     except Exception as error:
         raise ConfigError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     wrong = [f"{name} ({what[:-5]})" for what in ("missing_keys", "unexpected_keys") for name in sorted(info[what])]
+    wrong += [f"{name} (of another size than config.json says)" for name, *_ in info["mismatched_keys"]]
     if wrong:
         raise ConfigError(f"{folder}: its weights are not those of its model: {wrong[0]}; convert or fetch it again")
     return model.eval().to("cuda" if gpu else "cpu")

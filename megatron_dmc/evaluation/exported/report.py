@@ -31,7 +31,7 @@ def _is_base(report: dict[str, Any]) -> bool:
     lengths = tuple(each["tokens"] for each in report["copying"])
     return (
         not {"kl", "dmc"} & set(report)
-        and all(isinstance(report[name], str) and report[name] for name in ("model", "text"))
+        and all(isinstance(report[name], str) and report[name] for name in ("model", "text", "weights"))
         and (parts, lengths) == (amount.recall_parts, amount.copy_tokens)
         and all(_is_recall(row) for row in report["recall"])
     )

