@@ -59,14 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's section was followed, with a tiny Llama and few steps."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "examples").symlink_to(ROOT / "examples")
-    save_random_llama(folder / "Llama-2-7b-hf")
+    save_random_llama(folder / "Llama-2-7b-hf", max_position_embeddings=512)
     train_tokenizer(TEXT, 280, folder / "Llama-2-7b-hf")
     (folder / "text").mkdir()
     for number in range(60):
         (folder / "text" / f"{number}.txt").write_text(" ".join(TEXT))
     # Its text is small: the held-out part must hold a sample.
     typed = [
-        line.replace("--valid-fraction 0.001", "--valid-fraction 0.1")
+        line.replace("--valid-fraction 0.001", "--valid-fraction 0.1").replace(
+            "--output base", "--amount smoke --output base"
+        )
         for line in commands("README.md", "## A real model")
     ]
     (retrofit,) = [line for line in typed if line.startswith("torchrun")]

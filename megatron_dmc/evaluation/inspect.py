@@ -138,11 +138,11 @@ def print_checkpoints(rows: list[dict[str, Any]], folder: str | Path, console: C
     for row in damaged:
         console.print(f"{row['name']}: {row['damaged']}", highlight=False, markup=False, soft_wrap=True)
     if any(missed):
-        console.print(
-            "! saved below its target: cr_N is saved when the schedule's target passes N, not when the model's ratio "
-            "reaches it",
-            highlight=False,
+        kept = any(row["name"].startswith("cr_") for row in rows)
+        why = (
+            ": cr_N is saved when the schedule's target passes N, not when the model's ratio reaches it" if kept else ""
         )
+        console.print(f"! saved below its target{why}", highlight=False)
 
 
 def _is_below(ratio: float | None, target: float | None) -> bool:

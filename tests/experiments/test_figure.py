@@ -42,7 +42,7 @@ def test_a_curve_begins_where_its_run_began(summary: dict[str, Any]) -> None:
     """A frozen base stays above the control, which has been trained on; an adapter's curve begins there."""
     cost = draw(summary).axes[0]
     curves = {line.get_label(): line.get_xydata() for line in cost.lines}
-    assert set(curves) == {"recommended", "adapter, distilled", "paper's form"}
+    assert set(curves) == {"projection", "adapter, distilled", "paper's form"}
     for label, points in curves.items():
         assert points[0].tolist() == pytest.approx([1.0, 0.05 if label.startswith("adapter") else 0.0])
     assert curves["adapter, distilled"][1].tolist() == pytest.approx([2.2, 0.07])
@@ -70,7 +70,7 @@ def test_recall_is_shown_where_it_was_measured(summary: dict[str, Any]) -> None:
     with console.capture() as capture:
         show(summary, console)
     assert (
-        "recall (nats per token on the second copy of a text): base 0.50; control 1.50; recommended 4.50; adapter, distilled "
+        "recall (nats per token on the second copy of a text): base 0.50; control 1.50; projection 4.50; adapter, distilled "
         "7.50; paper's form 10.50"
     ) in " ".join(capture.get().split())
 

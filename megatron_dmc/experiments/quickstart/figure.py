@@ -51,7 +51,7 @@ def draw(summary: dict[str, Any]) -> Figure:
     heads.set_yticks(range(table.shape[0]))
     heads.set_xlabel("KV head")
     heads.set_ylabel("layer")
-    heads.set_title("ratio of every head (recommended)")
+    heads.set_title("ratio of every head (projection)")
     figure.colorbar(image, ax=heads)
     return figure
 

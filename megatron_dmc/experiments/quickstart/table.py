@@ -8,7 +8,7 @@ from rich.table import Table
 from megatron_dmc.experiments.small_run import CACHE_TOKENS
 
 # {run: what it is called in the table}
-RUNS = {"recipe": "recommended", "adapter": "adapter, distilled", "neuron": "paper's form"}
+RUNS = {"recipe": "projection", "adapter": "adapter, distilled", "neuron": "paper's form"}
 
 CAPTION = (
     "All rows read the same held-out samples. The log's numbers differ: its held-out lines read other held-out samples, its "

@@ -7,6 +7,7 @@ done again.
 import functools
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -370,5 +371,8 @@ def run_real_model(folder: Path, options: Options) -> None:
         write_whole(root / "examples" / "smollm2" / "results.json", text)
         figure.save(summary, root / "docs" / "figures" / "results.png")
         write_whole(root / "docs" / "results.md", page.page(summary))
-    meaning = "; at toy size the numbers mean nothing" if options.smoke else ""
-    print(f"results: {os.path.relpath(run.folder)} (hf-*, summary.json, figure.png, tensorboard){meaning}")
+    meaning = "; at toy size the numbers and the warnings mean nothing" if options.smoke else ""
+    results = os.path.relpath(run.folder)
+    print(f"results: {results} (hf-*, summary.json, figure.png, tensorboard){meaning}")
+    last = os.path.join(results, "checkpoints", run.retrofits[-1].name, "final")
+    print(f"next: megatron-dmc inspect {shlex.quote(last)}")
