@@ -204,8 +204,8 @@ class RunStore:
         Raises:
             CheckpointError: ``latest`` names one that is gone.
         """
-        latest, full = read_latest(self.root), full_checkpoints(self.root)
-        if latest is None and full:
+        latest = read_latest(self.root)
+        if latest is None and (full := full_checkpoints(self.root)):
             # A run that was killed before it could write the name, or a copy that lacks the file: no work is begun anew.
             logger.warning(
                 "warning: %s is missing; resuming from %s, the newest full checkpoint", self.root / "latest", full[-1]
