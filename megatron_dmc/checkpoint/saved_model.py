@@ -308,7 +308,9 @@ def _recipe(folder: Path, info: CheckpointInfo) -> Recipe:
         raise CheckpointError(
             f"{folder}/dmc.json holds a recipe that this version of megatron_dmc does not understand: {error}"
         ) from None
-    if info.step > recipe.total_steps or info.phase >= len(recipe.phases):
+    # Where only weights are saved, the step tells how long they were trained, and nothing goes on from there.
+    goes_on_beyond = info.kind == "full" and info.step > recipe.total_steps
+    if goes_on_beyond or info.phase >= len(recipe.phases):
         raise CheckpointError(
             f"{folder}/dmc.json is damaged: step {info.step} of {recipe.total_steps}, in phase {info.phase} of "
             f"{len(recipe.phases)} (counted from 0)"

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -106,12 +106,19 @@ def test_what_changed_after_it_was_checked_is_not_read(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-@pytest.mark.parametrize(("step", "phase"), [(999, 0), (0, 7)])
-def test_a_step_beyond_the_recipe(tmp_path: Path, step: int, phase: int) -> None:
-    info = CheckpointInfo("weights", placeholder_recipe(SIZES, None).to_dict(), step, 0, phase)
+@pytest.mark.parametrize(("kind", "step", "phase"), [("full", 999, 0), ("full", 0, 7), ("weights", 0, 7)])
+def test_a_step_beyond_the_recipe(tmp_path: Path, kind: Literal["full", "weights"], step: int, phase: int) -> None:
+    info = CheckpointInfo(kind, placeholder_recipe(SIZES, None).to_dict(), step, 0, phase)
     folder = save_checkpoint(tmp_path, "base", model_state([empty_model(SIZES, None, torch.float32)]), info)
     with pytest.raises(CheckpointError, match=rf"base/dmc\.json is damaged: step {step} of 1, in phase {phase} of 1"):
         SavedModel.open(folder)
+
+
+def test_weights_may_have_been_trained_for_longer(tmp_path: Path) -> None:
+    """Of a run whose recipe is not known; conversions write such."""
+    info = CheckpointInfo("weights", placeholder_recipe(SIZES, None).to_dict(), 7, 0, 0)
+    folder = save_checkpoint(tmp_path, "base", model_state([empty_model(SIZES, None, torch.float32)]), info)
+    assert SavedModel.open(folder).info.step == 7
 
 
 def test_a_recipe_that_is_not_understood(tmp_path: Path) -> None:
