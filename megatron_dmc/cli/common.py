@@ -55,6 +55,12 @@ def output_folder(text: str) -> Path:
     return folder
 
 
+def model_name(model: str) -> str:
+    """What a run on the model ``--model`` names is called by default, whatever way its path is written."""
+    # realpath, not Path.resolve: that raises for a link which leads to itself.
+    return Path(os.path.realpath(model)).stem or "model"
+
+
 def check_checkpoint(name: str, *, or_several: bool = False) -> None:
     """Raises ConfigError for a path that is no checkpoint's, with what it is; before torch is imported.
 

@@ -1,10 +1,9 @@
 """``megatron-dmc quickstart``."""
 
 import argparse
-import os
 from pathlib import Path
 
-from megatron_dmc.cli.common import output_folder, path
+from megatron_dmc.cli.common import model_name, output_folder, path
 from megatron_dmc.config import MOST, ConfigError
 
 HELP = "the whole job on a small model, or with --model on a real one"
@@ -72,7 +71,7 @@ def _run_real_model(options: argparse.Namespace) -> None:
     for flag in ("tokens", "full"):
         if options.smoke and getattr(options, flag):
             raise ConfigError(f"--{flag} has no meaning with --smoke; leave one of them out")
-    name = Path(os.path.realpath(options.model)).stem or "model"
+    name = model_name(options.model)
     folder = options.output or Path("runs", f"{name}-smoke" if options.smoke else name)
     run_real_model(
         folder, Options(options.model, options.data, tokens=options.tokens, smoke=options.smoke, full=options.full)

@@ -1,10 +1,9 @@
 """``megatron-dmc recipes``."""
 
 import argparse
-import os
 from pathlib import Path
 
-from megatron_dmc.cli.common import output_folder, path
+from megatron_dmc.cli.common import model_name, output_folder, path
 from megatron_dmc.config import ConfigError
 
 HELP = "ways to the same ratio side by side, on a small model or on a real one"
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     cores; what is done is not done again. In a source checkout it writes examples/recipes/results.json and the tables of
     docs/small_model.md; elsewhere the table is printed. With --model it retrofits a pretrained model instead, by the recipes
     of examples/smollm2 with other operations and windows: about eight hours for three seeds of smollm2 on two cores."""
-    name = "recipes" if options.model is None else f"recipes-{Path(os.path.realpath(options.model)).stem or 'model'}"
+    name = "recipes" if options.model is None else f"recipes-{model_name(options.model)}"
     folder = options.output or Path("runs", f"{name}-smoke" if options.smoke else name)
     if options.model is not None:
         from megatron_dmc.experiments.recipes.real_model import compare_on_real_model
