@@ -41,7 +41,7 @@ def load(folder: str | Path) -> Any:
     except Exception as error:
         raise ConfigError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     wrong = [f"{name} ({what[:-5]})" for what in ("missing_keys", "unexpected_keys") for name in sorted(info[what])]
-    wrong += [f"{name} (of another size than config.json says)" for name, *_ in info["mismatched_keys"]]
+    wrong += [f"{name} (of another size than config.json says)" for name, *_ in sorted(info["mismatched_keys"])]
     if wrong:
         raise ConfigError(f"{folder}: its weights are not those of its model: {wrong[0]}; convert or fetch it again")
     return model.eval().to("cuda" if gpu else "cpu")
