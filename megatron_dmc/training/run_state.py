@@ -25,7 +25,7 @@ from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import adapter_may_lack, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
-from megatron_dmc.files import Claim, checkpoint_around
+from megatron_dmc.files import Claim, checkpoint_around, why_nothing_new
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
@@ -37,16 +37,8 @@ from megatron_dmc.training.schedule import plan_step
 logger = logging.getLogger(__name__)
 
 
-def check_writable(folder: Path) -> None:
-    """Raises ConfigError if checkpoints could not be written; called before anything is built, and makes nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "may not be written to" if existing.is_dir() else "is no folder"
-        raise ConfigError(f"checkpoint.directory {folder} cannot be written: {existing} {why}; name another folder")
-
-
-def check_nothing_is_lost(recipe: Recipe) -> None:
-    """Raises ConfigError where the run's checkpoints would replace what is not theirs; called before anything is built."""
+def check_outputs(recipe: Recipe) -> None:
+    """Raises ConfigError where a run could not write, or would replace what is not its own; before anything is built."""
     root = Path(recipe.checkpoint.directory)
     mine = Path(os.path.realpath(root))
     for setting, folder in (
@@ -62,15 +54,16 @@ def check_nothing_is_lost(recipe: Recipe) -> None:
             )
     for setting, written in (
         ("checkpoint.directory", recipe.checkpoint.directory),
-        ("data.cache", recipe.data.cache),
         ("monitor.tensorboard", recipe.monitor.tensorboard),
     ):
-        around = None if written is None else checkpoint_around(Path(written) / "any")
-        if around is not None:
-            raise ConfigError(
-                f"{setting} {written} lies in {around}, a checkpoint, which nothing else may be written into; name another "
-                "folder"
-            )
+        if written is not None and (problem := why_nothing_new(Path(written) / "any")) is not None:
+            raise ConfigError(f"{setting} {written} cannot be written: {problem}; name another folder")
+    # One that holds all that is needed may be read-only.
+    cache = recipe.data.cache
+    if cache is not None and (around := checkpoint_around(Path(cache) / "any")) is not None:
+        raise ConfigError(
+            f"data.cache {cache}: {around} is a checkpoint, which nothing else may be written into; name another folder"
+        )
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         is_empty = path.is_dir() and not any(path.iterdir())
         if is_checkpoint_name(path.name) and not is_empty and not (path / "dmc.json").exists():

@@ -3,7 +3,6 @@
 import math
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
@@ -20,7 +19,7 @@ from megatron_dmc.training.build import check_machine
 from megatron_dmc.training.monitor import StepRecord
 from megatron_dmc.training.optimizer import phase_scheduler, restart_optimizer
 from megatron_dmc.training.report import Report, show_few_samples, show_finished, show_start, step_record
-from megatron_dmc.training.run_state import RunStore, check_nothing_is_lost, check_writable
+from megatron_dmc.training.run_state import RunStore, check_outputs
 from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step, repeat_fraction
 from megatron_dmc.training.signals import StopRequest
 from megatron_dmc.training.step import StepResult, StepRunner
@@ -44,8 +43,7 @@ class Trainer(StepRunner):
         self.stop_request = stop_request or StopRequest()
         self.stopped = False
         check_machine(recipe)
-        check_writable(Path(recipe.checkpoint.directory))
-        check_nothing_is_lost(recipe)
+        check_outputs(recipe)
         start, teacher = _open_checkpoints(recipe)
         train_data, valid_data, self._valid_samples = _checked_data(recipe)
         seed_weights(recipe.training.seed)

@@ -1,4 +1,4 @@
-"""A run replaces its own checkpoints, and nothing else."""
+"""A run replaces its own checkpoints and nothing else, and can write where it is to write."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ import pytest
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe import load_recipe
-from megatron_dmc.training.run_state import check_nothing_is_lost
+from megatron_dmc.training.run_state import check_outputs
 from tests.support.settings import EVERYTHING
 
 
 def check(folder: Path, directory: str, *overrides: str) -> None:
     (folder / "recipe.yaml").write_text(EVERYTHING)
     recipe = load_recipe(folder / "recipe.yaml", [f"checkpoint.directory={directory}", *overrides])
-    check_nothing_is_lost(recipe)
+    check_outputs(recipe)
 
 
 @pytest.mark.parametrize("name", ["final", "cr_2", "step_00000002"])
@@ -64,10 +64,19 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, setting: str, plac
     checkpoint = tmp_path / "other" / "final"
     checkpoint.mkdir(parents=True)
     (checkpoint / "dmc.json").touch()
-    with pytest.raises(ConfigError, match=f"{setting} {checkpoint / place} lies in {checkpoint}, a checkpoint"):
+    with pytest.raises(ConfigError, match=f"{setting} {checkpoint / place}.*: {checkpoint} is a checkpoint, which"):
         check(tmp_path, str(tmp_path / "run"), f"{setting}={checkpoint / place}")
 
 
-def test_links_in_a_circle_are_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["checkpoint.directory", "monitor.tensorboard"])
+def test_what_cannot_be_written_is_refused(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    check(tmp_path, str(tmp_path / "loop" / "x"))
+    for place, problem in (
+        ("file", "file is a file, not a folder"),
+        ("file/below", "file is a file, not a folder"),
+        ("loop/x", "loop is a link to loop, which does not exist"),
+    ):
+        folder = tmp_path / place
+        with pytest.raises(ConfigError, match=f"{setting} {folder} cannot be written: .*{problem}.*; name another"):
+            check(tmp_path, str(tmp_path / "run"), f"{setting}={folder}")
