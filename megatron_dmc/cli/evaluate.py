@@ -34,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures a model as transformers serves it, in float32 on the CPU or in bfloat16 on a GPU: its loss on held-out text,
-    how well it copies, whether it finds what stands in texts of up to thousands of tokens, the bytes of its cache, and its
-    speed. First the base, then what was made from it, with --base. In the tasks no token is generated: an answer counts where
-    each of its tokens is the likeliest, as in greedy generation."""
+    """Measures a model as transformers serves it: its loss on held-out text, how well it copies, whether it finds what stands
+    in texts of up to thousands of tokens, the bytes of its cache, and its speed. First the base, then what was made from it,
+    with --base. In the tasks no token is generated: an answer counts where each of its tokens is the likeliest, as in greedy
+    generation. The model is served in bfloat16 on a GPU and on a CPU that has instructions for it, else in float32; losses
+    on a CPU are always taken in float32."""
     output = Path(options.output)
     if os.path.lexists(output):
         raise ConfigError(f"--output {output} exists; name a new file, or remove it")

@@ -1,6 +1,6 @@
 """KL divergence between the next-token distributions of a teacher and a student, on vocabulary-parallel logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -61,11 +61,7 @@ class _KLDivergence(torch.autograd.Function):
         of_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
         gradient, divergences = torch.empty_like(student_logits), []
-        size = CPU_CHUNK_BYTES if student_logits.device.type == "cpu" else CHUNK_BYTES
-        tokens = max(1, size // (4 * student_logits.shape[-1]))
-        for student, teacher, into in zip(
-            *(x.split(tokens) for x in (student_logits, teacher_logits, gradient)), strict=True
-        ):
+        for student, teacher, into in _chunks(student_logits, teacher_logits, gradient):
             divergence, slope = of_tokens(student, teacher)
             divergences.append(divergence)
             into.copy_(slope)
@@ -75,7 +71,17 @@ class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][..., None].to(gradient.dtype), None, None
+        scaled = torch.empty_like(gradient)
+        for slope, grad, into in _chunks(gradient, grads[0][:, None], scaled):
+            torch.mul(slope.to(grad.dtype), grad, out=into)
+        return scaled, None, None
+
+
+def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some tokens at a time of tensors [tokens, ...]."""
+    size = CPU_CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES
+    tokens = max(1, size // (4 * logits.shape[-1]))
+    return zip(*(x.split(tokens) for x in (logits, *others)), strict=True)
 
 
 def _divergence(

@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_dmc.checkpoint import SavedModel
@@ -103,7 +103,7 @@ class DistillationStep:
             top_k=settings.top_k,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        # Last: it overwrites float32 logits. With a weight of 1 it is only reported.
+        # Last: it overwrites float32 logits (of others it makes a copy). With a weight of 1 it is only reported.
         with torch.set_grad_enabled(settings.weight < 1):
             losses = vocab_parallel_cross_entropy(out, batch["labels"].transpose(0, 1).contiguous())
         mask = batch["loss_mask"].transpose(0, 1)
@@ -135,7 +135,9 @@ def _packed(batch: Batch) -> PackedDocuments | None:
 def _run(model: torch.nn.Module, batch: Batch, packed: PackedDocuments | None, received: Tensor | None) -> Tensor:
     """Hidden states [seq, batch, hidden], or on the last stage logits [batch, seq, vocabulary / tensor-parallel ranks]."""
     get_attr_wrapped_model(model, "set_input_tensor")(received)
-    return model(batch["tokens"], batch["position_ids"], batch["sample_index"], packed_seq_params=packed)
+    # The losses widen a few tokens' logits at a time; all of them in float32 would be a step's largest tensors.
+    narrow = {"fp32_output": False} if get_model_config(model).bf16 else {}
+    return model(batch["tokens"], batch["position_ids"], batch["sample_index"], packed_seq_params=packed, **narrow)
 
 
 def _language_model_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -15,6 +15,8 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dmc.evaluation.exported import evaluate
+from megatron_dmc.evaluation.exported import model as model_module
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
 from megatron_dmc.evaluation.exported.evaluate import evaluate_exported, recall_over_base
 from megatron_dmc.evaluation.exported.model import cache_bytes, load
@@ -144,7 +146,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
             "serving",
             "recall",
         ),
-        *("machine", "seconds"),
+        *("machine", "seconds", "serving_dtype"),
     }
     assert [row["task"] for row in report["recall"]] == ["passkey", "number", "lookup", "copy"]
     status, said = evaluate("--output", "reports/again.json", "--base", "reports/base.json")
@@ -324,3 +326,33 @@ def test_recall_over_the_bases() -> None:
         {"counts": False},
     ]
     assert recall_over_base({"recall": rows}) == 0.75
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_is_served_in_bfloat16(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """Cache, speed and recall, where the machine is fast in it; on a CPU the losses are float32's on every machine."""
+    monkeypatch.chdir(folder)
+    used: dict[str, Any] = {}
+
+    def seen(name: str) -> None:
+        function = getattr(evaluate, name)
+
+        def wrapped(*arguments: Any) -> Any:
+            used[name] = arguments[0].dtype
+            return function(*arguments)
+
+        monkeypatch.setattr(evaluate, name, wrapped)
+
+    for name in ("text_loss", "copying_loss", "serving", "recalls"):
+        seen(name)
+    monkeypatch.setattr(model_module, "bf16_is_fast", lambda: fast)
+    report = evaluate_exported("base", "text", base=None, amount="smoke")
+    served = torch.bfloat16 if fast else torch.float32
+    assert used == {"text_loss": torch.float32, "copying_loss": torch.float32, "serving": served, "recalls": served}
+    assert report["serving_dtype"] == str(served).removeprefix("torch.")
+
+    (tmp_path / "base.json").write_text(json.dumps(report))
+    monkeypatch.setattr(model_module, "bf16_is_fast", lambda: not fast)
+    line = "base.json was measured in {}, this machine serves in {}; measure the base again"
+    words = ("bfloat16", "float32") if fast else ("float32", "bfloat16")
+    fails(line.format(*words), evaluate_exported, "base", "text", base=str(tmp_path / "base.json"))

@@ -21,7 +21,7 @@ from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
 from megatron_dmc.data.tokenizer import Tokenizer, check_own_vocabulary, load_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
-from megatron_dmc.evaluation.exported.model import load
+from megatron_dmc.evaluation.exported.model import load, loss_dtype, serving_dtype
 from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.exported.report import read_report
 from megatron_dmc.evaluation.exported.serving import serving
@@ -94,7 +94,6 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
     for task, tokens in settings.recall_parts:
         # What cannot be drawn is said before a model is read.
         draw(task, heldout.tokenizer, heldout.ids, tokens, 0)
-    plain = None
     if before is not None:
         if before["text"] != heldout.digest:
             raise ConfigError(
@@ -115,8 +114,16 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
             raise ConfigError(
                 f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
             )
-        plain = load(before["model"])
-    return _Evaluation(load(folder), dmc, plain, heldout, settings).report(folder, before)
+        if before["serving_dtype"] != _name(serving_dtype()):
+            raise ConfigError(
+                f"--base {base} was measured in {before['serving_dtype']}, this machine serves in {_name(serving_dtype())}; "
+                "measure the base again"
+            )
+    return _Evaluation(folder, dmc, before, heldout, settings).report()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _within(amount: Amount, positions: int) -> Amount:
@@ -149,16 +156,16 @@ def _without(amount: Amount, kept: dict[str, Any], why: str) -> Amount:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """dmc: what the model adds to a plain Llama. plain: the base; None: the model is it."""
+    """dmc: what the model adds to a plain Llama. before: the report of its base; None: the model is a base."""
 
-    model: Any
+    folder: str
     dmc: DMCConfig | None
-    plain: Any
+    before: dict[str, Any] | None
     heldout: Heldout
     amount: Amount
 
-    def report(self, folder: str, before: dict[str, Any] | None) -> dict[str, Any]:
-        amount, began = self.amount, time.perf_counter()
+    def report(self) -> dict[str, Any]:
+        amount, before, began = self.amount, self.before, time.perf_counter()
         columns = (
             TextColumn("{task.description:14}"),
             BarColumn(),
@@ -166,73 +173,81 @@ class _Evaluation:
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         with Progress(*columns) as progress:
-            bar = progress.add_task("loss", total=self._work(before))
+            bar = progress.add_task("loss", total=self._work())
 
             def advance(tokens: int) -> None:
                 progress.advance(bar, tokens)
 
-            row = text_loss(
-                self.model, self.plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance
-            )
-            # The base's own was finite when it was measured, and it is the same model.
-            if not math.isfinite(row["loss"]) or not math.isfinite(row.get("kl", 0)):
-                raise ConfigError(
-                    f"{folder}: its loss is {row['loss']}; its weights are damaged, convert or fetch it again"
-                )
-            row["copying"] = [self._copying(tokens, advance) for tokens in amount.copy_tokens]
+            model, plain = self._load(loss_dtype())
+            row = self._losses(model, plain, advance)
             progress.update(bar, description="cache, speed")
-            row["serving"] = [self._serving(tokens, advance) for tokens in amount.serving_tokens]
+            if serving_dtype() != loss_dtype():
+                del model, plain
+                model, plain = self._load(serving_dtype())
+            row["serving"] = [self._serving(model, plain, tokens, advance) for tokens in amount.serving_tokens]
+            del plain
             row["recall"] = []
             for task, tokens in amount.recall_parts:
                 progress.update(bar, description=f"{task}, {tokens}")
-                row["recall"].append(self._recall(task, tokens, before, advance))
+                row["recall"].append(self._recall(model, task, tokens, advance))
         return {
-            "model": folder,
+            "model": self.folder,
             **({} if before is None else {"base": before["model"]}),
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,
-            "weights": model_digest(Path(folder)),
+            "weights": model_digest(Path(self.folder)),
+            "serving_dtype": _name(serving_dtype()),
             "heldout_tokens": len(self.heldout.ids),
             **row,
             "machine": machine(),
             "seconds": time.perf_counter() - began,
         }
 
-    def _work(self, before: dict[str, Any] | None) -> int:
+    def _load(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """The model, and its base."""
+        return load(self.folder, dtype), None if self.before is None else load(self.before["model"], dtype)
+
+    def _work(self) -> int:
         """Tokens that are read, roughly, as the bar's length."""
-        amount, models = self.amount, 1 if self.plain is None else 2
-        recall = sum(tokens for task, tokens in amount.recall_parts if not _skipped(task, tokens, before))
+        amount, models = self.amount, 1 if self.before is None else 2
+        recall = sum(tokens for task, tokens in amount.recall_parts if not _skipped(task, tokens, self.before))
         served = sum(tokens + _DECODING * amount.new_tokens for tokens in amount.serving_tokens)
         losses = amount.window_tokens * models * amount.windows + amount.copies * sum(amount.copy_tokens)
         return losses + models * served + amount.samples * recall
 
-    def _copying(self, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
-        halves = self.heldout.windows(self.amount.copies, tokens // 2)
-        return {"tokens": tokens, "loss": copying_loss(self.model, halves, advance)}
+    def _losses(self, model: Any, plain: Any, advance: Callable[[int], None]) -> dict[str, Any]:
+        amount = self.amount
+        row = text_loss(model, plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance)
+        # The base's own was finite when it was measured, and it is the same model.
+        if not math.isfinite(row["loss"]) or not math.isfinite(row.get("kl", 0)):
+            raise ConfigError(
+                f"{self.folder}: its loss is {row['loss']}; its weights are damaged, convert or fetch it again"
+            )
+        row["copying"] = []
+        for tokens in amount.copy_tokens:
+            halves = self.heldout.windows(amount.copies, tokens // 2)
+            row["copying"].append({"tokens": tokens, "loss": copying_loss(model, halves, advance)})
+        return row
 
-    def _serving(self, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
+    def _serving(self, model: Any, plain: Any, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
         (text,) = self.heldout.windows(1, tokens)
         row: dict[str, Any] = {"tokens": tokens}
-        for prefix, model in (("", self.model), ("plain_", self.plain)):
-            if model is not None:
-                row |= {
-                    f"{prefix}{name}": value for name, value in serving(model, text, self.amount.new_tokens).items()
-                }
+        for prefix, each in (("", model), ("plain_", plain)):
+            if each is not None:
+                row |= {f"{prefix}{name}": value for name, value in serving(each, text, self.amount.new_tokens).items()}
                 advance(tokens + _DECODING * self.amount.new_tokens)
         return row
 
-    def _recall(
-        self, task: str, tokens: int, before: dict[str, Any] | None, advance: Callable[[int], None]
-    ) -> dict[str, Any]:
+    def _recall(self, model: Any, task: str, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
         row: dict[str, Any] = {"task": task, "tokens": tokens}
-        base = None if before is None else _of_base(task, tokens, before)
-        if base is not None and _skipped(task, tokens, before):
+        base = None if self.before is None else _of_base(task, tokens, self.before)
+        if base is not None and _skipped(task, tokens, self.before):
             return row | {"samples": 0, "correct": 0, "accuracy": None, "counts": False}
         correct = samples = 0
         for index in range(self.amount.samples):
             sample = draw(task, self.heldout.tokenizer, self.heldout.ids, tokens, index)
-            correct += recalls(self.model, sample)
+            correct += recalls(model, sample)
             samples += 1
             advance(tokens)
             if base is None and samples == PROBE and correct == 0:

@@ -31,7 +31,9 @@ def _is_base(report: dict[str, Any]) -> bool:
     lengths = tuple(each["tokens"] for each in report["copying"])
     return (
         not {"kl", "dmc"} & set(report)
-        and all(isinstance(report[name], str) and report[name] for name in ("model", "text", "weights"))
+        and all(
+            isinstance(report[name], str) and report[name] for name in ("model", "text", "weights", "serving_dtype")
+        )
         and (parts, lengths) == (amount.recall_parts, amount.copy_tokens)
         and all(_is_recall(row) for row in report["recall"])
     )

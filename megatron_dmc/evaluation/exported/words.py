@@ -17,7 +17,8 @@ def told(report: dict[str, Any]) -> str:
         recall = f"{_right(counted)} right answers, tasks that it cannot do left out"
     elif (over := recall_over_base(report)) is not None:
         recall += f", {over:.0%} of the base's accuracy"
-    return "\n".join([loss, f"copying {copying}", f"recall {recall}", *map(_serving, report["serving"])])
+    served = f"recall, cache and speed in {report['serving_dtype']}"
+    return "\n".join([loss, f"copying {copying}", f"recall {recall}", *map(_serving, report["serving"]), served])
 
 
 def _right(rows: list[dict[str, Any]]) -> str:

@@ -22,7 +22,8 @@ library: {train_tokens:,} tokens to train on, {heldout_tokens:,} held out. Each 
 {calibrated_tokens:,} tokens, and the trained ones then trained on {trained_tokens:,}, in samples of {sequence_length}.
 
 Machine: {gpu}{cores} cores ({architecture}), {threads} threads, torch {torch}, transformers {transformers},
-Python {python}. All stages took {minutes:.0f} minutes. One run, one seed.
+Python {python}. All stages took {minutes:.0f} minutes. One run, one seed. Recall, cache and speed are those of a model
+served in {serving_dtype}.
 
 ![Costs, recall and ratios](figures/results.png)
 
@@ -70,6 +71,7 @@ def page(summary: dict[str, Any]) -> str:
         **{name: summary["base"]["amount"][name] for name in ("windows", "window_tokens", "copies", "new_tokens")},
         gpu="".join(f"{name}, " for name in [summary["machine"].get("gpu")] if name),
         copy_tokens=" and of ".join(map(str, summary["base"]["amount"]["copy_tokens"])),
+        serving_dtype=summary["base"]["serving_dtype"],
         minutes=sum(stage["seconds"] for stage in summary["stages"]) / 60,
         losses=markdown_table(LOSS_COLUMNS, loss_rows(summary)),
         recall=markdown_table(recall_columns(summary), recall_rows(summary)),

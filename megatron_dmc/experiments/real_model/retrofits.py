@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 SMOKE_SETTINGS = [
@@ -132,13 +131,6 @@ class _Read(NamedTuple):
     least_steps: list[int]
     sequence_length: int
     step_tokens: int
-
-
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies in bfloat16 faster than in float32: a GPU, or a CPU with instructions for it."""
-    # Not public, and not in every version of torch.
-    has = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
-    return torch.cuda.is_available() or any(each() for each in has)
 
 
 def scaled_steps(steps: Sequence[int], total: int, least: Sequence[int]) -> list[int]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documentation, standard_library_documents
 from megatron_dmc.evaluation.exported.amount import AMOUNTS
+from megatron_dmc.evaluation.exported.model import bf16_is_fast
 from megatron_dmc.experiments.places import checkout, real_model_recipes
 from megatron_dmc.experiments.real_model import figure, page
 from megatron_dmc.experiments.real_model.retrofits import (
@@ -29,7 +30,6 @@ from megatron_dmc.experiments.real_model.retrofits import (
     SMOKE_TOKENS,
     Budget,
     Retrofit,
-    bf16_is_fast,
 )
 from megatron_dmc.experiments.real_model.source import Source, check_cache, fetch, first_layers
 from megatron_dmc.experiments.real_model.summary import read_stages, show, summarize

@@ -21,7 +21,7 @@ _MODEL = (
 )
 
 # Of a report of ``megatron-dmc evaluate``, what a summary reads.
-REPORT = ("amount", "loss", "copying", "serving", "recall", "machine")
+REPORT = ("amount", "serving_dtype", "loss", "copying", "serving", "recall", "machine")
 
 
 def summarize(

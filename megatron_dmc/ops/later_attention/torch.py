@@ -20,21 +20,21 @@ def later_attention(queries: Tokens, keys: Tokens, local_window: int, softmax_sc
     largest = key.new_full((batch, kv_heads, heads // kv_heads, seq), float("-inf"))
     rows = max(MOST_SCORES[key.device.type] // (batch * heads * seq), 1)
     parts = [slice(begin, begin + rows) for begin in range(0, count, rows)]
-    # Keys rise: none after a part's last query is seen. All at once: the host waits for a GPU here.
-    last = torch.stack([queries.positions[part].max() for part in parts])
-    ends = torch.searchsorted(keys.positions, last, right=True).tolist()
-    for part, end in zip(parts, ends, strict=True):
+    # Keys rise: all before its window are seen by each query of a part, none after the part's last query is. The host waits
+    # for a GPU here, once.
+    first, last = torch.stack([torch.stack(queries.positions[part].aminmax()) for part in parts]).unbind(-1)
+    bounds = torch.searchsorted(keys.positions, torch.stack([first - local_window, last]), right=True).tolist()
+    for part, near, end in zip(parts, *bounds, strict=True):
         block = queries.vectors[:, part].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).to(wide)
         scores = matrix_product(block.flatten(2, 3) * softmax_scale, key[..., :end])
         scores = scores.unflatten(2, (-1, block.shape[3]))  # [batch, kv_heads, group, rows, end]
-        age = queries.positions[part, None] - keys.positions[:end]
-        hidden = (age < 0)[None]
         if queries.documents is not None and keys.documents is not None:
             others = queries.documents[:, part, None] != keys.documents[:, None, :end]
-            hidden = hidden | others
-        scores.masked_fill_(hidden[:, None, None], float("-inf"))
+            scores.masked_fill_(others[:, None, None], float("-inf"))
+        age = queries.positions[part, None] - keys.positions[near:end]
+        scores[..., near:].masked_fill_(age < 0, float("-inf"))
         total = scores.logsumexp(-1) + queries.log_weight[:, None, None, part].to(wide)
-        scores.masked_fill_((age < local_window)[None, None, None], float("-inf"))
+        scores[..., near:].masked_fill_(age < local_window, float("-inf"))
         scores -= total[..., None]
         torch.maximum(largest[..., :end], scores.amax(3), out=largest[..., :end])
     weighted = largest + keys.log_weight.transpose(1, 2).unflatten(1, (kv_heads, -1)).to(wide)
