@@ -17,17 +17,17 @@ aten = torch.ops.aten
 
 def use_stock_kernels(chunk: torch.nn.Module) -> None:
     """Lets a chunk's norms and plain attention run as one fused operation each, also while they are recomputed, and a last
-    stage give its results in float32."""
+    stage give its results in float32 where the forward step wants them so."""
     for module in chunk.modules():
         if isinstance(module, (torch.nn.RMSNorm, DMCCoreAttention)):
             setattr(module, "forward", _fused(module.forward))  # noqa: B010 (a method, to a type checker)
         elif isinstance(module, Float16Module):
-            module.register_forward_hook(_widened)
+            module.register_forward_hook(_widened, with_kwargs=True)
 
 
-def _widened(module: Any, inputs: Any, output: Tensor) -> Tensor:
+def _widened(module: Any, inputs: Any, options: dict[str, Any], output: Tensor) -> Tensor:
     # Float16Module itself asks for a tensor's type, by names that the meta device has not.
-    return output.float() if module.module.post_process else output
+    return output.float() if module.module.post_process and options.get("fp32_output", True) else output
 
 
 def _fused(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.cli import main
 from megatron_dmc.inference.loading import load_model
+from megatron_dmc.model.distillation_loss import distillation_loss
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import load_recipe
+from megatron_dmc.training import forward_step
 from megatron_dmc.training.trainer import Trainer
 from tests.support.tensors import assert_same_tensors
 from tests.support.toy import LR, RETROFIT, recipe_values, scalars, train, weights, write_base, write_recipe
@@ -101,6 +103,22 @@ def test_resumed_equals_not_stopped(data: Path, tmp_path: Path, adapter: bool, b
     assert_same_tensors(runs[1], runs[0])
     for tag in ("loss/lm", "loss/distillation", "compression_ratio/noisy", "train/gradient_norm"):
         assert scalars(tmp_path / "stopped", tag) == scalars(tmp_path / "whole", tag)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_no_logits_are_widened_all_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    """megatron-core would give all of a bf16 model's in float32."""
+    compared: set[torch.dtype] = set()
+
+    def watched(student: torch.Tensor, teacher: torch.Tensor, **options: Any) -> torch.Tensor:
+        compared.update((student.dtype, teacher.dtype))
+        return distillation_loss(student, teacher, **options)
+
+    monkeypatch.setattr(forward_step, "distillation_loss", watched)
+    train(recipe(data, tmp_path, weight=1.0, bf16=bf16), "training.exit_after_steps=1")
+    assert compared == {torch.bfloat16 if bf16 else torch.float32}
 
 
 def test_the_first_step_distills_from_the_base(data: Path, tmp_path: Path) -> None:
