@@ -42,8 +42,8 @@ SMOKE_LAYERS = 4
 SMOKE_TEXT = 400_000
 BASE_REPORT = "base.json"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
-_TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 250, 750
-_EVALUATION_SECONDS = {"smoke": 15, "brief": 200, "default": 500, "full": 4000}
+_TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 150, 320
+_EVALUATION_SECONDS = {"smoke": 15, "brief": 200, "default": 430, "full": 4000}
 # Of the run's folder, beside the models: text, datasets, reports.
 _OTHER_BYTES = 200_000_000
 
