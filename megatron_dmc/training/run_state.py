@@ -52,9 +52,11 @@ def check_outputs(recipe: Recipe) -> None:
                 f"{setting} {folder} lies in checkpoint.directory {root}, where this run's checkpoints would replace it; name "
                 "another checkpoint.directory"
             )
+    # Only the first rank writes curves: on another node the folder need not be.
+    curves = recipe.monitor.tensorboard if not dist.is_initialized() or dist.get_rank() == 0 else None
     for setting, written in (
         ("checkpoint.directory", recipe.checkpoint.directory),
-        ("monitor.tensorboard", recipe.monitor.tensorboard),
+        ("monitor.tensorboard", curves),
     ):
         if written is not None and (problem := why_nothing_new(Path(written) / "any")) is not None:
             raise ConfigError(f"{setting} {written} cannot be written: {problem}; name another folder")

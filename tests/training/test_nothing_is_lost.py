@@ -1,12 +1,15 @@
 """A run replaces its own checkpoints and nothing else, and can write where it is to write."""
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.recipe import load_recipe
 from megatron_dmc.training.run_state import check_outputs
+from tests.support.processes import run_ranks
 from tests.support.settings import EVERYTHING
 
 
@@ -80,3 +83,19 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, setting: str) -> None
         folder = tmp_path / place
         with pytest.raises(ConfigError, match=f"{setting} {folder} cannot be written: .*{problem}.*; name another"):
             check(tmp_path, str(tmp_path / "run"), f"{setting}={folder}")
+
+
+def test_only_the_first_rank_writes_curves(tmp_path: Path) -> None:
+    """Another node need not have that folder."""
+    (tmp_path / "file").touch()
+    first, second = run_ranks(2, "-m", __name__, str(tmp_path))
+    assert "monitor.tensorboard" in first.stderr and "is a file, not a folder; name another" in first.stderr
+    assert second.returncode == 0, second.stderr
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    at = Path(sys.argv[1])
+    own = at / str(dist.get_rank())
+    own.mkdir()
+    check(own, str(at / "run"), f"monitor.tensorboard={at / 'file'}")

@@ -99,6 +99,11 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
             raise ConfigError(
                 f"--base {base} was measured on other text than {text}; name the same text, or measure it again"
             )
+        if before["serving_dtype"] != _name(serving_dtype()):
+            raise ConfigError(
+                f"--base {base} was measured in {before['serving_dtype']}, this machine serves in {_name(serving_dtype())}; "
+                "measure the base again"
+            )
         if not Path(before["model"]).is_dir():
             raise ConfigError(
                 f"--base {base} was measured on {before['model']}, which is not there; run in the same folder as then, or "
@@ -113,11 +118,6 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
         if model_digest(Path(before["model"])) != before["weights"]:
             raise ConfigError(
                 f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
-            )
-        if before["serving_dtype"] != _name(serving_dtype()):
-            raise ConfigError(
-                f"--base {base} was measured in {before['serving_dtype']}, this machine serves in {_name(serving_dtype())}; "
-                "measure the base again"
             )
     return _Evaluation(folder, dmc, before, heldout, settings).report()
 

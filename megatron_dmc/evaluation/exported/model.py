@@ -29,8 +29,10 @@ def serving_dtype() -> torch.dtype:
     return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     """The model in eval mode on the first GPU, or on the CPU: a plain Llama, or an export with its compressed cache.
+
+    ``dtype`` None is that of a loss.
 
     Nothing of the folder's own code is run: an export's is this package's.
 
@@ -49,7 +51,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     try:
         family: Any = LlamaForCausalLM if dmc is None else DMCLlamaForCausalLM
         model, info = family.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype=dtype or loss_dtype(), output_loading_info=True, ignore_mismatched_sizes=True
         )
     # transformers raises whatever it happens to meet.
     except Exception as error:
