@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dmc.errors import DMCError, is_too_long_number
-from megatron_dmc.files import ABSENT, why_no_checkpoint, why_no_file
+from megatron_dmc.files import ABSENT, LOCK, why_no_checkpoint, why_no_file
 
 FORMAT_VERSION = 1
 # More tokens than any batch holds.
 MOST_RATIO = 1e12
+_LATEST, _NEXT_LATEST = "latest", ".latest.tmp"
 
 
 class CheckpointError(DMCError, RuntimeError):
@@ -148,11 +149,17 @@ def _restore_if_half_replaced(folder: Path) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Removes what a run that was killed left behind; only while no other run writes into ``root``."""
-    for path in root.glob(".*.old"):
-        _restore_if_half_replaced(root / path.name[1 : -len(".old")])
-        _remove(path)
-    for path in root.glob(".*.tmp-*"):
-        _remove(path)
+    for path in root.glob(".*"):
+        if (leftover := _leftover(path.name)) is not None:
+            if leftover["kind"] == "old":
+                _restore_if_half_replaced(root / leftover["checkpoint"])
+            _remove(path)
+
+
+def _leftover(name: str) -> re.Match[str] | None:
+    """The parts of a name that a run which was killed may leave behind; None for any other."""
+    match = re.fullmatch(r"\.(?P<checkpoint>\w+)\.(?P<kind>old|tmp-[0-9a-f]{8}|tmp-deleted)", name)
+    return match if match and is_checkpoint_name(match["checkpoint"]) else None
 
 
 def _remove(path: Path) -> None:
@@ -173,11 +180,11 @@ def update_latest(root: str | Path, name: str) -> None:
     root = Path(root)
     if not (root / name / "dmc.json").is_file():
         raise CheckpointError(f"{root / 'latest'} cannot name {name!r}: {root / name} is not a whole checkpoint")
-    temporary = root / ".latest.tmp"
+    temporary = root / _NEXT_LATEST
     try:
         temporary.write_text(name + "\n", encoding="utf-8")
         flush_to_disk(temporary)
-        temporary.replace(root / "latest")
+        temporary.replace(root / _LATEST)
         flush_to_disk(root)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -190,11 +197,13 @@ def read_latest(root: str | Path) -> str | None:
     Raises:
         CheckpointError: ``root/latest`` does not hold the name of a folder.
     """
-    path = Path(root) / "latest"
+    path = Path(root) / _LATEST
+    if not os.path.lexists(path):
+        return None
+    if (problem := why_no_file(path)) is not None:
+        raise CheckpointError(f"{path} {problem}; write the name of a step_* folder beside it into a file of that name")
     try:
         name = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not name or Path(name).name != name or name.startswith("."):
@@ -241,6 +250,11 @@ def kept_ratio(name: str) -> int | None:
 def is_checkpoint_name(name: str) -> bool:
     """Whether a run could save a checkpoint under this name, and replace what has it."""
     return name == "final" or kept_ratio(name) is not None or _step(name) is not None
+
+
+def is_reserved_name(name: str) -> bool:
+    """Whether a run writes, replaces or removes what has this name in its folder of checkpoints."""
+    return is_checkpoint_name(name) or name in (_LATEST, _NEXT_LATEST, LOCK) or _leftover(name) is not None
 
 
 def _step(name: str) -> int | None:

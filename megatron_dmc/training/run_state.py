@@ -18,7 +18,7 @@ from megatron_dmc.calibration import Calibrator
 from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel, full_checkpoints, publish, read_latest
 from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.background import BackgroundWriter
-from megatron_dmc.checkpoint.folder import is_checkpoint_name
+from megatron_dmc.checkpoint.folder import is_checkpoint_name, is_reserved_name
 from megatron_dmc.checkpoint.save import stage_checkpoint, write_checkpoint
 from megatron_dmc.checkpoint.saved_model import must_be_seen
 from megatron_dmc.checkpoint.vocabulary import known_tokens
@@ -51,6 +51,13 @@ def check_outputs(recipe: Recipe) -> None:
             raise ConfigError(
                 f"{setting} {folder} lies in checkpoint.directory {root}, where this run's checkpoints would replace it; name "
                 "another checkpoint.directory"
+            )
+    for setting, folder in (("monitor.tensorboard", recipe.monitor.tensorboard), ("data.cache", recipe.data.cache)):
+        place = mine if folder is None else Path(os.path.realpath(folder))
+        if place.is_relative_to(mine) and is_reserved_name(next(iter(place.relative_to(mine).parts), "")):
+            raise ConfigError(
+                f"{setting} {folder} has a name that this run gives its own files in checkpoint.directory {root}; name "
+                "another folder"
             )
     # Only the first rank writes curves: on another node the folder need not be.
     curves = recipe.monitor.tensorboard if not dist.is_initialized() or dist.get_rank() == 0 else None

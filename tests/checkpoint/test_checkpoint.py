@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back, what is not whole or of another model is named in one line."""
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,27 @@ def test_less_than_everything_can_be_asked_for(saved: Path) -> None:
     wanted = state()
     del wanted["model"]["count"], wanted["model"]["object"]
     assert set(SavedModel.open(saved).load(wanted)["model"]) == {"weight", "half"}
+
+
+def test_only_leftovers_of_checkpoints_are_removed(saved: Path) -> None:
+    root = saved.parent
+    leftovers = [f".{saved.name}.tmp-0123abcd", ".cr_4.tmp-deleted", ".final.old"]
+    foreign = [".data.old", ".venv.tmp-2026", ".final.tmp-mine", ".final.older", ".step.old", ".notes.tmp-deleted"]
+    (root / "data").mkdir()
+    for name in (*leftovers, *foreign):
+        (root / name).mkdir()
+        (root / name / "thesis.txt").touch()
+    save_checkpoint(root, "step_9", state(), INFO)
+    assert sorted(hidden(root)) == sorted(foreign) and all((root / name / "thesis.txt").exists() for name in foreign)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [(os.mkfifo, "is a named pipe, not a file"), (os.mkdir, "is a folder, not a file")],
+    ids=["pipe", "folder"],
+)
+def test_a_latest_that_is_no_file(tmp_path: Path, make: Callable[[Path], None], problem: str) -> None:
+    """It is not waited for."""
+    make(tmp_path / "latest")
+    with pytest.raises(CheckpointError, match=f"latest {problem}; write the name of"):
+        read_latest(tmp_path)

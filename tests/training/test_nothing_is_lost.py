@@ -71,6 +71,16 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, setting: str, plac
         check(tmp_path, str(tmp_path / "run"), f"{setting}={checkpoint / place}")
 
 
+@pytest.mark.parametrize("setting", ["data.cache", "monitor.tensorboard"])
+def test_a_checkpoint_does_not_replace_what_else_is_written(tmp_path: Path, setting: str) -> None:
+    run = tmp_path / "run"
+    for name in ("final", "cr_2", "step_00000004", "latest", ".latest.tmp", ".final.old", ".cr_2.tmp-0123abcd/deeper"):
+        with pytest.raises(ConfigError, match=f"{setting} {run / name} has a name that this run gives its own"):
+            check(tmp_path, str(run), f"{setting}={run / name}")
+    for other in (run, run / "curves", run / ".cache" / "final", tmp_path / "final"):
+        check(tmp_path, str(run), f"{setting}={other}")
+
+
 @pytest.mark.parametrize("setting", ["checkpoint.directory", "monitor.tensorboard"])
 def test_what_cannot_be_written_is_refused(tmp_path: Path, setting: str) -> None:
     (tmp_path / "file").touch()
