@@ -107,7 +107,8 @@ class _Layer:
             return f"the hidden states or the attention of layer {self.number} are not finite on this text; {DAMAGED}"
         square = summed(self.sums.gram.diagonal(self.rows.start), token_group)
         mean = sums.features[self.rows] / sums.tokens
-        if float((square / sums.tokens - mean.square()).sum() / (square / sums.tokens).sum()) < LEAST_VARIANCE:
+        # A layer without any hidden states has no such share.
+        if not float((square / sums.tokens - mean.square()).sum() / (square / sums.tokens).sum()) >= LEAST_VARIANCE:
             return f"all tokens of the text have nearly the same hidden state in layer {self.number}; name text that varies"
         return None
 

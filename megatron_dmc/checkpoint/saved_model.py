@@ -182,12 +182,16 @@ class SavedModel:
         base = self.base or self
         return {"folder": os.path.relpath(base.folder, root / "any"), "digest": base.digest}
 
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether it was saved in the middle of a calibration: there are no decisions yet."""
+        phases, phase = self.recipe.phases, self.info.phase
+        return phases[phase].kind == "calibrate" and self.info.step < sum(x.steps for x in phases[: phase + 1])
+
     def check_has_merged(self) -> None:
         """Raises ConfigError for a retrofit from before its first merging phase: its decisions mean nothing yet."""
-        phases, phase = self.recipe.phases, self.info.phase
-        # In the middle of a calibration there are no decisions yet.
-        begun = phases[phase].kind != "calibrate" or self.info.step >= sum(x.steps for x in phases[: phase + 1])
-        if not any(x.decides for x in phases[: phase + begun]):
+        begun = self.info.phase + (not self.is_calibrating)
+        if not any(x.decides for x in self.recipe.phases[:begun]):
             raise ConfigError(f"{self.folder} was saved before its run began to merge; name a later checkpoint")
 
     def check_fits(self, recipe: Recipe) -> None:

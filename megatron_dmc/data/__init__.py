@@ -7,7 +7,7 @@ from megatron_dmc.data.documents import iter_documents, standard_library_documen
 from megatron_dmc.data.heldout import HeldoutWindows, heldout_windows
 from megatron_dmc.data.reach import check_reach
 from megatron_dmc.data.repeats import Repeats, SecondCopies
-from megatron_dmc.data.samples import SampleDataset, build_datasets, distinct_valid_samples, global_batch
+from megatron_dmc.data.samples import SampleDataset, build_datasets, distinct_samples, global_batch
 from megatron_dmc.data.split import split_documents
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "build_datasets",
     "build_indexed_dataset",
     "check_reach",
-    "distinct_valid_samples",
+    "distinct_samples",
     "global_batch",
     "heldout_windows",
     "iter_conversations",

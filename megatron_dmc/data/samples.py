@@ -65,14 +65,13 @@ def build_datasets(
     )
 
 
-def distinct_valid_samples(data: DataConfig, wanted: int) -> int:
-    """How many of ``wanted`` samples of ``data.valid`` :func:`build_datasets` gives before one comes again; 0 without any.
+def distinct_samples(prefixes: Sequence[str], sequence_length: int) -> int:
+    """How many samples :func:`build_datasets` gives of these datasets before one comes again; 0 without any.
 
     Raises:
         ConfigError: as :func:`read_index`.
     """
-    own = sum(_whole_samples(read_index(prefix).tokens, data.sequence_length) for prefix in data.valid)
-    return min(wanted, own)
+    return sum(_whole_samples(read_index(prefix).tokens, sequence_length) for prefix in prefixes)
 
 
 def _whole_samples(tokens: int, sequence_length: int) -> int:

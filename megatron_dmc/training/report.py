@@ -155,11 +155,11 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
         _print(warning)
 
 
-def show_few_samples(recipe: Recipe, valid_samples: int) -> None:
-    """Where there are fewer held-out samples than the recipe wants."""
-    warning = messages.few_samples(recipe, valid_samples)
-    if warning is not None:
-        _print(warning)
+def show_few_samples(recipe: Recipe, train_samples: int, valid_samples: int) -> None:
+    """Where there are fewer different samples than the recipe wants: of text to calibrate on, and of held-out text."""
+    for warning in (messages.nothing_new(recipe, train_samples), messages.few_samples(recipe, valid_samples)):
+        if warning is not None:
+            _print(warning)
 
 
 def show_finished(recipe: Recipe) -> None:

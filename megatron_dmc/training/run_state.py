@@ -283,12 +283,19 @@ class RunStore:
         changed = [name.removeprefix("model.") for name in model_differences(saved["model"], mine["model"])]
         for section, names in (
             ("model", tuple(changed)),
-            ("training", ("train", "global_batch_size", "bf16")),
+            ("training", ("train", "global_batch_size", "bf16", "seed")),
+            ("distillation", ("weight", "direction", "temperature", "top_k")),
             ("data", ("sequence_length", "seed", "train", "reset_at_documents")),
             ("dmc", tuple(mine["dmc"])),
         ):
             for name in names:
                 _must_be(f"{section}.{name}", mine[section][name], saved[section][name], folder)
+        # It may have been moved; what it holds is not written down.
+        if self.recipe.teacher != checkpoint.recipe.teacher and not self.recipe.trains_adapter:
+            logger.warning(
+                "warning: the teacher is %s, of %s it was %s: the same model, or another from here on",
+                *(self.recipe.teacher, folder, checkpoint.recipe.teacher),
+            )
         # Versions that know no repeats had none.
         was_known = "repeat_fraction" in info.recipe["data"]
         repeated = checkpoint.recipe.repeat_fraction if was_known else 0.0

@@ -9,8 +9,9 @@ from megatron.core import parallel_state
 
 from megatron_dmc.calibration import DAMAGED, Calibrator
 from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.checkpoint.agreement import from_first_rank
 from megatron_dmc.config import ConfigError
-from megatron_dmc.data import Repeats, SampleDataset, build_datasets, check_reach, distinct_valid_samples
+from megatron_dmc.data import Repeats, SampleDataset, build_datasets, check_reach, distinct_samples
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.errors import DMCError
@@ -70,13 +71,14 @@ class Trainer(StepRunner):
         self.step, self.merge_fraction, self.multiplier = self.store.load(self._unfinished_calibrator)
         self._scheduler = None
         if self.step >= recipe.total_steps:
+            self._save_final_again()
             show_finished(recipe)
             return None
         last_step = recipe.total_steps
         if recipe.training.exit_after_steps is not None:
             last_step = min(last_step, self.step + recipe.training.exit_after_steps)
         show_start(recipe, self.model, self.store, self.step)
-        show_few_samples(recipe, self._valid_samples)
+        show_few_samples(recipe, distinct_samples(recipe.data.train, recipe.data.sequence_length), self._valid_samples)
         evaluation: StepResult | None = None
         with self.store.claimed(), Report(recipe, self.store, self.step) as report, self.store:
             if self.step == 0:
@@ -103,6 +105,15 @@ class Trainer(StepRunner):
             if self.step == recipe.total_steps:
                 report.ended(evaluation, result)
         return evaluation
+
+    def _save_final_again(self) -> None:
+        """Of a finished run, the result that somebody has removed."""
+        final = self.store.root / "final"
+        # What rank 0 sees: another node may still see the folder as it was before.
+        if from_first_rank(not (final / "dmc.json").exists()):
+            ratio = 1 / (1 - self.merge_fraction) if self.recipe.merges else None
+            with self.store.claimed(), self.store:
+                self.store.save_weights("final", self.step, len(self.recipe.phases) - 1, ratio)
 
     def _evaluate_and_report(self, plan: StepPlan, report: Report) -> StepResult | None:
         result = self.evaluate(plan)
@@ -210,6 +221,11 @@ def _open_checkpoints(recipe: Recipe) -> tuple[SavedModel | None, SavedModel | N
     if load_base is not None:
         start = SavedModel.open(load_base)
         start.check_fits(recipe)
+        if start.is_calibrating:
+            raise ConfigError(
+                f"{load_base} was saved in the middle of a calibration, its decisions are not made yet; resume that run, or "
+                "name its base in checkpoint.load_base"
+            )
         if start.merges and any(phase.kind == "calibrate" for phase in recipe.phases):
             raise ConfigError(
                 f"{load_base} is a retrofitted model, and calibrate would replace its decisions; name its base in "
@@ -247,7 +263,7 @@ def _checked_data(recipe: Recipe) -> tuple[SampleDataset, SampleDataset | None, 
     check_batch(recipe, parallel_state.get_data_parallel_world_size())
     check_reach(recipe)
     size = recipe.training.global_batch_size
-    distinct = distinct_valid_samples(recipe.data, max(recipe.monitor.eval_samples, size))
+    distinct = distinct_samples(recipe.data.valid, recipe.data.sequence_length)
     held_out = max(min(recipe.monitor.eval_samples, distinct), size) if recipe.data.valid else 0
     train, valid = build_datasets(recipe.data, tokenizer, recipe.total_steps * size, held_out)
     fractions = partial(repeat_fraction, recipe.phases, recipe.repeat_fraction)

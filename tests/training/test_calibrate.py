@@ -1,6 +1,7 @@
 """The phase ``calibrate``: decisions from the base's attention, whole or resumed; what it refuses."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,25 @@ def test_training_goes_on_from_a_calibrated_checkpoint(data: Path, tmp_path: Pat
 
 def test_a_checkpoint_from_the_middle_has_no_decisions(data: Path, tmp_path: Path) -> None:
     train(recipe(data, tmp_path, [CALIBRATE]), "training.exit_after_steps=9")
+    middle = tmp_path / "checkpoints" / "step_00000009"
     with pytest.raises(ConfigError, match="was saved before its run began to merge"):
-        load_model(tmp_path / "checkpoints" / "step_00000009", must_merge=True)
+        load_model(middle, must_merge=True)
+    for phase in (CALIBRATE, {"kind": "solidify", "steps": 2}):
+        with pytest.raises(
+            ConfigError, match="was saved in the middle of a calibration, its decisions are not made yet"
+        ):
+            train(recipe(data, tmp_path / phase["kind"], [phase]), f"checkpoint.load_base={middle}")
+
+
+def test_text_that_was_learned_from_is_not_other_text(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_indexed_dataset(["tick tock " * 60], load_tokenizer(str(data / "tokenizer")), str(tmp_path / "small"))
+    train(recipe(data, tmp_path / "run", [CALIBRATE]), f"data.train=[{tmp_path}/small]")
+    said = capsys.readouterr().err
+    assert re.search(r"warning: data.train has \d+ samples of \d+ tokens, calibrate reads \d+: what it measures", said)
+    train(recipe(data, tmp_path / "more", [CALIBRATE]))
+    assert "what it measures" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,6 +167,7 @@ def test_a_checkpoint_from_the_middle_has_no_decisions(data: Path, tmp_path: Pat
             ["training.global_batch_size=1", "training.micro_batch_size=1", "data.sequence_length=17"],
             r"learn from 12 tokens and the regression needs more than 32 .*set it to 54 or more",
         ),
+        ([CALIBRATE], ["dmc.decision_bias=100"], "calibrate takes a dmc.decision_bias of at most 16, got 100"),
         ([CALIBRATE], ["dmc.local_window=33"], r"dmc.local_window \(33\) must be smaller than data.sequence_length"),
     ],
 )
@@ -197,6 +216,23 @@ def test_a_damaged_base_is_refused_before_any_work(data: Path, tmp_path: Path, h
     trainer.store.load = damaged  # type: ignore[method-assign]
     where = "held-out samples" if held_out else "the samples of step 1"
     with pytest.raises(TrainingError, match=f"the loss on {where} is nan before any training; the base is damaged"):
+        trainer.run()
+
+
+def test_a_base_without_hidden_states_is_refused(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_recipe(recipe(data, tmp_path, [CALIBRATE])))
+    load = trainer.store.load
+
+    def damaged(*arguments: Any) -> Any:
+        found = load(*arguments)
+        with torch.no_grad():
+            for name, weight in trainer.model[0].named_parameters():
+                if "layers.1." in name and "input_layernorm" in name:
+                    weight.zero_()
+        return found
+
+    trainer.store.load = damaged  # type: ignore[method-assign]
+    with pytest.raises(CalibrationError, match="have nearly the same hidden state in layer 1"):
         trainer.run()
 
 

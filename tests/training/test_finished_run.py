@@ -47,6 +47,17 @@ def test_finished_run_does_nothing_again(data: Path, finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_a_result_that_was_removed_is_saved_again(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "final")
+    assert main(["retrofit", str(finished.parent / "recipe.yaml"), f"checkpoint.directory={copy}"]) == 0
+    before, again = (load_model(folder / "final") for folder in (finished, copy))
+    assert again.compression_ratio == pytest.approx(before.compression_ratio)
+    for (name, value), (_, other) in zip(before.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
 def test_a_run_does_not_replace_its_base(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = finished.parents[1] / "base" / "checkpoints"
     before = (base / "final" / "dmc.json").read_text()
@@ -84,6 +95,8 @@ def test_generate_continues_the_prompt(finished: Path, capsys: pytest.CaptureFix
         ("training.global_batch_size=8", "training.global_batch_size=4"),
         ("model.vocab_size=304", "model.vocab_size=300"),
         ("data.reset_at_documents=true", "data.reset_at_documents=false"),
+        ("distillation.weight=0.5", "distillation.weight=0.0"),
+        ("training.seed=7", "training.seed=1234"),
         ("phases.1.steps=4", "phases.1.steps=3"),
     ],
 )
