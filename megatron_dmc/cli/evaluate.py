@@ -44,12 +44,24 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--output {output} exists; name a new file, or remove it")
     if (problem := why_nothing_new(output)) is not None:
         raise ConfigError(f"--output {output} cannot be written: {problem}; name another file")
+    if os.path.realpath(output.parent) == os.path.realpath(options.folder):
+        raise ConfigError(
+            f"--output {output} lies in {options.folder}, and would count as a part of the model; name a file elsewhere"
+        )
     from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
     from megatron_dmc.evaluation.exported.words import told
 
     report = evaluate_exported(options.folder, options.text, base=options.base, amount=options.amount)
+    # First: a disk may be full by now.
+    print(told(report), flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(output)
-    print(f"{output}: evaluated {options.folder}", told(report), sep="\n")
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # What another process has written since this one began is not replaced.
+        if os.path.lexists(output):
+            raise ConfigError(f"--output {output} has been written by another process meanwhile; name a new file")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{output}: evaluated {options.folder}")

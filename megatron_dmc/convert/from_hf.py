@@ -12,7 +12,7 @@ from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.hf_config import read_config
-from megatron_dmc.convert.mapping import hugging_face_shapes, to_megatron
+from megatron_dmc.convert.mapping import to_megatron
 from megatron_dmc.convert.single_process import empty_model, single_process
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
@@ -21,8 +21,6 @@ from megatron_dmc.recipe import CheckpointConfig, DataConfig, PhaseConfig, Recip
 from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
 
 logger = logging.getLogger(__name__)
-
-OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_of: int = 1) -> None:
@@ -51,9 +49,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         )
     model, dmc = read_config(folder)
     check_head_dim(model, dmc)
-    weights = Weights(folder)
-    _drop_redundant(weights, model)
-    weights.check(hugging_face_shapes(model, dmc))
+    weights = Weights.of(folder, model, dmc)
     check_companions(folder)
     if (folder / "tokenizer.json").is_file():
         check_own_vocabulary(load_tokenizer(folder), model.vocab_size)
@@ -107,11 +103,3 @@ def placeholder_recipe(model: ModelConfig, dmc: DMCConfig | None) -> Recipe:
         training=TrainingConfig(global_batch_size=1),
         checkpoint=CheckpointConfig(directory="none"),
     )
-
-
-def _drop_redundant(weights: Weights, model: ModelConfig) -> None:
-    """Forgets what older transformers saved beside the weights."""
-    for name in [name for name in weights.shapes if name.endswith(".rotary_emb.inv_freq")]:
-        weights.drop(name)
-    if model.share_embeddings_and_output_weights and {OUTPUT_LAYER, EMBEDDING} <= set(weights.shapes):
-        weights.drop_copy(OUTPUT_LAYER, EMBEDDING)

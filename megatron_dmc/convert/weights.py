@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dmc.config import ConfigError
+from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.hf_config import read_json
-from megatron_dmc.convert.mapping import Shape
+from megatron_dmc.convert.mapping import Shape, hugging_face_shapes
 from megatron_dmc.files import why_no_file
 from megatron_dmc.hf.adapter import ADAPTER_FILE, PEFT_CONFIG
+from megatron_dmc.model.model_config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,6 +29,7 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES_IN_MESSAGE = 3
+_EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Weights:
@@ -72,6 +74,18 @@ class Weights:
         if not dtypes:
             raise ConfigError(f"{folder} holds no tensors")
         self.dtype = functools.reduce(torch.promote_types, sorted(dtypes, key=str))
+
+    @classmethod
+    def of(cls, folder: Path, model: ModelConfig, dmc: DMCConfig | None) -> "Weights":
+        """Those of this model and no others, by their files' headers; raises ConfigError as the class and :meth:`check`."""
+        weights = cls(folder)
+        # What older transformers saved beside them.
+        for name in [name for name in weights.shapes if name.endswith(".rotary_emb.inv_freq")]:
+            weights.drop(name)
+        if model.share_embeddings_and_output_weights and {_OUTPUT_LAYER, _EMBEDDING} <= set(weights.shapes):
+            weights.drop_copy(_OUTPUT_LAYER, _EMBEDDING)
+        weights.check(hugging_face_shapes(model, dmc))
+        return weights
 
     def __getitem__(self, name: str) -> Tensor:
         return self._handles[name].get_tensor(name)

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
 from megatron_dmc.evaluation.exported.evaluate import evaluate_exported, recall_over_base
 from megatron_dmc.evaluation.exported.model import cache_bytes, load
 from megatron_dmc.evaluation.exported.recall import recalls
-from megatron_dmc.evaluation.exported.report import read_report
+from megatron_dmc.evaluation.exported.report import is_report, read_report
 from megatron_dmc.evaluation.exported.serving import serving
 from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import Sample
@@ -165,8 +167,56 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert status == 1 and "--base reports/again.json is no report of a base" in said
     save_random_llama(folder / "other", vocab_size=320, max_position_embeddings=512)
     train_tokenizer(TEXT, 300, folder / "other")
-    with pytest.raises(ConfigError, match="other has 320 tokens, its base base 300"):
+    with pytest.raises(ConfigError, match="other has vocab_size 320, its base base 300; name the report of the base"):
         evaluate_exported("other", "text", base="reports/base.json")
+    save_random_llama(folder / "deep", num_hidden_layers=4, max_position_embeddings=512)
+    shutil.copy("base/tokenizer.json", "deep")
+    with pytest.raises(ConfigError, match="deep has num_layers 4, its base base 2"):
+        evaluate_exported("deep", "text", base="reports/base.json")
+    status, said = evaluate("--output", "base/report.json")
+    assert status == 1 and "--output base/report.json lies in base, and would count as a part of the model" in said
+
+
+def test_what_changes_while_it_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model, and the report's place."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "base", "model")
+    report = Path("report.json")
+
+    def evaluated_while(change: Callable[[], object]) -> str:
+        def changing(*arguments: Any) -> Any:
+            change()
+            return serving(*arguments)
+
+        monkeypatch.setattr(evaluate, "serving", changing)
+        words = ["--text", str(folder / "text"), "--output", str(report), "--amount", "smoke"]
+        assert main(["evaluate", "model", *words]) == 1
+        return capsys.readouterr().err
+
+    said = evaluated_while(lambda: Path("model/generation_config.json").write_text('{"do_sample": true}'))
+    assert "model has changed while it was measured; measure it again" in said and not report.exists()
+    said = evaluated_while(lambda: report.write_text("another's"))
+    assert "--output report.json has been written by another process meanwhile; name a new file" in said
+    assert report.read_text() == "another's" and sorted(x.name for x in tmp_path.iterdir()) == ["model", "report.json"]
+
+
+def test_a_config_that_asks_for_tuples(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    assert evaluate_exported(str(tmp_path / "base"), str(folder / "text"), base=None, amount="smoke")["loss"] > 0
+
+
+def test_text_with_tokens_that_the_tokenizer_has_not(folder: Path, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"text{suffix}", tmp_path)
+    tokens = numpy.fromfile(tmp_path / "text.bin", numpy.uint16)
+    tokens[::7] = 60_000
+    tokens.tofile(tmp_path / "text.bin")
+    with pytest.raises(ConfigError, match=r"text\.bin holds token 60000, its tokenizer has 300: it is damaged; build"):
+        evaluate_exported(str(folder / "base"), str(tmp_path / "text"), base=None, amount="smoke")
 
 
 def test_what_a_base_recalls_is_asked_of_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +309,7 @@ def test_a_model_that_does_not_fit_its_folder(folder: Path, tmp_path: Path, monk
     shutil.copytree("base", tmp_path / "resized")
     config = json.loads((tmp_path / "resized" / "config.json").read_text())
     (tmp_path / "resized" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
-    with pytest.raises(ConfigError, match=r"k_proj\.weight \(of another size than config.json says\)"):
+    with pytest.raises(ConfigError, match=r"k_proj\.weight has shape \[16, 32\], config\.json asks for \[8, 32\]"):
         load(tmp_path / "resized")
 
 
@@ -283,12 +333,47 @@ def test_a_damaged_report_is_none(folder: Path, tmp_path: Path, monkeypatch: pyt
         ),
         report | {"recall": [first | {"correct": 0, "accuracy": 0.0, "counts": True}, *rows]},
         report | {"recall": [{"task": first["task"], "tokens": first["tokens"]}, *rows]},
-        *(report | {"model": value} for value in (5, None, "")),
+        *(report | {"model": value} for value in (5, None, "", "base\n", "\x1b[31mbase", "b" * 5000)),
+        *(report | {"amount": amount | {name: 10**12}} for name in ("windows", "copies", "samples", "new_tokens")),
+        *(report | {"serving_dtype": value} for value in ("float8", "", None)),
+        *(report | {"loss": value} for value in ("6", None, float("nan"))),
+        *(report | {"serving": value} for value in ([], None, [{"tokens": 256}])),
         *(report | more for more in ({"copying": []}, {"text": None}, {"kl": 0.1}, {"dmc": {}})),
     ]
     for each in damaged:
         place.write_text(json.dumps(each))
         fails(r"base\.json is no report of a base; write it with megatron-dmc evaluate BASE", read_report, str(place))
+
+
+def test_a_damaged_report_of_what_was_measured_beside_a_base(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    base = evaluate_exported("base", "text", base=None, amount="smoke")
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    dmc_model({"decision_source": "projection"}).save_pretrained(tmp_path / "made")
+    shutil.copy("base/tokenizer.json", tmp_path / "made")
+    again = evaluate_exported("base", "text", base=str(tmp_path / "base.json"))
+    settings = {"target_compression_ratio": 4.0, "local_window": 4, "operation": "absorb"}
+    report = again | {"dmc": settings, "serving": [row | {"compression_ratio": 2.0} for row in again["serving"]]}
+    base, report = json.loads(json.dumps([base, report]))
+    assert is_report(report, base)
+    damaged: list[Any] = [
+        again,
+        *(
+            report | {name: value}
+            for name in ("dmc", "kl", "kl_by_quarter", "recall", "serving")
+            for value in ({}, None)
+        ),
+        *(report | {"dmc": settings | {name: None}} for name in settings),
+        *(report | {"kl": value} for value in ("0.1", float("inf"), True)),
+        report | {"recall": []},
+        report | {"recall": [row | {"counts": True} for row in report["recall"]]},
+        report | {"amount": report["amount"] | {"samples": 5}},
+        report | {"text": "0"},
+    ]
+    for each in damaged:
+        assert not is_report(each, base), each
 
 
 def test_weights_that_are_missing_or_not_finite(folder: Path, tmp_path: Path) -> None:
@@ -300,9 +385,9 @@ def test_weights_that_are_missing_or_not_finite(folder: Path, tmp_path: Path) ->
     weights = load_file(folder / "base" / "model.safetensors")
     name = "model.layers.1.self_attn.k_proj.weight"
     rest = {other: x for other, x in weights.items() if other != name}
-    fails(rf"weights are not those of its model: {name} \(missing\)", load, with_weights("missing", rest))
+    fails(rf"missing from the weights: {name}", load, with_weights("missing", rest))
     more = with_weights("more", weights | {"model.layers.7.mlp.up_proj.weight": weights["model.norm.weight"].clone()})
-    fails(r"weights are not those of its model: model\.layers\.7\.mlp\.up_proj\.weight \(unexpected\)", load, more)
+    fails(r"in the weights, but not in the model: model\.layers\.7\.mlp\.up_proj\.weight", load, more)
     nan = with_weights("nan", weights | {name: torch.full_like(weights[name], float("nan"))})
     with pytest.raises(ConfigError, match="nan: its loss is nan; its weights are damaged"):
         evaluate_exported(nan, str(folder / "text"), base=None, amount="smoke")

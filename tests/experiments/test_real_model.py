@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_dmc.cli import main
+from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.tokenizer import train_tokenizer
 from megatron_dmc.experiments.places import real_model_recipes
 from megatron_dmc.experiments.real_model import page
+from megatron_dmc.experiments.real_model import run as run_module
 from megatron_dmc.experiments.real_model.retrofits import RETROFITS, Budget, scaled_steps
-from megatron_dmc.experiments.real_model.run import Options, RealModelRun
+from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun
 from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, check_cache, fetch, first_layers
 from megatron_dmc.experiments.real_model.summary import read_stages
 from megatron_dmc.recipe import load_recipe
@@ -288,6 +291,12 @@ def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: 
     least = "--tokens must be at least 16384, the warm-up of each phase and a step"
     fails(f"{least}, got 16383", check, tiny_model / "tiny", smoke=False, tokens=16383)
     check(tiny_model / "tiny", smoke=False, tokens=16384)
+    inside = r"--output .*copy/run lies in the model's folder .*copy; name a folder outside"
+    shutil.copytree(tiny_model / "tiny", tmp_path / "copy")
+    fails(inside, check, tmp_path / "copy", "copy/run")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    fails(r"copy: missing from the weights: model\.layers\.", check, tmp_path / "copy")
     (tmp_path / "texts").mkdir()
     inside = r"texts/run lies inside --data .*texts: it would read its own text; name a folder outside"
     fails(inside, check, tiny_model / "tiny", "texts/run", data=str(tmp_path / "texts"))
@@ -298,6 +307,46 @@ def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))  # type: ignore[attr-defined]
     fails(r"new has 0\.0 GB of free space, the run takes about 0\.2; free some, or name", check, tiny_model / "tiny")
+
+
+def test_a_report_of_another_model_is_measured_again(tiny_model: Path, tmp_path: Path) -> None:
+    run = RealModelRun(tmp_path / "run", Options(str(tiny_model / "tiny"), smoke=True))
+    retrofit = RETROFITS[-1]
+    report, export = tmp_path / "run" / "evaluation" / f"{retrofit.name}.json", tmp_path / "run" / f"hf-{retrofit.name}"
+    shutil.copytree(tiny_model / "tiny", export)
+    report.parent.mkdir()
+    stage = run.evaluation_stage(retrofit)
+    for digest, is_done in ((model_digest(export), True), ("of another model", False)):
+        report.write_text(json.dumps({"weights": digest}))
+        assert run._is_done(stage) == is_done
+    run._do(replace(stage, work=lambda: report.write_text(f"{report.exists()}")), Clock([stage]))
+    assert report.read_text() == "False"
+    fails(r"trained-cr8\.json is gone or damaged; remove it, and run again", run._is_done, stage)
+    # What is trained anew is exported anew; without its export, a report stays.
+    stage = run.retrofit_stage(retrofit)
+    run._do(replace(stage, work=lambda: None), Clock([stage]))
+    assert not export.exists() and not run._is_done(run.export_stage(retrofit)) and report.exists()
+
+
+def test_a_run_with_other_recipes_is_another_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(real_model_recipes(), tmp_path / "recipes")
+    monkeypatch.setattr(run_module, "real_model_recipes", lambda: tmp_path / "recipes")
+    recipe = tmp_path / "recipes" / "train.yaml"
+
+    def prepare() -> None:
+        RealModelRun(
+            tmp_path / "run", Options(str(tiny_model / "tiny"), str(tiny_model / "text.jsonl"), smoke=True)
+        ).prepare_text()
+
+    prepare()
+    recipe.write_text("# a comment\n" + recipe.read_text())
+    prepare()
+    changed = recipe.read_text().replace("operation: absorb", "operation: evict")
+    assert changed != recipe.read_text()
+    recipe.write_text(changed)
+    fails("holds a run with another recipes; remove it, or name another folder with --output", prepare)
 
 
 def test_text_that_is_too_short(tiny_model: Path, tmp_path: Path) -> None:

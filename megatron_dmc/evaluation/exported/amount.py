@@ -6,6 +6,9 @@ from typing import Any
 from megatron_dmc.evaluation.exported.text_loss import QUARTERS
 from megatron_dmc.evaluation.recall_tasks import TASKS
 
+# Of anything: a report could ask for any amount.
+_MOST = 1_000_000
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -33,8 +36,8 @@ class Amount:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers or any(type(number) is not int or number < 1 for number in numbers):
-                raise ValueError(f"{name} must be whole numbers from 1, got {value}")
+            if not numbers or any(type(number) is not int or not 0 < number <= _MOST for number in numbers):
+                raise ValueError(f"{name} must be whole numbers from 1 to {_MOST}, got {value}")
         if self.window_tokens % QUARTERS or any(tokens < 4 or tokens % 2 for tokens in self.copy_tokens):
             raise ValueError(
                 f"windows have quarters and copies have halves, got {self.window_tokens}, {self.copy_tokens}"

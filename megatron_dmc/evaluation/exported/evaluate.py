@@ -32,6 +32,8 @@ from megatron_dmc.evaluation.recall_tasks import draw
 PROBE = 4
 # A base that recalls fewer of its samples cannot do the task: it says nothing about compression.
 LEAST_BASE_ACCURACY = 0.5
+# What a model shares with its base, of a ModelConfig.
+_OF_BASE = ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # A decoded token takes so many times as long as one of a prompt, roughly.
 _DECODING = 10
 
@@ -48,6 +50,11 @@ class Heldout:
         """Raises ConfigError for a damaged dataset, one of another tokenizer, or one with fewer than ``least`` tokens."""
         index = check_dataset(prefix, tokenizer, 1)
         ids = numpy.asarray(token_stream(prefix, index), dtype=numpy.int64)
+        if (largest := int(ids.max(initial=0))) >= tokenizer.vocab_size:
+            raise ConfigError(
+                f"{prefix}.bin holds token {largest}, its tokenizer has {tokenizer.vocab_size}: it is damaged; build the "
+                "dataset again"
+            )
         if len(ids) < least:
             raise ConfigError(
                 f"{prefix} holds {len(ids)} tokens, the evaluation reads {least} in a row; hold out "
@@ -85,6 +92,7 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
         )
     before = None if base is None else read_report(base)
     config, dmc = read_config(Path(folder))
+    weights = model_digest(Path(folder))
     settings = AMOUNTS[amount or "default"] if before is None else Amount.from_dict(before["amount"])
     settings = _within(settings, config.max_position_embeddings)
     tokenizer = load_tokenizer(folder)
@@ -110,16 +118,21 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
                 "measure the base again"
             )
         base_config, _ = read_config(Path(before["model"]))
-        if base_config.vocab_size != config.vocab_size:
-            raise ConfigError(
-                f"{folder} has {config.vocab_size} tokens, its base {before['model']} {base_config.vocab_size}; name the "
-                "report of the base that it was made from"
-            )
+        for name in _OF_BASE:
+            mine, theirs = getattr(config, name), getattr(base_config, name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"{folder} has {name} {mine}, its base {before['model']} {theirs}; name the report of the base that it "
+                    "was made from"
+                )
         if model_digest(Path(before["model"])) != before["weights"]:
             raise ConfigError(
                 f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
             )
-    return _Evaluation(folder, dmc, before, heldout, settings).report()
+    report = _Evaluation(folder, dmc, before, heldout, settings).report()
+    if model_digest(Path(folder)) != weights:
+        raise ConfigError(f"{folder} has changed while it was measured; measure it again")
+    return report | {"weights": weights}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -165,6 +178,7 @@ class _Evaluation:
     amount: Amount
 
     def report(self) -> dict[str, Any]:
+        """All but the digest of the weights."""
         amount, before, began = self.amount, self.before, time.perf_counter()
         columns = (
             TextColumn("{task.description:14}"),
@@ -172,13 +186,13 @@ class _Evaluation:
             TimeElapsedColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
+        model, plain = self._load(loss_dtype())
         with Progress(*columns) as progress:
             bar = progress.add_task("loss", total=self._work())
 
             def advance(tokens: int) -> None:
                 progress.advance(bar, tokens)
 
-            model, plain = self._load(loss_dtype())
             row = self._losses(model, plain, advance)
             progress.update(bar, description="cache, speed")
             if serving_dtype() != loss_dtype():
@@ -196,7 +210,6 @@ class _Evaluation:
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,
-            "weights": model_digest(Path(self.folder)),
             "serving_dtype": _name(serving_dtype()),
             "heldout_tokens": len(self.heldout.ids),
             **row,

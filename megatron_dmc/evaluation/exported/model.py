@@ -37,29 +37,23 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     Nothing of the folder's own code is run: an export's is this package's.
 
     Raises:
-        ConfigError: the folder holds no such model, transformers cannot load it, or weights are missing or too many.
+        ConfigError: the folder holds no such model, transformers cannot load it, or its weights are another's.
     """
     from transformers import LlamaForCausalLM, logging
 
     from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
 
-    _, dmc = read_config(Path(folder))
-    # Missing, damaged or mixed files: better said here than by what transformers meets first.
-    Weights(Path(folder))
+    # What is missing, damaged or mixed is better said here than by what transformers meets first.
+    config, dmc = read_config(Path(folder))
+    Weights.of(Path(folder), config, dmc)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         family: Any = LlamaForCausalLM if dmc is None else DMCLlamaForCausalLM
-        model, info = family.from_pretrained(
-            folder, dtype=dtype or loss_dtype(), output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model = family.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True)
     # transformers raises whatever it happens to meet.
     except Exception as error:
         raise ConfigError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    wrong = [f"{name} ({what[:-5]})" for what in ("missing_keys", "unexpected_keys") for name in sorted(info[what])]
-    wrong += [f"{name} (of another size than config.json says)" for name, *_ in sorted(info["mismatched_keys"])]
-    if wrong:
-        raise ConfigError(f"{folder}: its weights are not those of its model: {wrong[0]}; convert or fetch it again")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

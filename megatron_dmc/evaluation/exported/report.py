@@ -1,12 +1,14 @@
-"""The report of a base, as ``megatron-dmc evaluate`` has written it: whatever is read of it later is checked here."""
+"""A report that ``megatron-dmc evaluate`` has written: whatever is read of it later is checked here."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.evaluation.exported.amount import Amount
-from megatron_dmc.files import why_no_file
+from megatron_dmc.evaluation.exported.text_loss import QUARTERS
+from megatron_dmc.files import LONGEST_PATH, why_no_file
 
 
 def read_report(path: str) -> dict[str, Any]:
@@ -15,34 +17,79 @@ def read_report(path: str) -> dict[str, Any]:
         raise ConfigError(f"--base {path} {problem}; write it with megatron-dmc evaluate BASE --output {path}")
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        is_base = _is_base(report)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        is_base = False
-    if not is_base:
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or not is_report(report):
         raise ConfigError(
             f"--base {path} is no report of a base; write it with megatron-dmc evaluate BASE --output {path}"
         )
     return report
 
 
+def is_report(report: dict[str, Any], base: dict[str, Any] | None = None) -> bool:
+    """Whether these are the whole values of a report: of what was measured beside this base's, or of a base."""
+    try:
+        return _is_base(report) if base is None else _is_beside(report, base)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
 def _is_base(report: dict[str, Any]) -> bool:
-    amount = Amount.from_dict(report["amount"])
-    parts = [(row["task"], row["tokens"]) for row in report["recall"]]
-    lengths = tuple(each["tokens"] for each in report["copying"])
+    recall = report["recall"]
     return (
         not {"kl", "dmc"} & set(report)
-        and all(
-            isinstance(report[name], str) and report[name] for name in ("model", "text", "weights", "serving_dtype")
-        )
-        and (parts, lengths) == (amount.recall_parts, amount.copy_tokens)
+        and _is_measured(report)
+        and all(row["samples"] > 0 and (row["correct"] > 0 or not row["counts"]) for row in recall)
+        and all(row["accuracy"] == row["correct"] / row["samples"] for row in recall)
+    )
+
+
+def _is_beside(report: dict[str, Any], base: dict[str, Any]) -> bool:
+    dmc = report["dmc"]
+    return (
+        _is_measured(report)
+        and {name: report[name] for name in ("amount", "text")} == {name: base[name] for name in ("amount", "text")}
+        and _holds_numbers(report, "kl")
+        and [_is_number(value) for value in report["kl_by_quarter"]] == QUARTERS * [True]
+        and _holds_numbers(dmc, "target_compression_ratio", "local_window")
+        and isinstance(dmc["operation"], str)
+        and all(_holds_numbers(row, "compression_ratio", *(f"plain_{x}" for x in _SERVED)) for row in report["serving"])
+        and all(not row["counts"] or _holds_numbers(row, "over_base") for row in report["recall"])
+    )
+
+
+_SERVED = ("cache_bytes", "seconds_to_first_token", "tokens_per_second")
+
+
+def _is_measured(report: dict[str, Any]) -> bool:
+    amount = Amount.from_dict(report["amount"])
+    copied, served = (tuple(row["tokens"] for row in report[name]) for name in ("copying", "serving"))
+    return (
+        all(_is_name(report[name]) for name in ("model", "text", "weights"))
+        and report["serving_dtype"] in ("float32", "bfloat16")
+        and isinstance(report["machine"], dict)
+        and _holds_numbers(report, "loss")
+        and [(row["task"], row["tokens"]) for row in report["recall"]] == amount.recall_parts
+        and (copied, served) == (amount.copy_tokens, amount.serving_tokens)
+        and all(_holds_numbers(row, "loss") for row in report["copying"])
+        and all(_holds_numbers(row, *_SERVED) for row in report["serving"])
         and all(_is_recall(row) for row in report["recall"])
     )
 
 
 def _is_recall(row: dict[str, Any]) -> bool:
     correct, samples = row["correct"], row["samples"]
-    if not isinstance(correct, int) or not isinstance(samples, int) or not 0 <= correct <= samples or not samples:
-        return False
-    return (
-        row["accuracy"] == correct / samples and isinstance(row["counts"], bool) and (correct > 0 or not row["counts"])
-    )
+    return type(correct) is type(samples) is int and 0 <= correct <= samples and isinstance(row["counts"], bool)
+
+
+def _is_name(value: Any) -> bool:
+    """What a message can show as it is."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_PATH
+
+
+def _holds_numbers(values: dict[str, Any], *names: str) -> bool:
+    return all(_is_number(values[name]) for name in names)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -5,6 +5,7 @@ done again.
 """
 
 import functools
+import hashlib
 import json
 import os
 import shlex
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data import iter_documents, standard_library_documentation, standard_library_documents
 from megatron_dmc.evaluation.exported.amount import AMOUNTS
 from megatron_dmc.evaluation.exported.model import bf16_is_fast
@@ -83,12 +86,16 @@ class Stage:
         makes: below the run's folder; it is there as a whole once the stage is done.
         work: the words of a command, or what is done in this process.
         expected: seconds on two cores.
+        measures: the export that it makes a report of.
+        outdates: what was made from an earlier form of this.
     """
 
     title: str
     makes: str
     work: Sequence[str] | Callable[[], None]
     expected: float
+    measures: str | None = None
+    outdates: str | None = None
 
 
 class RealModelRun(SmallRun):
@@ -135,6 +142,10 @@ class RealModelRun(SmallRun):
                 f"--tokens must be at least {least}, the warm-up of each phase and a step, got {self.budget.tokens}"
             )
         self._check_folder()
+        if self.source.package is None and (real := Path(os.path.realpath(self.folder))).is_relative_to(
+            model := os.path.realpath(self.source.path)
+        ):
+            raise ConfigError(f"--output {real} lies in the model's folder {model}; name a folder outside")
         # A checkpoint and an export of the base, and an export of each retrofit; what is there already is counted again.
         share = 1 / 4 if self.smoke and self.source.package else 1
         needed = int(share * self.source.model_bytes * (2 + self.exports_at_once)) + _OTHER_BYTES
@@ -188,7 +199,8 @@ class RealModelRun(SmallRun):
         speed = _TRAINED_TOKENS_PER_SECOND if retrofit.scaled else _READ_TOKENS_PER_SECOND
         seconds = self.budget.read_tokens(retrofit, self.recipes) / speed
         words = self.budget.words(retrofit, self.recipes)
-        return Stage(f"retrofit: {retrofit.name}", f"checkpoints/{retrofit.name}/final", words, seconds)
+        made = f"checkpoints/{retrofit.name}/final"
+        return Stage(f"retrofit: {retrofit.name}", made, words, seconds, outdates=f"hf-{retrofit.name}")
 
     def export_stage(self, retrofit: Retrofit) -> Stage:
         made = f"hf-{retrofit.name}"
@@ -198,13 +210,14 @@ class RealModelRun(SmallRun):
     def base_evaluation_stage(self) -> Stage:
         amount, report = self.options.amount, f"{self.evaluation}/{BASE_REPORT}"
         words = ["evaluate", "hf-base", "--text", "data/text_valid", "--output", report, "--amount", amount]
-        return Stage("evaluation: base", report, words, _EVALUATION_SECONDS[amount])
+        return Stage("evaluation: base", report, words, _EVALUATION_SECONDS[amount], measures="hf-base")
 
     def evaluation_stage(self, retrofit: Retrofit) -> Stage:
         name, report = retrofit.name, f"{self.evaluation}/{retrofit.name}.json"
         words = ["evaluate", f"hf-{name}", "--text", "data/text_valid"]
         words += ["--base", f"{self.evaluation}/{BASE_REPORT}", "--output", report]
-        return Stage(f"evaluation: {name}", report, words, _EVALUATION_SECONDS[self.options.amount])
+        seconds = _EVALUATION_SECONDS[self.options.amount]
+        return Stage(f"evaluation: {name}", report, words, seconds, measures=f"hf-{name}")
 
     def summary(self) -> dict[str, Any]:
         """All numbers of the run; see ``summarize``."""
@@ -244,12 +257,19 @@ class RealModelRun(SmallRun):
     def _identity(self) -> dict[str, Any]:
         return {
             "model": self.source.identity,
+            "recipes": self._recipes_digest(),
             "text": self._digest(),
             "tokens": self.budget.tokens,
             "bf16": self.budget.bf16,
             **({"gpu": True} if self.budget.gpu else {}),
             "smoke": self.smoke,
         }
+
+    def _recipes_digest(self) -> str:
+        """The same for the same settings, whatever is written around them."""
+        names = sorted({each.recipe for each in self.retrofits})
+        read = [yaml.safe_load((self.recipes / f"{name}.yaml").read_text(encoding="utf-8")) for name in names]
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -296,11 +316,17 @@ class RealModelRun(SmallRun):
         return AMOUNTS[self.options.amount].least_text
 
     def _is_done(self, stage: Stage) -> bool:
-        return (self.folder / stage.makes).exists()
+        made = self.folder / stage.makes
+        if stage.measures is None or not made.exists() or not (model := self.folder / stage.measures).exists():
+            return made.exists()
+        # A damaged one is named by what reads it.
+        return read_object(made, "weights")["weights"] == model_digest(model)
 
     def _do(self, stage: Stage, clock: "Clock") -> None:
         if self._is_done(stage):
             return
+        for outdated in filter(None, (stage.outdates, stage.measures and stage.makes)):
+            _remove(self.folder / outdated)
         print(clock.line(), flush=True)
         command = "" if callable(stage.work) else " ".join(["megatron-dmc", *stage.work])
         # It is published: as somebody would write it in a checkout, not where the recipes lie on this machine.
@@ -334,6 +360,14 @@ class Clock:
     def done(self, stage: Stage) -> None:
         self._done += stage.expected
         self._number += 1
+
+
+def _remove(path: Path) -> None:
+    """A folder or a file, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _minutes(seconds: float) -> str:

@@ -174,7 +174,7 @@ class Source:
                 f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
             )
         check_own_vocabulary(load_tokenizer(self.path, "--model"), model.vocab_size)
-        Weights(self.path)
+        Weights.of(self.path, model, None)
 
     def check_positions(self, wanted: int) -> None:
         """Raises ConfigError for a model that :meth:`check` has let pass, with fewer positions."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dmc.config import ConfigError
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
+from megatron_dmc.evaluation.exported.report import is_report
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.small_run import read_object
 
@@ -19,9 +21,6 @@ _MODEL = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
     "max_position_embeddings",
 )
-
-# Of a report of ``megatron-dmc evaluate``, what a summary reads.
-REPORT = ("amount", "serving_dtype", "loss", "copying", "serving", "recall", "machine")
 
 
 def summarize(
@@ -40,9 +39,10 @@ def summarize(
         models with its name, target_compression_ratio and recall_over_base; stages, with command and seconds.
     """
     config = read_object(folder / "hf-base" / "config.json", *_MODEL, remedy=f"remove {folder / 'hf-base'}")
+    base = read_measured(folder / evaluation / "base.json")
     models = []
     for each in retrofits:
-        report = read_object(folder / evaluation / f"{each.name}.json", *REPORT, "dmc", "kl")
+        report = read_measured(folder / evaluation / f"{each.name}.json", base)
         models.append(
             {
                 "name": each.name,
@@ -51,7 +51,6 @@ def summarize(
                 "recall_over_base": recall_over_base(report),
             }
         )
-    base = read_object(folder / evaluation / "base.json", *REPORT)
     return {
         # A folder's own name: where it lies is nobody's business.
         "model": {"name": Path(options.model).name, **{name: config[name] for name in _MODEL}},
@@ -67,6 +66,19 @@ def summarize(
         "models": models,
         "stages": read_stages(folder / "stages.json"),
     }
+
+
+def read_measured(path: Path, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A report of ``megatron-dmc evaluate``: a base's, or one that was measured beside it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    report = read_object(path)
+    if not is_report(report, base):
+        beside = "" if base is None else ", or was not measured beside the base.json that is there now"
+        raise ConfigError(f"{path} is damaged{beside}; remove it, and run again")
+    return report
 
 
 def read_stages(path: Path) -> list[dict[str, Any]]:
