@@ -132,14 +132,25 @@ def _group(
     if threads is not None and threads < torch.get_num_threads():
         torch.set_num_threads(threads)
     if task is None or task.world_size == 1:
-        # A store in memory: one process needs no port.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            # A store in memory: one process needs no port.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        except RuntimeError as error:
+            names = " and ".join(name for name in sorted(os.environ) if name.endswith("_SOCKET_IFNAME"))
+            remedy = f"unset {names}, or name an interface of this machine" if names else "look at its network"
+            raise ConfigError(
+                f"{backend} finds no way to talk to this machine itself ({_first_line(error)}); {remedy}"
+            ) from None
     else:
         meet(backend, task, timeout, must_stop)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n", maxsplit=1)[0]
 
 
 def _use_device(local_rank: int) -> None:
@@ -187,11 +198,10 @@ def meet(backend: str, task: Task, timeout: timedelta, must_stop: Callable[[], b
             _wait_for_all(store, task, deadline, must_stop)
         dist.init_process_group(backend, store=store, rank=task.rank, world_size=task.world_size)
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
         raise ConfigError(
             f"rank {task.rank} of {task.world_size} did not meet the others at {task.host}:{task.port} within "
             f"{timeout.total_seconds():g} s; see why other tasks ended, or export MASTER_ADDR and MASTER_PORT for another "
-            f"address, or to run alone, {_ALONE} ({reason})"
+            f"address, or to run alone, {_ALONE} ({_first_line(error)})"
         ) from None
     finally:
         hint.cancel()

@@ -1,6 +1,7 @@
 """megatron-core's GPTModel with DMC attention, from a ModelConfig."""
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def transformer_config(model: ModelConfig, *, bf16: bool = False, **overrides: A
     return TransformerConfig(**(settings | overrides))
 
 
+# They choose among Transformer Engine's own attentions, which no model here has; containers set them, and megatron-core stops
+# at a value that is not its own.
+_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
 def build_model(
     model: ModelConfig,
     dmc: DMCConfig | None,
@@ -62,6 +68,8 @@ def build_model(
     megatron-core's parallel_state must be initialized. ``dmc`` None builds the base model.
     """
     logging.getLogger(GPTModel.__module__).addFilter(_is_news)
+    for name in _ATTENTION_SWITCHES:
+        os.environ.pop(name, None)
     config = config or transformer_config(model)
     spec = get_dmc_block_spec(config, dmc, vp_stage=vp_stage, use_transformer_engine=use_transformer_engine)
     return GPTModel(

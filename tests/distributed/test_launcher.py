@@ -15,7 +15,7 @@ import pytest
 from megatron_dmc.config import ConfigError
 from megatron_dmc.distributed.launcher import check_runs_alone, own_task, speaks_for_its_node, threads_per_process
 from megatron_dmc.distributed.task import Task
-from tests.support.processes import ROOT, meeting_place, started
+from tests.support.processes import ROOT, meeting_place, run, started
 from tests.support.toy import recipe_values, write_recipe
 
 MEETING = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4321"}
@@ -241,6 +241,12 @@ def test_nobody_to_meet_is_one_line(rank: str, host: str) -> None:
         rf"rank {rank} of 2 did not meet the others at {re.escape(host)}:{port} within 1 s; .*export MASTER_ADDR.*\n",
         ended.stderr,
     )
+
+
+def test_an_interface_that_is_not_there() -> None:
+    program = "from megatron_dmc.distributed.world import single_process\nwith single_process(): pass"
+    said = run("-c", program, GLOO_SOCKET_IFNAME="nowhere0").stderr.splitlines()[-1]
+    assert "nowhere0" in said and said.endswith("unset GLOO_SOCKET_IFNAME, or name an interface of this machine")
 
 
 @pytest.mark.parametrize(

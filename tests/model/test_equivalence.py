@@ -137,6 +137,12 @@ def test_a_fresh_absorbing_projection_is_its_base_and_learns() -> None:
         assert gradient.isfinite().all() and gradient.all()
 
 
+def test_what_a_container_says_of_attention_is_not_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in "01":
+        monkeypatch.setenv("NVTE_FLASH_ATTN", value)
+        random_model(DMCConfig())
+
+
 def test_fresh_projection_is_its_base_to_the_last_bit() -> None:
     base = random_model(None)
     patched = random_model(DMCConfig())
