@@ -66,7 +66,7 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
         raise ConfigError(f"model_type {model_type!r} is not supported; only llama and {DMC_MODEL_TYPE} are")
     expected = _architecture(model_type)
     if (config.get("architectures") or [expected]) != [expected]:
-        raise ConfigError(f"architectures {config['architectures']!r} is not supported; only {expected} is")
+        raise ConfigError(f"architectures {config['architectures']!r} is not supported; only {[expected]} is")
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ConfigError(f"layer_types {layer_types!r} is not supported; all must be full_attention")

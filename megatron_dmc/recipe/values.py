@@ -111,6 +111,8 @@ class SectionReader:
             raise ConfigError(
                 f"{place} must be the name of a folder or file, got {value}{or_null} (./{value} is a folder of that name)"
             )
+        if self.from_person and re.match(r"\w+://", value):
+            raise ConfigError(f"{place} is an address, {value}; name a folder or file{or_null}")
         if problem := _no_path(value):
             raise ConfigError(f"{place} cannot be the name of a folder or file: {problem}{or_null}")
         return value

@@ -116,7 +116,7 @@ def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, "divisible"),
         ({"head_dim": 7}, "even"),
         ({"layer_types": 3}, "layer_types"),
-        ({"model_type": "dmc_llama", "architectures": ["LlamaForCausalLM"]}, "only DMCLlamaForCausalLM is"),
+        ({"model_type": "dmc_llama", "architectures": ["LlamaForCausalLM"]}, "only ['DMCLlamaForCausalLM'] is"),
         ({"model_type": "dmc_llama", "architectures": ["DMCLlamaForCausalLM"]}, "dmc must be an object"),
         ({"model_type": "dmc_llama", "architectures": None, "dmc": {"decision_bias": "5"}}, "decision_bias"),
     ],

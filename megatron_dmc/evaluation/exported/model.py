@@ -53,7 +53,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
         model = family.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True)
     # transformers raises whatever it happens to meet.
     except Exception as error:
-        raise ConfigError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{folder} cannot be loaded: {reason}; convert or fetch it again") from None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
