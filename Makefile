@@ -90,10 +90,11 @@ bench: setup
 	@set -e; export CUDA_VISIBLE_DEVICES=; \
 	    for name in attention pooling retrofit_step adapter_step calibrate_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
-gpu-check: setup
+# An environment that somebody has made for a GPU is taken as it is: setup would bring its own versions.
+gpu-check: $(if $(wildcard $(BIN)/python),,setup)
 	$(BIN)/python benchmarks/gpu_check.py $(CHECK_ARGS)
 
-cluster-check: setup
+cluster-check: $(if $(wildcard $(BIN)/python),,setup)
 	$(BIN)/python -m megatron_dmc cluster-check $(CHECK_ARGS)
 
 # Never fails: without these programs the tests of the launchers are skipped.

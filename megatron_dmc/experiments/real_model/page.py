@@ -29,8 +29,9 @@ served in {serving_dtype}.
 
 ## Held-out text
 
-{windows} windows of {window_tokens} tokens, nats per token. *CR* is the compression ratio, tokens per slot, on the first text
-of the last table. *KL* is KL(base || model). *copying* is the loss on the second half of {copies} texts whose halves are
+{windows} texts of {window_tokens} tokens, nats per token. *CR* is the compression ratio, tokens per slot, of the first text of
+"Cache and speed". The last {local_window} tokens of every text take a slot each, so that shorter texts are compressed less.
+*KL* is KL(base || model). *copying* is the loss on the second half of {copies} texts whose halves are
 equal, of {copy_tokens} tokens. *recall over base* is the mean of the next table's accuracies over the base's.
 
 {losses}
@@ -39,7 +40,7 @@ equal, of {copy_tokens} tokens. *recall over base* is the mean of the next table
 
 Right answers of all samples. An answer is right where each of its tokens is the likeliest one, as in greedy generation. The
 prompt is taken into the cache first, then the answer. A star: the base is right in fewer than half of its samples, so the task
-does not count. Skipped: for that reason it was not asked of this model.
+does not count, and is not asked of the other models ("skipped").
 
 {recall}
 
@@ -72,6 +73,7 @@ def page(summary: dict[str, Any]) -> str:
         gpu="".join(f"{name}, " for name in [summary["machine"].get("gpu")] if name),
         copy_tokens=" and of ".join(map(str, summary["base"]["amount"]["copy_tokens"])),
         serving_dtype=summary["base"]["serving_dtype"],
+        local_window=summary["models"][0]["local_window"],
         minutes=sum(stage["seconds"] for stage in summary["stages"]) / 60,
         losses=markdown_table(LOSS_COLUMNS, loss_rows(summary)),
         recall=markdown_table(recall_columns(summary), recall_rows(summary)),

@@ -91,7 +91,10 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
 
 
 LOSS_COLUMNS = ("model", "CR", "loss", "over base", "KL", "KL by quarter", "copying", "recall over base")
-SERVING_COLUMNS = ("model", "tokens", "CR", "cache", "plain cache", "first token", "plain", "tokens/s", "plain ")
+SERVING_COLUMNS = (
+    *("model", "tokens", "CR", "cache", "plain cache"),
+    *("first token", "plain first token", "tokens/s", "plain tokens/s"),
+)
 
 
 def loss_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
