@@ -135,8 +135,8 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
             base: a plain Llama's folder, for an adapter only.
 
         Raises:
-            ValueError: an adapter without a base, a base without an adapter, or two whose sizes or settings differ. Weights are
-                not compared: another model of the same sizes is taken.
+            ValueError: an adapter without a base, a base without an adapter, or two whose sizes or settings differ. Weights
+                are not compared: another model of the same sizes is taken.
         """
         name = pretrained_model_name_or_path
         if base is None:

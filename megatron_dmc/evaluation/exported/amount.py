@@ -6,8 +6,8 @@ from typing import Any
 from megatron_dmc.evaluation.exported.text_loss import QUARTERS
 from megatron_dmc.evaluation.recall_tasks import TASKS
 
-# Of anything: a report could ask for any amount.
-_MOST = 1_000_000
+# Texts, tokens of one, samples: a report could ask for any number.
+_MOST = 2**17
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from megatron_dmc.evaluation.exported.amount import Amount
 from megatron_dmc.evaluation.exported.text_loss import QUARTERS
 from megatron_dmc.files import LONGEST_PATH, why_no_file
 
+# Numbers of a row of ``serving``.
+_SERVED = ("cache_bytes", "seconds_to_first_token", "tokens_per_second")
+
 
 def read_report(path: str) -> dict[str, Any]:
     """Raises ConfigError for a file that is no report of a base, or of another version."""
@@ -56,9 +59,6 @@ def _is_beside(report: dict[str, Any], base: dict[str, Any]) -> bool:
         and all(_holds_numbers(row, "compression_ratio", *(f"plain_{x}" for x in _SERVED)) for row in report["serving"])
         and all(not row["counts"] or _holds_numbers(row, "over_base") for row in report["recall"])
     )
-
-
-_SERVED = ("cache_bytes", "seconds_to_first_token", "tokens_per_second")
 
 
 def _is_measured(report: dict[str, Any]) -> bool:
