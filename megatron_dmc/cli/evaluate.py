@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.cli.common import path
 from megatron_dmc.config import ConfigError
@@ -52,16 +53,22 @@ def run(options: argparse.Namespace) -> None:
     from megatron_dmc.evaluation.exported.words import told
 
     report = evaluate_exported(options.folder, options.text, base=options.base, amount=options.amount)
-    # First: a disk may be full by now.
-    print(told(report), flush=True)
+    try:
+        _write(output, report)
+    finally:
+        # Also where the disk is full by now.
+        print(told(report), flush=True)
+    print(f"{output}: evaluated {options.folder}")
+
+
+def _write(output: Path, report: dict[str, Any]) -> None:
+    """The whole file or none; raises ConfigError where another process has written one since this one began."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        # What another process has written since this one began is not replaced.
         if os.path.lexists(output):
             raise ConfigError(f"--output {output} has been written by another process meanwhile; name a new file")
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{output}: evaluated {options.folder}")

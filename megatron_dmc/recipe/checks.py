@@ -15,8 +15,6 @@ INDEX_BYTES = 16
 MOST_SAMPLES = 2**28
 # Of a micro-batch, 28 bytes each in the host's memory, and once more while its samples are joined: 0.9 GB.
 MOST_TOKENS = 2**24
-# Bfloat16 has steps of 1/16 beside it: a fiftieth of what one unit of a calibrated score is worth.
-MOST_CALIBRATED_BIAS = 16.0
 # What the sizes of an FP8 matrix product must be multiples of.
 FP8_MULTIPLE = 16
 
@@ -118,11 +116,6 @@ def _check_calibration(recipe: Recipe) -> None:
         name = f"phases[{i}].kind calibrate"
         if not recipe.dmc.has_projection:
             raise ConfigError(f"{name} is only for dmc.decision_source projection, got {recipe.dmc.decision_source}")
-        if recipe.dmc.decision_bias > MOST_CALIBRATED_BIAS:
-            raise ConfigError(
-                f"{name} takes a dmc.decision_bias of at most {MOST_CALIBRATED_BIAS:g}, got {recipe.dmc.decision_bias:g}: "
-                "what it finds is kept beside it, in bfloat16"
-            )
         before = recipe.phases[:i]
         if any(other.kind != "pretrain" for other in before):
             raise ConfigError(

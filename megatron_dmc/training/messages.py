@@ -145,22 +145,21 @@ def few_samples(recipe: Recipe, valid_samples: int) -> str | None:
     return f"{there}: an evaluation reads {read}, each once, in place of {wanted} (monitor.eval_samples)"
 
 
-def nothing_new(recipe: Recipe, train_samples: int) -> str | None:
-    """A warning where ``calibrate`` measures on text that it has learned from; None where all is well.
+def repeated_samples(recipe: Recipe, train_samples: int) -> str | None:
+    """A warning where ``calibrate`` measures on text that it may have learned from; None where all is well.
+
+    megatron-core shuffles all passes over the text together, so that what counts is how often the whole run reads it.
 
     Args:
         train_samples: how many different ones ``data.train`` has.
     """
-    first = 0
-    for phase in recipe.phases:
-        last = first + phase.steps * recipe.training.global_batch_size
-        if phase.kind == "calibrate" and last > train_samples:
-            return (
-                f"warning: data.train has {train_samples} samples of {recipe.data.sequence_length} tokens, calibrate reads "
-                f"{last - first}: what it measures (R², the threshold) is on text that it has learned from; use more text"
-            )
-        first = last
-    return None
+    read = recipe.total_steps * recipe.training.global_batch_size
+    if read <= train_samples:
+        return None
+    return (
+        f"warning: data.train has {train_samples} samples of {recipe.data.sequence_length} tokens, the run reads {read}: a "
+        "part of the text that calibrate measures on (R², the threshold) it has learned from; use more text"
+    )
 
 
 def without_effect(recipe: Recipe) -> str | None:

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron_dmc.calibration import CalibrationResult
 from megatron_dmc.checkpoint import CheckpointError
 from megatron_dmc.checkpoint.folder import kept_ratio, read_info
+from megatron_dmc.data import distinct_samples
 from megatron_dmc.model.compression_loss import merge_fraction_target
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import vocabulary_line
@@ -155,11 +156,14 @@ def show_start(recipe: Recipe, model: list[torch.nn.Module], store: RunStore, st
         _print(warning)
 
 
-def show_few_samples(recipe: Recipe, train_samples: int, valid_samples: int) -> None:
+def show_few_samples(recipe: Recipe, valid_samples: int) -> None:
     """Where there are fewer different samples than the recipe wants: of text to calibrate on, and of held-out text."""
-    for warning in (messages.nothing_new(recipe, train_samples), messages.few_samples(recipe, valid_samples)):
-        if warning is not None:
-            _print(warning)
+    warnings = [messages.few_samples(recipe, valid_samples)]
+    if any(phase.kind == "calibrate" for phase in recipe.phases):
+        train_samples = distinct_samples(recipe.data.train, recipe.data.sequence_length)
+        warnings.append(messages.repeated_samples(recipe, train_samples))
+    for warning in filter(None, warnings):
+        _print(warning)
 
 
 def show_finished(recipe: Recipe) -> None:

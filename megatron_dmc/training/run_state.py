@@ -283,18 +283,19 @@ class RunStore:
         changed = [name.removeprefix("model.") for name in model_differences(saved["model"], mine["model"])]
         for section, names in (
             ("model", tuple(changed)),
-            ("training", ("train", "global_batch_size", "bf16", "seed")),
-            ("distillation", ("weight", "direction", "temperature", "top_k")),
+            ("training", ("train", "global_batch_size", "bf16")),
+            ("distillation", ("weight", "direction", "temperature", "top_k") if self.recipe.distills else ("weight",)),
             ("data", ("sequence_length", "seed", "train", "reset_at_documents")),
             ("dmc", tuple(mine["dmc"])),
         ):
             for name in names:
                 _must_be(f"{section}.{name}", mine[section][name], saved[section][name], folder)
         # It may have been moved; what it holds is not written down.
-        if self.recipe.teacher != checkpoint.recipe.teacher and not self.recipe.trains_adapter:
+        teacher, before = self.recipe.teacher, checkpoint.recipe.teacher
+        if teacher and before and os.path.realpath(teacher) != os.path.realpath(before) and dist.get_rank() == 0:
             logger.warning(
-                "warning: the teacher is %s, of %s it was %s: the same model, or another from here on",
-                *(self.recipe.teacher, folder, checkpoint.recipe.teacher),
+                "warning: the teacher is %s, of %s it was %s; if that is another model, name the one before",
+                *(teacher, folder, before),
             )
         # Versions that know no repeats had none.
         was_known = "repeat_fraction" in info.recipe["data"]

@@ -25,6 +25,8 @@ from megatron_dmc.training.schedule import StepPlan, integer_ratios, plan_step, 
 from megatron_dmc.training.signals import StopRequest
 from megatron_dmc.training.step import StepResult, StepRunner
 
+# Logits. Bfloat16 has steps of 1/16 beside it: a fiftieth of what one unit of a calibrated score is worth.
+MOST_CALIBRATED_BIAS = 16.0
 # Learning rate. Rates in logits, for decisions after calibrate, are above it.
 MOST_RATE_OF_A_BASE = 0.1
 
@@ -77,8 +79,9 @@ class Trainer(StepRunner):
         last_step = recipe.total_steps
         if recipe.training.exit_after_steps is not None:
             last_step = min(last_step, self.step + recipe.training.exit_after_steps)
+        _check_calibrated_bias(recipe, plan_step(recipe.phases, recipe.dmc, self.step).phase_index)
         show_start(recipe, self.model, self.store, self.step)
-        show_few_samples(recipe, distinct_samples(recipe.data.train, recipe.data.sequence_length), self._valid_samples)
+        show_few_samples(recipe, self._valid_samples)
         evaluation: StepResult | None = None
         with self.store.claimed(), Report(recipe, self.store, self.step) as report, self.store:
             if self.step == 0:
@@ -252,6 +255,16 @@ def _check_offset(recipe: Recipe, start: SavedModel | None) -> None:
                 f"phases[{i}].lr {phase.lr:g} is a rate for decisions alone, and training.train {recipe.training.train} would "
                 f"move all weights with it; set phases.{i}.lr (1e-5 to 1e-4 for a large model), its min_lr, and "
                 "dmc.decision_scale to what the decisions' rate is to be over it"
+            )
+
+
+def _check_calibrated_bias(recipe: Recipe, phase: int) -> None:
+    """Not a check of recipes: what was trained in float32 with such a one goes on, and is exported."""
+    for i, each in enumerate(recipe.phases):
+        if i >= phase and each.kind == "calibrate" and recipe.dmc.decision_bias > MOST_CALIBRATED_BIAS:
+            raise ConfigError(
+                f"phases[{i}].kind calibrate takes a dmc.decision_bias of at most {MOST_CALIBRATED_BIAS:g}, got "
+                f"{recipe.dmc.decision_bias:g}: what it finds is kept beside it, in bfloat16"
             )
 
 

@@ -1,8 +1,10 @@
 """What ``megatron-dmc evaluate`` measures, against generate() and against losses that are computed plainly."""
 
+import contextlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +132,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     def evaluate(*words: str) -> tuple[int, str]:
         status = main(["evaluate", "base", "--text", "text", *words])
         printed, said = capfd.readouterr()
-        return status, said or printed
+        return status, printed + said
 
     status, said = evaluate("--output", "reports/base.json", "--amount", "smoke")
     assert status == 0, said
@@ -200,6 +202,16 @@ def test_what_changes_while_it_is_measured(
     said = evaluated_while(lambda: report.write_text("another's"))
     assert "--output report.json has been written by another process meanwhile; name a new file" in said
     assert report.read_text() == "another's" and sorted(x.name for x in tmp_path.iterdir()) == ["model", "report.json"]
+
+
+def test_a_report_outlives_its_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    words = ["evaluate", "base", "--text", "text", "--amount", "smoke", "--output", "unseen.json"]
+    # It cannot be closed without an error, either.
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(words) == 1
+    assert read_report("unseen.json")["model"] == "base"
 
 
 def test_a_config_that_asks_for_tuples(folder: Path, tmp_path: Path) -> None:
@@ -351,13 +363,13 @@ def test_a_damaged_report_of_what_was_measured_beside_a_base(
     monkeypatch.chdir(folder)
     base = evaluate_exported("base", "text", base=None, amount="smoke")
     (tmp_path / "base.json").write_text(json.dumps(base))
-    dmc_model({"decision_source": "projection"}).save_pretrained(tmp_path / "made")
-    shutil.copy("base/tokenizer.json", tmp_path / "made")
     again = evaluate_exported("base", "text", base=str(tmp_path / "base.json"))
     settings = {"target_compression_ratio": 4.0, "local_window": 4, "operation": "absorb"}
     report = again | {"dmc": settings, "serving": [row | {"compression_ratio": 2.0} for row in again["serving"]]}
     base, report = json.loads(json.dumps([base, report]))
     assert is_report(report, base)
+    assert is_report({name: value for name, value in report.items() if name != "base_weights"}, base)
+    assert is_report(base | {"model": "\u30e2\u30c7\u30eb\u3000\u4e00"})
     damaged: list[Any] = [
         again,
         *(
@@ -371,6 +383,7 @@ def test_a_damaged_report_of_what_was_measured_beside_a_base(
         report | {"recall": [row | {"counts": True} for row in report["recall"]]},
         report | {"amount": report["amount"] | {"samples": 5}},
         report | {"text": "0"},
+        report | {"base_weights": "another's"},
     ]
     for each in damaged:
         assert not is_report(each, base), each

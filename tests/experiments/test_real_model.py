@@ -309,23 +309,33 @@ def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: 
     fails(r"new has 0\.0 GB of free space, the run takes about 0\.2; free some, or name", check, tiny_model / "tiny")
 
 
-def test_a_report_of_another_model_is_measured_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_is_made_anew_is_measured_anew(tiny_model: Path, tmp_path: Path) -> None:
+    """And what came out the same is not."""
     run = RealModelRun(tmp_path / "run", Options(str(tiny_model / "tiny"), smoke=True))
     retrofit = RETROFITS[-1]
     report, export = tmp_path / "run" / "evaluation" / f"{retrofit.name}.json", tmp_path / "run" / f"hf-{retrofit.name}"
-    shutil.copytree(tiny_model / "tiny", export)
-    report.parent.mkdir()
-    stage = run.evaluation_stage(retrofit)
-    for digest, is_done in ((model_digest(export), True), ("of another model", False)):
+    report.parent.mkdir(parents=True)
+    trained, exported = run.retrofit_stage(retrofit), run.export_stage(retrofit)
+    for digest, is_kept in ((model_digest(tiny_model / "tiny"), True), ("of another model", False)):
+        export.mkdir()
         report.write_text(json.dumps({"weights": digest}))
-        assert run._is_done(stage) == is_done
-    run._do(replace(stage, work=lambda: report.write_text(f"{report.exists()}")), Clock([stage]))
-    assert report.read_text() == "False"
-    fails(r"trained-cr8\.json is gone or damaged; remove it, and run again", run._is_done, stage)
-    # What is trained anew is exported anew; without its export, a report stays.
-    stage = run.retrofit_stage(retrofit)
-    run._do(replace(stage, work=lambda: None), Clock([stage]))
-    assert not export.exists() and not run._is_done(run.export_stage(retrofit)) and report.exists()
+        run._do(replace(trained, work=lambda: None), Clock([trained]))
+        assert not export.exists() and not report.exists() and not run._is_done(exported)
+        run._do(replace(exported, work=lambda: shutil.copytree(tiny_model / "tiny", export)), Clock([exported]))
+        assert run._is_done(exported) and run._is_done(run.evaluation_stage(retrofit)) == is_kept
+        shutil.rmtree(export)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["evaluation", "stages.json"]
+
+
+def test_a_folder_that_was_moved_elsewhere_is_let_be(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "export").symlink_to("elsewhere")
+    for name in (".export.removed", "elsewhere"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "file").touch()
+    run_module.remove(tmp_path / "export")
+    run_module.remove(tmp_path / "nothing")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["elsewhere", "elsewhere/file"]
 
 
 def test_a_run_with_other_recipes_is_another_run(
@@ -346,7 +356,13 @@ def test_a_run_with_other_recipes_is_another_run(
     changed = recipe.read_text().replace("operation: absorb", "operation: evict")
     assert changed != recipe.read_text()
     recipe.write_text(changed)
-    fails("holds a run with another recipes; remove it, or name another folder with --output", prepare)
+    fails("holds a run with another recipe; remove it, or name another folder with --output", prepare)
+    # Of an older version.
+    done = tmp_path / "run" / "data" / "done.json"
+    done.write_text(
+        json.dumps({name: value for name, value in json.loads(done.read_text()).items() if name != "recipe"})
+    )
+    prepare()
 
 
 def test_text_that_is_too_short(tiny_model: Path, tmp_path: Path) -> None:

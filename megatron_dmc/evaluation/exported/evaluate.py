@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_dmc.config import ConfigError, DMCConfig
@@ -187,7 +188,7 @@ class _Evaluation:
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         model, plain = self._load(loss_dtype())
-        with Progress(*columns) as progress:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("loss", total=self._work())
 
             def advance(tokens: int) -> None:
@@ -206,7 +207,7 @@ class _Evaluation:
                 row["recall"].append(self._recall(model, task, tokens, advance))
         return {
             "model": self.folder,
-            **({} if before is None else {"base": before["model"]}),
+            **({} if before is None else {"base": before["model"], "base_weights": before["weights"]}),
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def _is_beside(report: dict[str, Any], base: dict[str, Any]) -> bool:
     return (
         _is_measured(report)
         and {name: report[name] for name in ("amount", "text")} == {name: base[name] for name in ("amount", "text")}
+        # Versions before this one did not write the base's weights down.
+        and report.get("base_weights", base["weights"]) == base["weights"]
         and _holds_numbers(report, "kl")
         and [_is_number(value) for value in report["kl_by_quarter"]] == QUARTERS * [True]
         and _holds_numbers(dmc, "target_compression_ratio", "local_window")
@@ -83,8 +86,10 @@ def _is_recall(row: dict[str, Any]) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """What a message can show as it is."""
-    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_PATH
+    """What a message can show as it is: no line breaks, no control codes."""
+    if not isinstance(value, str) or any(unicodedata.category(character) == "Cc" for character in value):
+        return False
+    return 0 < len(value) <= LONGEST_PATH
 
 
 def _holds_numbers(values: dict[str, Any], *names: str) -> bool:

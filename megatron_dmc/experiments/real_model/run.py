@@ -43,7 +43,7 @@ SMOKE_HELDOUT_FRACTION = 0.1
 SMOKE_LAYERS = 4
 # Characters of text in a smoke run.
 SMOKE_TEXT = 400_000
-BASE_REPORT = "base.json"
+BASE = "base"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
 _TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 150, 320
 _EVALUATION_SECONDS = {"smoke": 15, "brief": 200, "default": 430, "full": 4000}
@@ -86,16 +86,17 @@ class Stage:
         makes: below the run's folder; it is there as a whole once the stage is done.
         work: the words of a command, or what is done in this process.
         expected: seconds on two cores.
-        measures: the export that it makes a report of.
-        outdates: what was made from an earlier form of this.
+        export: what is made from it: that of its earlier form is removed.
+        report: of what is made, or of its export: that of an earlier form is set aside, and taken back if the export is the
+            same.
     """
 
     title: str
     makes: str
     work: Sequence[str] | Callable[[], None]
     expected: float
-    measures: str | None = None
-    outdates: str | None = None
+    export: str | None = None
+    report: str | None = None
 
 
 class RealModelRun(SmallRun):
@@ -199,25 +200,28 @@ class RealModelRun(SmallRun):
         speed = _TRAINED_TOKENS_PER_SECOND if retrofit.scaled else _READ_TOKENS_PER_SECOND
         seconds = self.budget.read_tokens(retrofit, self.recipes) / speed
         words = self.budget.words(retrofit, self.recipes)
-        made = f"checkpoints/{retrofit.name}/final"
-        return Stage(f"retrofit: {retrofit.name}", made, words, seconds, outdates=f"hf-{retrofit.name}")
+        name, report = retrofit.name, self.report(retrofit.name)
+        return Stage(f"retrofit: {name}", f"checkpoints/{name}/final", words, seconds, f"hf-{name}", report)
 
     def export_stage(self, retrofit: Retrofit) -> Stage:
         made = f"hf-{retrofit.name}"
         words = ["convert-to-hf", f"checkpoints/{retrofit.name}/final", made, "--dtype", "float32"]
-        return Stage(f"export: {retrofit.name}", made, words, 20)
+        return Stage(f"export: {retrofit.name}", made, words, 20, report=self.report(retrofit.name))
+
+    def report(self, name: str) -> str:
+        """Of a retrofit, or of the base."""
+        return f"{self.evaluation}/{name}.json"
 
     def base_evaluation_stage(self) -> Stage:
-        amount, report = self.options.amount, f"{self.evaluation}/{BASE_REPORT}"
+        amount, report = self.options.amount, self.report(BASE)
         words = ["evaluate", "hf-base", "--text", "data/text_valid", "--output", report, "--amount", amount]
-        return Stage("evaluation: base", report, words, _EVALUATION_SECONDS[amount], measures="hf-base")
+        return Stage("evaluation: base", report, words, _EVALUATION_SECONDS[amount])
 
     def evaluation_stage(self, retrofit: Retrofit) -> Stage:
-        name, report = retrofit.name, f"{self.evaluation}/{retrofit.name}.json"
+        name, report = retrofit.name, self.report(retrofit.name)
         words = ["evaluate", f"hf-{name}", "--text", "data/text_valid"]
-        words += ["--base", f"{self.evaluation}/{BASE_REPORT}", "--output", report]
-        seconds = _EVALUATION_SECONDS[self.options.amount]
-        return Stage(f"evaluation: {name}", report, words, seconds, measures=f"hf-{name}")
+        words += ["--base", self.report(BASE), "--output", report]
+        return Stage(f"evaluation: {name}", report, words, _EVALUATION_SECONDS[self.options.amount])
 
     def summary(self) -> dict[str, Any]:
         """All numbers of the run; see ``summarize``."""
@@ -257,7 +261,7 @@ class RealModelRun(SmallRun):
     def _identity(self) -> dict[str, Any]:
         return {
             "model": self.source.identity,
-            "recipes": self._recipes_digest(),
+            "recipe": self._recipes_digest(),
             "text": self._digest(),
             "tokens": self.budget.tokens,
             "bf16": self.budget.bf16,
@@ -279,6 +283,8 @@ class RealModelRun(SmallRun):
         return kept if visible is None else {**kept, "CUDA_VISIBLE_DEVICES": visible}
 
     def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        # Versions before this one did not write the recipe down.
+        found = {"recipe": wanted["recipe"], **found}
         if differs := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
             raise ConfigError(
                 f"{self.folder} holds a run with another {' and '.join(differs)}; remove it, or name another folder with "
@@ -316,17 +322,15 @@ class RealModelRun(SmallRun):
         return AMOUNTS[self.options.amount].least_text
 
     def _is_done(self, stage: Stage) -> bool:
-        made = self.folder / stage.makes
-        if stage.measures is None or not made.exists() or not (model := self.folder / stage.measures).exists():
-            return made.exists()
-        # A damaged one is named by what reads it.
-        return read_object(made, "weights")["weights"] == model_digest(model)
+        return (self.folder / stage.makes).exists()
 
     def _do(self, stage: Stage, clock: "Clock") -> None:
         if self._is_done(stage):
             return
-        for outdated in filter(None, (stage.outdates, stage.measures and stage.makes)):
-            _remove(self.folder / outdated)
+        if stage.export is not None:
+            remove(self.folder / stage.export)
+        if stage.report is not None:
+            _set_aside(self.folder / stage.report)
         print(clock.line(), flush=True)
         command = "" if callable(stage.work) else " ".join(["megatron-dmc", *stage.work])
         # It is published: as somebody would write it in a checkout, not where the recipes lie on this machine.
@@ -335,6 +339,8 @@ class RealModelRun(SmallRun):
             self.timed(stage.title, stage.work)
         else:
             self.stage(stage.title, stage.makes, stage.work)
+        if stage.report is not None and stage.export is None:
+            _take_back(self.folder / stage.report, model_digest(self.folder / stage.makes))
         clock.done(stage)
         path = self.folder / "stages.json"
         before = read_stages(path)
@@ -362,12 +368,26 @@ class Clock:
         self._number += 1
 
 
-def _remove(path: Path) -> None:
-    """A folder or a file, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def remove(folder: Path) -> None:
+    """A folder or a link to one, if it is there; first from its name, so that no half of it is taken for the whole."""
+    gone = folder.with_name(f".{folder.name}.removed")
+    for path in (gone, folder):
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path if path == gone else folder.rename(gone))
+
+
+def _set_aside(report: Path) -> None:
+    if report.exists():
+        report.replace(report.with_suffix(".before"))
+
+
+def _take_back(report: Path, digest: str) -> None:
+    """A report that was set aside, if it is of a model with this digest."""
+    before = report.with_suffix(".before")
+    if before.exists() and read_object(before, "weights")["weights"] == digest:
+        before.replace(report)
 
 
 def _minutes(seconds: float) -> str:

@@ -5,7 +5,6 @@ differ.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
-from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage
+from megatron_dmc.experiments.real_model.run import BASE, Clock, Options, RealModelRun, Stage, remove
 from megatron_dmc.experiments.real_model.summary import read_measured
 from megatron_dmc.experiments.recipes import real_report
 from megatron_dmc.experiments.small_run import write_whole
@@ -88,7 +87,7 @@ class RealComparison(RealModelRun):
         return stages
 
     def _report(self, name: str) -> Path:
-        return self.folder / self.evaluation / f"{name}.json"
+        return self.folder / self.report(name)
 
     def _is_done(self, stage: Stage) -> bool:
         # An export is only for its evaluation.
@@ -99,16 +98,16 @@ class RealComparison(RealModelRun):
         super()._do(stage, clock)
         for form in self.forms:
             if self.folder / stage.makes == self._report(form.name):
-                shutil.rmtree(self.folder / f"hf-{form.name}", ignore_errors=True)
+                remove(self.folder / f"hf-{form.name}")
                 write_whole(self.folder / "results.json", json.dumps(self.results(), indent=1) + "\n")
 
     def results(self) -> dict[str, Any]:
         """The base and the rows that are measured so far, as plain values; see ``real_report``."""
 
-        base = read_measured(self._report("base"))
+        base = read_measured(self._report(BASE))
 
         def read(name: str) -> dict[str, Any]:
-            report = base if name == "base" else read_measured(self._report(name), base)
+            report = base if name == BASE else read_measured(self._report(name), base)
             found: dict[str, Any] = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
             if "dmc" in found:
                 found["compression_ratio"] = report["serving"][0]["compression_ratio"]
@@ -116,7 +115,7 @@ class RealComparison(RealModelRun):
             return found
 
         return {
-            "base": read("base"),
+            "base": read(BASE),
             "tokens": max(self.budget.read_tokens(each, self.recipes) for each in self.retrofits if each.scaled),
             "rows": [{**vars(form), **read(form.name)} for form in self.forms if self._report(form.name).exists()],
         }
