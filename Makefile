@@ -91,10 +91,12 @@ bench: setup
 	    for name in attention pooling retrofit_step adapter_step calibrate_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 # An environment that somebody has made for a GPU is taken as it is: setup would bring its own versions.
-gpu-check: $(if $(wildcard $(BIN)/python),,setup)
+ENVIRONMENT := $(if $(wildcard $(STAMP)),setup,$(if $(wildcard $(BIN)/python),,setup))
+
+gpu-check: $(ENVIRONMENT)
 	$(BIN)/python benchmarks/gpu_check.py $(CHECK_ARGS)
 
-cluster-check: $(if $(wildcard $(BIN)/python),,setup)
+cluster-check: $(ENVIRONMENT)
 	$(BIN)/python -m megatron_dmc cluster-check $(CHECK_ARGS)
 
 # Never fails: without these programs the tests of the launchers are skipped.

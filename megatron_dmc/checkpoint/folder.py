@@ -178,17 +178,17 @@ def update_latest(root: str | Path, name: str) -> None:
         CheckpointError: ``root/name`` is not a checkpoint, or the disk is full (``latest`` is then as it was).
     """
     root = Path(root)
+    latest, temporary = root / _LATEST, root / _NEXT_LATEST
     if not (root / name / "dmc.json").is_file():
-        raise CheckpointError(f"{root / 'latest'} cannot name {name!r}: {root / name} is not a whole checkpoint")
-    temporary = root / _NEXT_LATEST
+        raise CheckpointError(f"{latest} cannot name {name!r}: {root / name} is not a whole checkpoint")
     try:
         temporary.write_text(name + "\n", encoding="utf-8")
         flush_to_disk(temporary)
-        temporary.replace(root / _LATEST)
+        temporary.replace(latest)
         flush_to_disk(root)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {root / 'latest'}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot write {latest}: {error.strerror or error}") from error
 
 
 def read_latest(root: str | Path) -> str | None:
@@ -198,9 +198,10 @@ def read_latest(root: str | Path) -> str | None:
         CheckpointError: ``root/latest`` does not hold the name of a folder.
     """
     path = Path(root) / _LATEST
-    if not os.path.lexists(path):
+    problem = why_no_file(path)
+    if problem == ABSENT:
         return None
-    if (problem := why_no_file(path)) is not None:
+    if problem is not None:
         raise CheckpointError(f"{path} {problem}; write the name of a step_* folder beside it into a file of that name")
     try:
         name = path.read_text(encoding="utf-8").strip()

@@ -53,8 +53,8 @@ def check_outputs(recipe: Recipe) -> None:
                 "another checkpoint.directory"
             )
     for setting, folder in (("monitor.tensorboard", recipe.monitor.tensorboard), ("data.cache", recipe.data.cache)):
-        place = mine if folder is None else Path(os.path.realpath(folder))
-        if place.is_relative_to(mine) and is_reserved_name(next(iter(place.relative_to(mine).parts), "")):
+        place = None if folder is None else Path(os.path.realpath(folder))
+        if place is not None and mine in place.parents and is_reserved_name(place.relative_to(mine).parts[0]):
             raise ConfigError(
                 f"{setting} {folder} has a name that this run gives its own files in checkpoint.directory {root}; name "
                 "another folder"

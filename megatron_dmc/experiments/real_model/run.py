@@ -35,7 +35,7 @@ from megatron_dmc.experiments.real_model.retrofits import (
     Retrofit,
 )
 from megatron_dmc.experiments.real_model.source import Source, check_cache, fetch, first_layers
-from megatron_dmc.experiments.real_model.summary import read_stages, show, summarize
+from megatron_dmc.experiments.real_model.summary import BASE, read_stages, show, summarize
 from megatron_dmc.experiments.small_run import SmallRun, read_object, write_whole
 
 HELDOUT_FRACTION = 0.03
@@ -43,7 +43,6 @@ SMOKE_HELDOUT_FRACTION = 0.1
 SMOKE_LAYERS = 4
 # Characters of text in a smoke run.
 SMOKE_TEXT = 400_000
-BASE = "base"
 # Seconds on two cores, for SmolLM2; only their proportions and the first estimate depend on them.
 _TRAINED_TOKENS_PER_SECOND, _READ_TOKENS_PER_SECOND = 150, 320
 _EVALUATION_SECONDS = {"smoke": 15, "brief": 200, "default": 430, "full": 4000}
@@ -371,11 +370,12 @@ class Clock:
 def remove(folder: Path) -> None:
     """A folder or a link to one, if it is there; first from its name, so that no half of it is taken for the whole."""
     gone = folder.with_name(f".{folder.name}.removed")
-    for path in (gone, folder):
-        if path.is_symlink():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path if path == gone else folder.rename(gone))
+    if gone.exists():
+        shutil.rmtree(gone)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder.rename(gone))
 
 
 def _set_aside(report: Path) -> None:

@@ -17,6 +17,8 @@ from megatron_dmc.experiments.small_run import read_object
 if TYPE_CHECKING:
     from megatron_dmc.experiments.real_model.run import Options
 
+# Its report's name.
+BASE = "base"
 _MODEL = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
     "max_position_embeddings",
@@ -39,7 +41,7 @@ def summarize(
         models with its name, target_compression_ratio and recall_over_base; stages, with command and seconds.
     """
     config = read_object(folder / "hf-base" / "config.json", *_MODEL, remedy=f"remove {folder / 'hf-base'}")
-    base = read_measured(folder / evaluation / "base.json")
+    base = read_measured(folder / evaluation / f"{BASE}.json")
     models = []
     for each in retrofits:
         report = read_measured(folder / evaluation / f"{each.name}.json", base)
@@ -76,7 +78,7 @@ def read_measured(path: Path, base: dict[str, Any] | None = None) -> dict[str, A
     """
     report = read_object(path)
     if not is_report(report, base):
-        beside = "" if base is None else ", or was not measured beside the base.json that is there now"
+        beside = "" if base is None else f", or was not measured beside the {BASE}.json that is there now"
         raise ConfigError(f"{path} is damaged{beside}; remove it, and run again")
     return report
 

@@ -13,8 +13,8 @@ from typing import Any
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
-from megatron_dmc.experiments.real_model.run import BASE, Clock, Options, RealModelRun, Stage, remove
-from megatron_dmc.experiments.real_model.summary import read_measured
+from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage, remove
+from megatron_dmc.experiments.real_model.summary import BASE, read_measured
 from megatron_dmc.experiments.recipes import real_report
 from megatron_dmc.experiments.small_run import write_whole
 
