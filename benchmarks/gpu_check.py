@@ -39,11 +39,11 @@ PARTS = (
     Part("environment", environment, 0),
     Part("numbers", later("numbers", "numbers"), 20),
     Part("noise", later("numbers", "noise"), 2),
-    Part("decode", later("numbers", "decode"), 10),
+    Part("decode", later("numbers", "decode"), 40),
     Part("speed", later("speed", "speed"), 30),
-    Part("step", later("step", "step"), 20),
-    Part("step-numbers", later("step", "step_numbers"), 20),
-    Part("decode-speed", later("speed", "decode_speed"), 15),
+    Part("step", later("step", "step"), 15),
+    Part("step-numbers", later("step", "step_numbers"), 5),
+    Part("decode-speed", later("speed", "decode_speed"), 5),
     Part("cluster-check", later("training_run", "cluster_check"), 60),
 )
 TOY_PARTS = 20  # a part takes so many times less at toy size

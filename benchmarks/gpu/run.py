@@ -28,7 +28,7 @@ class Part:
 
     Attributes:
         function: makes the part's rows.
-        least: seconds that it may take; it is skipped where less is left. An estimate: nothing was measured on a GPU yet.
+        least: seconds that it may take, rounded up from those on an H200; it is skipped where less is left.
     """
 
     name: str
