@@ -35,7 +35,8 @@ ALLOWED = {
     ("__main__", "cli"): "python -m megatron_dmc and python -m megatron_dmc.cluster_check are commands",
     ("cli", "experiments"): "megatron-dmc quickstart and recipes run them",
 }
-EXPORTED = "megatron_dmc.hf.modeling_dmc"
+# Modules below it are what exports start from, one per family.
+EXPORTED = "megatron_dmc.hf.families."
 # safetensors is no further need: transformers requires it.
 EXPORT_NEEDS = {"torch", "transformers", "safetensors"}
 # Benchmarks import the modules of their own folder: one function adds that folder for a test, as Python does.
@@ -46,8 +47,8 @@ MOST_POSITIONAL = 6
 # Whoever calls these chose their arguments.
 MAY_HAVE_MORE = {
     "megatron_dmc.distributed.adam.GroupAdamW.__init__": "apex' FusedAdam, which megatron-core calls",
-    "megatron_dmc.hf.modeling_dmc.DMCLlamaModel.forward": "transformers' LlamaModel",
-    "megatron_dmc.hf.modeling_dmc.DMCLlamaForCausalLM.forward": "transformers' LlamaForCausalLM",
+    "megatron_dmc.hf.modeling_dmc.DMCModel.forward": "transformers' LlamaModel",
+    "megatron_dmc.hf.modeling_dmc.DMCForCausalLM.forward": "transformers' LlamaForCausalLM",
     "megatron_dmc.model.attention.DMCSelfAttention.forward": "megatron-core's SelfAttention",
     "megatron_dmc.ops.attention.context_parallel._GatheredAttention.forward": "autograd: States, one by one",
     "megatron_dmc.ops.attention.slot_attention.SlotAttention.forward": "autograd: States, one by one",
@@ -94,7 +95,8 @@ def imports_of_ops(package: Modules) -> Iterator[str]:
 
 def imports_of_an_export(package: Modules) -> Iterator[str]:
     """The code that is copied with exported weights runs where torch and transformers are installed."""
-    for module in sorted(package.closure(EXPORTED)):
+    entries = [module for module in package.paths if module.startswith(EXPORTED)]
+    for module in sorted(set().union(*(package.closure(entry) for entry in entries))):
         for found in package.imports(module):
             top = found.name.split(".")[0]
             if not is_ours(found.name) and top not in EXPORT_NEEDS and top not in sys.stdlib_module_names:
@@ -299,7 +301,7 @@ def test_what_ops_may_not_import_is_found(tmp_path: Path, text: str) -> None:
 
 def test_what_an_export_may_not_need_is_found_however_far(tmp_path: Path) -> None:
     files = {
-        "megatron_dmc/hf/modeling_dmc.py": "import math\nimport torch\nfrom megatron_dmc.ops.pooling import pool\n",
+        "megatron_dmc/hf/families/a.py": "import math\nimport torch\nfrom megatron_dmc.ops.pooling import pool\n",
         "megatron_dmc/ops/pooling/__init__.py": "from megatron_dmc.ops.pooling import fast\n",
         "megatron_dmc/ops/pooling/fast.py": "def f():\n    import omegaconf.base\n",
         "megatron_dmc/ops/other.py": "import triton\n",

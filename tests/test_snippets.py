@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.data.tokenizer import train_tokenizer
-from tests.support.llamas import save_random_llama
+from tests.support.llamas import save_random_base
 from tests.support.processes import ROOT, environment, run
 from tests.support.toy import TEXT
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's section was followed, with a tiny Llama and few steps."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "examples").symlink_to(ROOT / "examples")
-    save_random_llama(folder / "Llama-2-7b-hf", max_position_embeddings=512)
+    save_random_base(folder / "Llama-2-7b-hf", max_position_embeddings=512)
     train_tokenizer(TEXT, 280, folder / "Llama-2-7b-hf")
     (folder / "text").mkdir()
     for number in range(60):

@@ -1,4 +1,4 @@
-"""``config.json`` of a Hugging Face Llama <-> ModelConfig and DMCConfig."""
+"""``config.json`` of a Hugging Face folder <-> ModelConfig and DMCConfig."""
 
 import json
 import sys
@@ -8,30 +8,30 @@ from typing import Any
 import torch
 
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.convert.families import FAMILIES, HuggingFaceFamily, why_refused
 from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.files import ABSENT, checkpoint_below, why_no_file, why_no_folder
-from megatron_dmc.model.model_config import ModelConfig
+from megatron_dmc.model.model_config import Family, ModelConfig
 
-DMC_MODEL_TYPE = "dmc_llama"
+# Of a family's model type, and of its classes, where it merges.
+_DMC_TYPE, _DMC_CLASS = "dmc_", "DMC"
 
 # Llama 3's frequency scaling as megatron-core has it, with only the factor free.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-# Key, the value that a plain Llama has (also when the key is absent), and what another value means.
+# Key, the value that every model has (also when the key is absent), and what another value means.
 _MUST_BE = (
     ("transformers_weights", None, "weights under a name of their own are not read; load the model and save it anew"),
     ("quantization_config", None, "quantized weights are not supported; save the model in bfloat16 or float32"),
     ("hidden_act", "silu", "only SwiGLU (silu) is supported"),
-    ("attention_bias", False, "attention biases are not supported"),
     ("mlp_bias", False, "MLP biases are not supported"),
-    ("sliding_window", None, "sliding-window attention is not supported"),
     ("num_experts", None, "mixture-of-experts models are not supported"),
     ("num_local_experts", None, "mixture-of-experts models are not supported"),
 )
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, DMCConfig | None]:
-    """Sizes, and what DMC adds (None for a plain Llama), from a folder's ``config.json``.
+    """Family and sizes, and what DMC adds (None for a plain model), from a folder's ``config.json``.
 
     Raises:
         ConfigError: there is none, it is damaged, or the model is not one that this package can represent.
@@ -55,16 +55,14 @@ def read_config(folder: Path) -> tuple[ModelConfig, DMCConfig | None]:
 
 def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]:
     """:func:`read_config` of the file's content."""
-    for key, plain, problem in _MUST_BE:
-        # a sliding window may be named and switched off
-        off = key == "sliding_window" and config.get("use_sliding_window") is False
-        if config.get(key, plain) != plain and not off:
+    name, merges = _family(config)
+    family = FAMILIES[name]
+    config = {**family.defaults, **config}
+    for key, plain, problem in (*_MUST_BE, *family.must_be):
+        if config.get(key, plain) != plain:
             value = "" if isinstance(config[key], dict) else f" {config[key]!r}"
             raise ConfigError(f"{key}{value}: {problem}")
-    model_type = config.get("model_type")
-    if model_type not in ("llama", DMC_MODEL_TYPE):
-        raise ConfigError(f"model_type {model_type!r} is not supported; only llama and {DMC_MODEL_TYPE} are")
-    expected = _architecture(model_type)
+    expected = _architecture(family, merges)
     if (config.get("architectures") or [expected]) != [expected]:
         raise ConfigError(f"architectures {config['architectures']!r} is not supported; only {[expected]} is")
     layer_types = config.get("layer_types") or []
@@ -81,16 +79,17 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
         num_attention_heads=heads,
         num_query_groups=_integer(config, "num_key_value_heads", heads),
         vocab_size=_integer(config, "vocab_size"),
-        max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
+        max_position_embeddings=_integer(config, "max_position_embeddings"),
         kv_channels=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
         rotary_base=rotary_base,
         rotary_scaling_factor=scaling_factor,
         norm_epsilon=_number(config, "rms_norm_eps", 1e-6),
         init_method_std=_number(config, "initializer_range", 0.02),
         share_embeddings_and_output_weights=_boolean(config, "tie_word_embeddings"),
+        family=name,
     )
     model.check()
-    return model, _dmc(config) if model_type == DMC_MODEL_TYPE else None
+    return model, _dmc(config) if merges else None
 
 
 def write_config(
@@ -99,25 +98,26 @@ def write_config(
     """The content of ``config.json``; the inverse of :func:`parse_config`.
 
     Args:
-        dmc: None for a plain Llama.
+        dmc: None for a plain model.
         dtype: of the exported weights.
         special_tokens: ``bos_token_id`` and so on.
 
     Raises:
-        ConfigError: sizes that transformers' Llama refuses.
+        ConfigError: sizes that transformers refuses.
     """
-    if model.hidden_size % model.num_attention_heads:
+    family = FAMILIES[model.family]
+    if family.head_divides and model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"model.hidden_size ({model.hidden_size}) is not divisible by model.num_attention_heads "
-            f"({model.num_attention_heads}), which transformers' Llama requires; this model has no Hugging Face form"
+            f"({model.num_attention_heads}), which transformers' {family.architecture} requires; this model has no Hugging "
+            "Face form"
         )
     rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
     if model.rotary_scaling_factor is not None:
         rotary |= {"rope_type": "llama3", "factor": model.rotary_scaling_factor, **_LLAMA3_SCALING}
-    model_type = "llama" if dmc is None else DMC_MODEL_TYPE
     return {
-        "architectures": [_architecture(model_type)],
-        "model_type": model_type,
+        "architectures": [_architecture(family, dmc is not None)],
+        "model_type": model.family if dmc is None else _DMC_TYPE + model.family,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -131,11 +131,10 @@ def write_config(
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "attention_dropout": 0.0,
+        **family.writes,
         "dtype": str(dtype).removeprefix("torch."),
-        # Llama's configuration has defaults for these that belong to one tokenizer: say None where there is none.
+        # A configuration class has defaults for these that belong to one tokenizer: say None where there is none.
         **{name: special_tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **({} if dmc is None else {"dmc": dmc.to_dict()}),
     }
@@ -163,8 +162,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _architecture(model_type: str) -> str:
-    return "LlamaForCausalLM" if model_type == "llama" else "DMCLlamaForCausalLM"
+def _family(config: dict[str, Any]) -> tuple[Family, bool]:
+    """The family, and whether it merges."""
+    model_type = config.get("model_type")
+    name = model_type.removeprefix(_DMC_TYPE) if isinstance(model_type, str) else None
+    if name in FAMILIES:
+        return name, name != model_type
+    if (reason := why_refused(model_type, config)) is not None:
+        raise ConfigError(f"model_type {model_type!r} is not supported: {reason}")
+    raise ConfigError(f"model_type {model_type!r} is not supported; {', '.join(FAMILIES)} are, without and with DMC")
+
+
+def _architecture(family: HuggingFaceFamily, merges: bool) -> str:
+    return (_DMC_CLASS if merges else "") + family.architecture
 
 
 def _rotary(config: dict[str, Any]) -> tuple[float, float | None]:
@@ -184,7 +194,9 @@ def _rotary(config: dict[str, Any]) -> tuple[float, float | None]:
     if kind == "default":
         return base, None
     if kind != "llama3":
-        raise ConfigError(f"rope_type {kind!r} is not supported; only default and llama3 are")
+        raise ConfigError(
+            f"rope_type {kind!r} is not supported; only default and llama3 are: without it the model has its original length"
+        )
     for name, value in _LLAMA3_SCALING.items():
         if parameters.get(name) != value:
             raise ConfigError(
@@ -217,6 +229,8 @@ def _integer(values: dict[str, Any], name: str, default: Any = _REQUIRED) -> Any
     value = _value(values, name, default)
     if value is default:
         return value
+    if isinstance(value, list):
+        raise ConfigError(f"{name} is a list: layers of unequal sizes are not supported")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""An adapter's folder: it holds only the decisions' weights, for the plain Llama that they were trained on."""
+"""An adapter's folder: it holds only the decisions' weights, for the plain model that they were trained on."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
 
     Args:
         adapter: a folder that ``megatron-dmc convert-to-hf --adapter`` wrote.
-        base: a plain Llama's folder, weights as safetensors.
+        base: the folder of a plain model of its family, weights as safetensors.
         config_class: of the joined model.
 
     Raises:
@@ -68,9 +68,10 @@ def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
 
 
 def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) -> None:
-    if values.get("model_type") != "llama":
+    family = config.model_type.removeprefix("dmc_")
+    if values.get("model_type") != family:
         raise ValueError(
-            f"{base}: the base of an adapter is a plain llama, got model_type {values.get('model_type')!r}"
+            f"{base}: the base of this adapter is a plain {family}, got model_type {values.get('model_type')!r}"
         )
     # Read as the adapter's class, defaults and older forms become the same on both sides.
     try:
@@ -84,7 +85,7 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
         if not is_same_setting(found, expected):
             raise ValueError(
                 f"{base} is not the base of {adapter}: its {name} is {found!r}, the adapter's is {expected!r}; name the "
-                "Llama that the adapter was trained on"
+                "model that the adapter was trained on"
             )
 
 

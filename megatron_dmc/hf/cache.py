@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.ops.decode import LayerCache
 
 # What models' arguments and outputs call their cache: transformers 5.24 renamed it.
@@ -27,7 +26,8 @@ class DMCCache(Cache):
     is_croppable = False
     is_initialized = True
 
-    def __init__(self, config: DMCLlamaConfig):
+    def __init__(self, config: Any):
+        """config: of a DMC model."""
         # Cache.__init__ is not called: all that it sets up is for layers that hold one dense tensor each.
         dmc = config.dmc
         clears = dmc["decision_source"] == "neuron"

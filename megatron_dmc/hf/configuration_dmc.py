@@ -1,28 +1,33 @@
-"""Configuration of a Llama with Dynamic Memory Compression."""
+"""What the configuration of a model with Dynamic Memory Compression has beyond its family's."""
 
-from typing import Any
-
-from transformers import LlamaConfig
+from typing import Any, ClassVar
 
 from megatron_dmc.config import DMCConfig
 
 
-class DMCLlamaConfig(LlamaConfig):
-    """LlamaConfig with DMC's settings (Nawrot et al., ICML 2024, arXiv 2403.09636).
+class DMCConfiguration:
+    """DMC's settings (Nawrot et al., ICML 2024, arXiv 2403.09636). Stands before a family's configuration among the bases.
+
+    transformers gives every configuration class a constructor that lists its fields, unless its body has one: a family's says
+    ``__init__ = DMCConfiguration.__init__``.
 
     Args:
         dmc: the settings of the retrofit, as DMCConfig.to_dict() gives them; missing ones have DMCConfig's defaults, but
             ``omega_floor`` is 2^-7 where others are given, as it was before it was a setting.
         prefill_chunk_tokens: a longer prompt goes through the layers in pieces of so many tokens. (The name is not
             prefill_chunk_size, because generate() has a setting of that name.)
-        kwargs: LlamaConfig's.
+        kwargs: the family's.
 
     Raises:
         ValueError: a setting that this model does not have; the message names it.
     """
 
-    model_type = "dmc_llama"
-    base_model_tp_plan = {}  # noqa: RUF012 (Llama's plan knows no decision weight: never sharded)
+    # The family's.
+    rope_parameters: Any
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    # A family's plan knows no decision weight: never sharded.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {}
 
     def __init__(self, dmc: dict[str, Any] | None = None, prefill_chunk_tokens: int = 4096, **kwargs: Any):
         self.dmc = DMCConfig.from_dict(dmc or {}).to_dict()
@@ -34,14 +39,14 @@ class DMCLlamaConfig(LlamaConfig):
             raise ValueError(f"prefill_chunk_tokens must be an integer >= 1, got {prefill_chunk_tokens!r}")
         self.prefill_chunk_tokens = prefill_chunk_tokens
         super().__init__(**kwargs)
-        self._refuse_what_is_not_llama()
+        self._refuse_what_attention_lacks()
 
-    def _refuse_what_is_not_llama(self) -> None:
+    def _refuse_what_attention_lacks(self) -> None:
         plain = {"sliding_window": None, "attention_bias": False, "attention_dropout": 0}
         for name, value in plain.items():
             found = getattr(self, name, value)
             if found != value:
-                raise ValueError(f"{name} must be {value} in a DMC Llama, got {found!r}")
+                raise ValueError(f"{name} must be {value} in a DMC model, got {found!r}")
         rotary = self.rope_parameters or {}
         if rotary.get("rope_type", "default") in ("dynamic", "longrope"):
             raise ValueError(
@@ -50,8 +55,9 @@ class DMCLlamaConfig(LlamaConfig):
             )
         if rotary.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ValueError(f"partial_rotary_factor must be 1, got {rotary['partial_rotary_factor']!r}")
-        if any(kind != "full_attention" for kind in getattr(self, "layer_types", None) or ()):
-            raise ValueError(f"layer_types must all be full_attention, got {self.layer_types!r}")
+        layer_types = getattr(self, "layer_types", None) or ()
+        if any(kind != "full_attention" for kind in layer_types):
+            raise ValueError(f"layer_types must all be full_attention, got {layer_types!r}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads ({kv_heads}) must divide num_attention_heads ({heads})")

@@ -14,7 +14,9 @@ from megatron_dmc.config import ConfigError
 PACKAGE = "megatron_dmc"
 # What the copies may import beside each other and the standard library; transformers itself needs safetensors.
 ALLOWED = frozenset({"torch", "transformers", "safetensors"})
-CONFIGURATION, MODELING = "megatron_dmc.hf.configuration_dmc", "megatron_dmc.hf.modeling_dmc"
+# Holds one module per family, with all its classes.
+FAMILIES = "megatron_dmc.hf.families"
+DMC_TYPE, DMC_CLASS, CAUSAL_LM = "dmc_", "DMC", "ForCausalLM"
 
 
 def flat_name(module: str) -> str:
@@ -23,11 +25,15 @@ def flat_name(module: str) -> str:
     return last if last.endswith("_dmc") else module.replace(PACKAGE, "dmc", 1).replace(".", "_")
 
 
-AUTO_MAP = {
-    "AutoConfig": f"{flat_name(CONFIGURATION)}.DMCLlamaConfig",
-    "AutoModel": f"{flat_name(MODELING)}.DMCLlamaModel",
-    "AutoModelForCausalLM": f"{flat_name(MODELING)}.DMCLlamaForCausalLM",
-}
+def auto_map(family: str, architecture: str) -> dict[str, str]:
+    """What AutoConfig and the others find in an export.
+
+    Args:
+        family: the name of a module of FAMILIES.
+        architecture: of the plain model, such as LlamaForCausalLM.
+    """
+    place = f"{flat_name(f'{FAMILIES}.{family}')}.{DMC_CLASS}{architecture.removesuffix(CAUSAL_LM)}"
+    return {"AutoConfig": f"{place}Config", "AutoModel": f"{place}Model", "AutoModelForCausalLM": f"{place}{CAUSAL_LM}"}
 
 
 def write_modeling_code(folder: Path) -> None:
@@ -39,14 +45,17 @@ def write_modeling_code(folder: Path) -> None:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        model_type = config["model_type"]
+        model_type, architectures = config["model_type"], config.get("architectures")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a model's config.json: {error!r}") from None
-    if model_type != "dmc_llama":
-        raise ConfigError(f"{path}: model_type must be dmc_llama, got {model_type!r}")
-    for name, text in modeling_code().items():
+    family = str(model_type).removeprefix(DMC_TYPE)
+    if family == model_type or not _exists(f"{FAMILIES}.{family}"):
+        raise ConfigError(f"{path}: model_type must be {DMC_TYPE} and the name of a family, got {model_type!r}")
+    if not isinstance(architectures, list) or len(architectures) != 1 or not str(architectures[0]).endswith(CAUSAL_LM):
+        raise ConfigError(f"{path}: architectures must name one class that ends in {CAUSAL_LM}, got {architectures!r}")
+    for name, text in modeling_code(f"{FAMILIES}.{family}").items():
         _write(folder / name, text)
-    config["auto_map"] = AUTO_MAP
+    config["auto_map"] = auto_map(family, architectures[0].removeprefix(DMC_CLASS))
     _write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -76,44 +85,32 @@ class Module(NamedTuple):
         return cls(source, list(_own_imports(source, name)))
 
 
-def modeling_code() -> dict[str, str]:
-    """File names in the flat folder and their contents."""
-    modules = needed_modules()
+def modeling_code(entry: str) -> dict[str, str]:
+    """File names in the flat folder and their contents; ``entry``: the module that transformers starts from."""
+    modules = needed_modules(entry)
     texts = {flat_name(name): flat_imports(module) for name, module in modules.items()}
-    # transformers starts from either of the two.
-    for entry in (CONFIGURATION, MODELING):
-        others = {flat_name(name) for name in _closure([entry], modules) - {entry}}
-        texts[flat_name(entry)] += _reachable(sorted(others))
+    texts[flat_name(entry)] += _reachable(sorted(set(texts) - {flat_name(entry)}))
     return {f"{flat}.py": text for flat, text in texts.items()}
 
 
-def needed_modules() -> dict[str, Module]:
-    """The configuration, the model, and every module here that they import, by name.
+def needed_modules(entry: str) -> dict[str, Module]:
+    """A family's module and every module here that it imports, however far, by name.
 
     Raises:
         ConfigError: one of them imports what a user of the export need not have, or in a form that cannot be rewritten.
     """
     modules: dict[str, Module] = {}
-    _closure([CONFIGURATION, MODELING], modules)
+    new = [entry]
+    while new:
+        name = new.pop()
+        if name not in modules:
+            modules[name] = Module.parsed(_source(name), name)
+            new += [target.module for _, targets in modules[name].imports for target in targets]
     names: dict[str, str] = {}
     for module in modules:
         if (other := names.setdefault(flat_name(module), module)) != module:
             raise ConfigError(f"{module} and {other} would both be exported as {flat_name(module)}.py; rename one")
     return dict(sorted(modules.items()))
-
-
-def _closure(entries: list[str], modules: dict[str, Module]) -> set[str]:
-    """The entries and all that they import, however far; what ``modules`` lacks of it is read into it."""
-    found: set[str] = set()
-    new = list(entries)
-    while new:
-        name = new.pop()
-        if name not in found:
-            found.add(name)
-            if name not in modules:
-                modules[name] = Module.parsed(_source(name), name)
-            new += [target.module for _, targets in modules[name].imports for target in targets]
-    return found
 
 
 def flat_imports(module: Module) -> str:

@@ -1,125 +1,36 @@
-"""Llama with Dynamic Memory Compression (Nawrot et al., ICML 2024, arXiv 2403.09636) for transformers 5."""
+"""Models of transformers 5 with Dynamic Memory Compression (Nawrot et al., ICML 2024, arXiv 2403.09636).
+
+A family's model is transformers' own: its embedding, layers, norms and rotary embedding, with another attention in the layers.
+Its classes (``families/``) have the ones of this file before transformers' among their bases.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from megatron_dmc.hf.adapter import joined, lacks_its_base
+from megatron_dmc.hf.attention import DecisionProjection
 from megatron_dmc.hf.cache import CACHE_NAME, DMCCache
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
 from megatron_dmc.hf.padding import Packing
-from megatron_dmc.ops.attention import windowed_dmc_attention
-from megatron_dmc.ops.decisions import (
-    clear_channel,
-    hard_merge_logits,
-    neuron_logits,
-    omega_from_logits,
-    omega_of_absorbed,
-    projection_logits,
-)
-from megatron_dmc.ops.decode import LayerCache
-from megatron_dmc.ops.states import attention_states
-from megatron_dmc.ops.tokens import Tokens
 
 
-class DecisionProjection(nn.Linear):
-    """W and beta of the `projection` source, rows (a_0, b_0, a_1, b_1, ...); zero at first, so that nothing merges."""
+class DMCPreTrainedModel(PreTrainedModel):
+    """What the classes of a family's models share."""
 
-
-class DMCLlamaAttention(nn.Module):
-    """Llama's attention whose keys and values merge into slots. Decisions are binary, also in training mode."""
-
-    def __init__(self, config: DMCLlamaConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        self.dmc = config.dmc
-        self.neuron = config.dmc["decision_source"] == "neuron"
-        self.absorbs = config.dmc["operation"] == "absorb"
-        kv_heads = config.num_key_value_heads or config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        if not self.neuron:
-            self.decision = DecisionProjection(config.hidden_size, 2 * kv_heads)
-
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, lengths: Tensor | None
-    ) -> Tensor:
-        """hidden [batch, seq, hidden] (normed), cos and sin [batch or 1, seq, 1, head_dim] -> [batch, seq, hidden]."""
-        query, key, value = (
-            projection(hidden).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        biases = self.dmc["decision_bias"], 0.0 if self.absorbs else self.dmc["decision_bias"]
-        if self.neuron:
-            decision_logits, omega_logits = neuron_logits(query, key, *biases)
-            query, key = clear_channel(query), clear_channel(key)
-        else:
-            decision_logits, omega_logits = projection_logits(
-                self.decision(hidden), *biases, self.dmc["decision_scale"]
-            )
-        if self.dmc["per_layer"]:
-            decision_logits = decision_logits.mean(-1, keepdim=True).expand_as(decision_logits)
-        alpha = decision_logits > 0
-        if self.absorbs:
-            omega = omega_of_absorbed(omega_logits)
-        else:
-            omega = omega_from_logits(omega_logits, self.dmc["omega_floor"])
-        if cache is not None:
-            out = cache.attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
-        else:
-            # Padding comes after the real tokens, where causal attention never looks.
-            when = {"local_window": self.dmc["local_window"], "operation": self.dmc["operation"]}
-            states = attention_states(
-                query,
-                Tokens(key, value, alpha.to(decision_logits.dtype), omega, cos, sin),
-                window_size=self.dmc["window_size"],
-                clear_last_channel=self.neuron,
-                **when,
-            )
-            out = windowed_dmc_attention(
-                *states,
-                hard_merge_logits(decision_logits),
-                omega=omega if self.absorbs else None,
-                bias_channel=-1 if self.neuron else None,
-                **when,
-            )
-        return self.o_proj(out.flatten(2))
-
-
-class DMCLlamaDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: DMCLlamaConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = DMCLlamaAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, lengths: Tensor | None
-    ) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, cache, lengths)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-class DMCLlamaPreTrainedModel(PreTrainedModel):
-    config_class = DMCLlamaConfig
-    config: DMCLlamaConfig
+    config_class: Any
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DMCLlamaDecoderLayer"]  # noqa: RUF012 (transformers' form)
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' form)
+    # The layers have an attention of their own, whichever is asked for.
     _supports_sdpa = True
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
+    _can_compile_fullgraph = False
 
     @classmethod
     def from_pretrained(
@@ -127,12 +38,12 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As in transformers. An adapter's folder is loaded with the weights of the base that it was trained on.
 
-        ``AutoModelForCausalLM.from_pretrained(adapter, base=llama, trust_remote_code=True)`` takes the same arguments as
+        ``AutoModelForCausalLM.from_pretrained(adapter, base=plain, trust_remote_code=True)`` takes the same arguments as
         the merged export's folder and gives the same model, to the last bit.
 
         Args:
             pretrained_model_name_or_path: an export, or an adapter's folder (megatron-dmc convert-to-hf --adapter).
-            base: a plain Llama's folder, for an adapter only.
+            base: the folder of the plain model that it was trained on, for an adapter only.
 
         Raises:
             ValueError: an adapter without a base, a base without an adapter, or two whose sizes or settings differ. Weights
@@ -141,7 +52,7 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         if base is None:
             if lacks_its_base(name):
-                raise ValueError(f"{name} is an adapter; name the folder of the Llama it was trained on with base=")
+                raise ValueError(f"{name} is an adapter; name the folder of the model it was trained on with base=")
             return super().from_pretrained(name, *model_args, **kwargs)
         # The adapter's configuration is the whole model's.
         kwargs["config"] = kwargs.get("config") or name
@@ -159,14 +70,22 @@ class DMCLlamaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
 
-class DMCLlamaModel(DMCLlamaPreTrainedModel):
-    def __init__(self, config: DMCLlamaConfig):
+class DMCModel(DMCPreTrainedModel):
+    """Stands before a family's model among the bases of a class.
+
+    Attributes:
+        attention_class: that of all layers.
+    """
+
+    attention_class: Any
+    # The family's.
+    layers: nn.ModuleList
+    embed_tokens: nn.Embedding
+
+    def __init__(self, config: Any):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DMCLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
+        for i, layer in enumerate(self.layers):
+            layer.self_attn = self.attention_class(config, i)
         self.post_init()
 
     @can_return_tuple
@@ -222,10 +141,8 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
             _check_positions(position_ids, packing, first, seq)
         if packing is not None:
             hidden = packing.pack(hidden)
-        positions = first + torch.arange(hidden.shape[1], device=hidden.device)
-        cos, sin = (x[:, :, None] for x in self.rotary_emb(hidden, positions))
-        states = self._run_layers(hidden, cos, sin, cache, None if packing is None else packing.lengths, keep_states)
-        states[-1] = self.norm(states[-1])
+        lengths = None if packing is None else packing.lengths
+        states = self._run_layers(hidden, first, cache, lengths, keep_states)
         if packing is not None:
             states = [packing.unpack(x) for x in states]
         if cache is not None:
@@ -237,21 +154,26 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         )
 
     def _run_layers(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DMCCache | None, lengths: Tensor | None, keep: bool
+        self, hidden: Tensor, first: Tensor, cache: DMCCache | None, lengths: Tensor | None, keep: bool
     ) -> list[Tensor]:
-        """The states after the last layer; with ``keep`` those before each layer come first. A cache takes chunks."""
+        """The states after the final norm; with ``keep`` those before each layer come first. A cache takes chunks."""
         seq = hidden.shape[1]
         size = seq if cache is None else self.config.prefill_chunk_tokens
         chunks = []
         for start in range(0, seq, size):
             stop = min(start + size, seq)
-            real = None if lengths is None else (lengths - start).clamp(0, stop - start)
-            states = [hidden[:, start:stop]]
-            for i, layer in enumerate(self.layers):
-                layer_cache = None if cache is None else cache.layers[i]
-                out = layer(states[-1], cos[:, start:stop], sin[:, start:stop], layer_cache, real)
-                states = [*states, out] if keep else [out]
-            chunks.append(states)
+            out = super().forward(
+                inputs_embeds=hidden[:, start:stop],
+                # Only its form counts: transformers makes no mask where it gets one of four dimensions.
+                attention_mask=hidden.new_empty(1, 1, 1, 1),
+                position_ids=first + torch.arange(start, stop, device=hidden.device),
+                use_cache=cache is not None,
+                output_hidden_states=keep,
+                lengths=None if lengths is None else (lengths - start).clamp(0, stop - start),
+                return_dict=True,
+                **{CACHE_NAME: cache},
+            )
+            chunks.append(out.hidden_states if keep else [out.last_hidden_state])
         return [torch.cat(pieces, dim=1) for pieces in zip(*chunks, strict=True)]
 
     def _cache(self, past_key_values: Any, use_cache: bool) -> DMCCache | None:
@@ -262,12 +184,19 @@ class DMCLlamaModel(DMCLlamaPreTrainedModel):
         return past_key_values
 
 
-class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
+class DMCForCausalLM(DMCPreTrainedModel):
+    """Stands before GenerationMixin among the bases of a family's class.
+
+    Attributes:
+        model_class: a :class:`DMCModel`.
+    """
+
+    model_class: Any
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: DMCLlamaConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
-        self.model = DMCLlamaModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -286,7 +215,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
         cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token, and the loss where labels are given. Arguments as DMCLlamaModel's and Llama's."""
+        """Logits of the next token, and the loss where labels are given. Arguments as DMCModel's and transformers'."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -310,7 +239,7 @@ class DMCLlamaForCausalLM(DMCLlamaPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
+    def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """generate() calls this for its cache."""

@@ -202,6 +202,7 @@ class DMCSelfAttention(SelfAttention):
             if inference_context is not None:
                 raise NotImplementedError("the compressed cache needs a model that merges")
             cos, sin = rotation(angles, query.dtype)
+            query, key = self._normed(query, key, self.step.channel_scale)
             query, key = (self._scaled_rotation(x, cos, sin) for x in (query, key))
             if self.observer is not None:
                 self.observer(BaseAttention(hidden_states, query, key, value, places))
@@ -213,7 +214,9 @@ class DMCSelfAttention(SelfAttention):
             else:
                 omega = omega_from_logits(omega_logits, self.dmc.omega_floor)
             if self.dmc.uses_key_channel:
-                query, key = clear_channel(query), clear_channel(key)
+                query, key = self._normed(clear_channel(query), clear_channel(key), 0.0)
+            else:
+                query, key = self._normed(query, key)
             if inference_context is not None:
                 # The angles are those of all positions: the context knows which are the tokens'.
                 out = inference_context.attend(
@@ -236,7 +239,7 @@ class DMCSelfAttention(SelfAttention):
         return self.linear_proj(out)
 
     def decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """decision_logits and omega_logits, [batch, seq, kv_heads]."""
+        """decision_logits and omega_logits, [batch, seq, kv_heads], from query and key before their norm."""
         assert self.dmc is not None
         biases = self.dmc.decision_bias, self.dmc.omega_bias
         if self.dmc.uses_key_channel:
@@ -303,6 +306,12 @@ class DMCSelfAttention(SelfAttention):
         )
         weights = (tokens.omega,) if self.dmc.absorbs else ()
         return self._attend(*states, merge_logits, *weights, documents=places.documents)
+
+    def _normed(self, query: Tensor, key: Tensor, last_channel: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Query and key after the norms of their heads, if this family has them; see ``head_norm`` for ``last_channel``."""
+        if self.q_layernorm is None:
+            return query, key
+        return self.q_layernorm.norm(query, last_channel), self.k_layernorm.norm(key, last_channel)
 
     def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding, with the last channel scaled before and after it in phase zero_out."""

@@ -17,7 +17,7 @@ from megatron_dmc.model.model_config import ModelConfig
 
 
 def transformer_config(model: ModelConfig, *, bf16: bool = False, **overrides: Any) -> TransformerConfig:
-    """megatron-core's configuration of a Llama-like decoder; ``overrides`` name its fields (layout, recomputation)."""
+    """megatron-core's configuration of a decoder; ``overrides`` name its fields (layout, recomputation)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
@@ -33,6 +33,8 @@ def transformer_config(model: ModelConfig, *, bf16: bool = False, **overrides: A
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bf16": bf16,

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.model.attention import DMCCoreAttention, DMCSelfAttention
-from megatron_dmc.model.norm import RMSNorm
+from megatron_dmc.model.norm import HeadNorm, RMSNorm
 
 
 def has_transformer_engine() -> bool:
@@ -23,7 +23,9 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def get_dmc_layer_spec(dmc: DMCConfig | None, *, use_transformer_engine: bool | None = None) -> ModuleSpec:
+def get_dmc_layer_spec(
+    dmc: DMCConfig | None, *, use_transformer_engine: bool | None = None, qk_layernorm: bool = False
+) -> ModuleSpec:
     """A TransformerLayer with DMC attention: megatron-core's local spec, or Transformer Engine's where it is installed.
 
     Checkpoints have the same keys in both. Transformer Engine's spec usually fuses the input norm into linear_qkv. Here the
@@ -32,6 +34,7 @@ def get_dmc_layer_spec(dmc: DMCConfig | None, *, use_transformer_engine: bool | 
     Args:
         dmc: None for the base model.
         use_transformer_engine: None: use it if it is installed.
+        qk_layernorm: queries and keys have norms; TransformerConfig must say the same.
     """
     if use_transformer_engine is None:
         use_transformer_engine = has_transformer_engine()
@@ -50,6 +53,8 @@ def get_dmc_layer_spec(dmc: DMCConfig | None, *, use_transformer_engine: bool | 
         layer.pre_mlp_layernorm = RMSNorm
     layer.self_attention.module = DMCSelfAttention
     layer.self_attention.params = {**layer.self_attention.params, "dmc": dmc}
+    norm = HeadNorm if qk_layernorm else None
+    layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = norm
     layer.self_attention.submodules.core_attention = _core_attention_builder(dmc)
     return spec
 
@@ -71,7 +76,9 @@ def get_dmc_block_spec(
     """This pipeline stage's layers and the final norm, for GPTModel's ``transformer_layer_spec``."""
     if use_transformer_engine is None:
         use_transformer_engine = has_transformer_engine()
-    layer_spec = get_dmc_layer_spec(dmc, use_transformer_engine=use_transformer_engine)
+    layer_spec = get_dmc_layer_spec(
+        dmc, use_transformer_engine=use_transformer_engine, qk_layernorm=config.qk_layernorm
+    )
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

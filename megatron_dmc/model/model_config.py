@@ -1,17 +1,40 @@
-"""Sizes of the Llama-like decoder, whole-model numbers under megatron-core's names."""
+"""Family and sizes of the decoder, whole-model numbers under megatron-core's names."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 from megatron_dmc.config import ConfigError, Count, Range, check_ranges
 
 # OmegaConf's marker of a value that must be given. This module also serves where OmegaConf is not installed.
 MISSING: Any = "???"
 
+# The names are Hugging Face's (model_type).
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
+class Traits(NamedTuple):
+    """What the attention of a family has beyond Llama's.
+
+    Attributes:
+        add_qkv_bias: query, key and value have a bias.
+        qk_layernorm: query and key have an RMSNorm over the channels of a head.
+    """
+
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+
+
+_TRAITS: dict[Family, Traits] = {
+    "llama": Traits(),
+    "mistral": Traits(),
+    "qwen2": Traits(add_qkv_bias=True),
+    "qwen3": Traits(qk_layernorm=True),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention, without biases.
+    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention; what else it has its family says.
 
     A recipe with ``checkpoint.load_base`` takes from the base what it does not give itself.
     """
@@ -32,10 +55,20 @@ class ModelConfig:
     # standard deviation of weights that no checkpoint brings
     init_method_std: Annotated[float, Range(1e-30, 1000)] = 0.02
     share_embeddings_and_output_weights: bool = False  # the output layer is the embedding
+    # as Hugging Face names it; qwen2 has a bias in query, key and value, qwen3 an RMSNorm over each head of query and key
+    family: Family = "llama"
 
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        return _TRAITS[self.family].add_qkv_bias
+
+    @property
+    def qk_layernorm(self) -> bool:
+        return _TRAITS[self.family].qk_layernorm
 
     def check(self) -> None:
         """Raises ConfigError for sizes that do not fit together. (Reading a recipe finds missing values.)"""

@@ -10,7 +10,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.recipe import load_recipe
-from tests.support.llamas import load_megatron, save_random_llama
+from tests.support.llamas import load_megatron, save_random_base
 from tests.support.processes import PRODUCT, run, run_ranks
 from tests.support.toy import recipe_values, scalars, write_recipe, write_text
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Path:
     """Text, and a base whose vocabulary two ranks cannot share."""
     folder = tmp_path_factory.mktemp("padded")
     write_text(folder)
-    save_random_llama(folder / "hf", vocab_size=VOCABULARY)
+    save_random_base(folder / "hf", vocab_size=VOCABULARY)
     import_hf(folder / "hf", folder / "base")
     return folder
 

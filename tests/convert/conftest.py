@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_dmc.data.tokenizer import train_tokenizer
-from tests.support.llamas import save_random_llama
+from tests.support.llamas import save_random_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,11 +24,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def save_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Callable[..., Path]:
-    """Saves a random Llama and the tokenizer in a new folder; keyword arguments are save_random_llama's."""
+    """Saves a random Llama and the tokenizer in a new folder; keyword arguments are save_random_base's."""
 
     def save(**settings: Any) -> Path:
         folder = tmp_path_factory.mktemp("llama")
-        save_random_llama(folder, **settings)
+        save_random_base(folder, **settings)
         for path in tokenizer_folder.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         return folder

@@ -20,7 +20,7 @@ from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
-from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.hf.families.llama import DMCLlamaForCausalLM
 from megatron_dmc.inference.loading import load_model
 from tests.support.llama3_rotary import LLAMA3
 from tests.support.llamas import TOKENS
@@ -149,7 +149,7 @@ with torch.no_grad():
 try:
     AutoModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
 except ValueError as error:
-    assert str(error) == f"{adapter} is an adapter; name the folder of the Llama it was trained on with base="
+    assert str(error) == f"{adapter} is an adapter; name the folder of the model it was trained on with base="
     print("fine")
 """
 
@@ -180,8 +180,8 @@ def test_a_stranger_loads_it(save_adapter: Callable[..., Adapter], tmp_path: Pat
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "its rope_theta is 500000.0, the adapter's"),
         ({"rope_parameters": LLAMA3 | {"rope_theta": 1e4}}, "its rope_type is 'llama3', the adapter's is 'default'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "its quantization_config is"),
-        ({"attention_bias": True}, "attention_bias must be False in a DMC Llama"),
-        ({"model_type": "mistral"}, "the base of an adapter is a plain llama, got model_type 'mistral'"),
+        ({"attention_bias": True}, "attention_bias must be False in a DMC model"),
+        ({"model_type": "mistral"}, "the base of this adapter is a plain llama, got model_type 'mistral'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -206,7 +206,7 @@ def test_folders_that_are_not_what_they_should_be(save_adapter: Callable[..., Ad
         with pytest.raises(ValueError, match=message):
             DMCLlamaForCausalLM.from_pretrained(path, **arguments)
 
-    refused("adapter is an adapter; name the folder of the Llama", folder)
+    refused("adapter is an adapter; name the folder of the model", folder)
     refused("merged holds no adapter.safetensors: it is no adapter; leave base out", tmp_path / "merged", base=folder)
     refused("a plain llama, got model_type 'dmc_llama'", folder, base=tmp_path / "merged")
     refused("nowhere is not a folder; huggingface_hub.snapshot_download", folder, base=tmp_path / "nowhere")

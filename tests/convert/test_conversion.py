@@ -1,4 +1,4 @@
-"""A Llama there and back: the same logits, the same bits, and refusals that leave nothing."""
+"""A model there and back: the same logits, the same bits, and refusals that leave nothing."""
 
 import json
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from megatron_dmc.checkpoint import CheckpointError, SavedModel
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.model.model_config import ModelConfig
@@ -27,6 +28,11 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "llama3": {"rope_parameters": LLAMA3},
     "wide-heads": {"head_dim": 16},
+    "mistral": {"family": "mistral", "head_dim": 16},
+    "qwen2": {"family": "qwen2"},
+    "qwen2-tied-MHA": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "qwen3": {"family": "qwen3"},
+    "qwen3-tied": {"family": "qwen3", "tie_word_embeddings": True, "vocab_size": 301},
 }
 
 
@@ -40,7 +46,7 @@ def test_both_models_compute_the_same(
 ) -> None:
     folder = save_llama(**settings)
     import_hf(folder, tmp_path / "megatron")
-    expected = LlamaForCausalLM.from_pretrained(folder)(TOKENS).logits
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(megatron_logits(load_megatron(tmp_path / "megatron")), expected, rtol=0, atol=1e-5)
 
@@ -61,12 +67,19 @@ def test_there_and_back_keeps_every_bit(
     assert SavedModel.open(tmp_path / "megatron").info == SavedModel.open(tmp_path / "again").info
 
 
-def test_the_exported_folder_is_a_plain_llama(save_llama: Callable[..., Path], tmp_path: Path) -> None:
-    folder = save_llama()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_exported_folder_is_a_plain_model(save_llama: Callable[..., Path], family: str, tmp_path: Path) -> None:
+    folder = save_llama(family=family, bos_token_id=1, eos_token_id=2)
     import_hf(folder, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "hf")
     assert not list((tmp_path / "hf").glob("*.py"))
-    before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "hf"))
+    assert type(after).__name__ == FAMILIES[family].architecture
+    # All that the base's own configuration says is kept.
+    kept, said = after.config.to_dict(), before.config.to_dict()
+    assert {name for name, value in said.items() if kept[name] != value} == {"_name_or_path"}
+    # Byte by byte: transformers itself would have written the same file.
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert torch.equal(before(TOKENS).logits, after(TOKENS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("one text").input_ids
     # From the base's generation_config.json, not the tokenizer's <|endoftext|>, which is 0.

@@ -39,7 +39,7 @@ def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
     done = run(TOOLS / "hf_to_megatron.py", tmp_path / "hf", tmp_path / "output")
     assert done.returncode == 1
-    assert done.stderr.startswith("hf_to_megatron: ") and "mixture-of-experts" in done.stderr
+    assert done.stderr.startswith("hf_to_megatron: ") and "mixtures of experts" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
 

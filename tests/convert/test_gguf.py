@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_dmc.convert.gguf import check_gguf, import_gguf
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.support.gguf_files import write_gguf
-from tests.support.llamas import TOKENS, load_megatron, megatron_logits, save_random_llama
+from tests.support.llamas import TOKENS, load_megatron, megatron_logits, save_random_base
 from tests.support.processes import PRODUCT, run
 from tests.support.texts import fails
 from tests.support.toy import TEXT
@@ -20,7 +20,7 @@ from tests.support.toy import TEXT
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    save_random_llama(folder, tie_word_embeddings=True)
+    save_random_base(folder, tie_word_embeddings=True)
     train_tokenizer(TEXT, 300, folder)
     return folder
 
@@ -85,7 +85,7 @@ def test_scaled_frequencies_are_refused_not_left_out(llama: Path, tmp_path: Path
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    save_random_llama(tmp_path / "llama", tie_word_embeddings=True, vocab_size=280)
+    save_random_base(tmp_path / "llama", tie_word_embeddings=True, vocab_size=280)
     train_tokenizer(TEXT, 300, tmp_path / "llama")
     write_gguf(tmp_path / "llama", tmp_path / "a.gguf")
     fails("its tokenizer has 300 tokens, its model 280", check_gguf, tmp_path / "a.gguf")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.mapping import hugging_face_shapes, rows, to_hugging_face, to_megatron
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.model.model_config import ModelConfig
@@ -32,11 +34,12 @@ def bits(tensor: torch.Tensor) -> bytes:
     queries=st.integers(1, 3),
     head_dim=st.sampled_from([2, 6]),
     tied=st.booleans(),
+    family=st.sampled_from(sorted(FAMILIES)),
     source=st.sampled_from([None, "neuron", "projection"]),
     dtype=st.sampled_from(DTYPES),
 )
 def test_the_round_trip_keeps_every_bit(
-    groups: int, queries: int, head_dim: int, tied: bool, source: str | None, dtype: torch.dtype
+    groups: int, queries: int, head_dim: int, tied: bool, family: Any, source: str | None, dtype: torch.dtype
 ) -> None:
     model = ModelConfig(
         num_layers=2,
@@ -48,6 +51,7 @@ def test_the_round_trip_keeps_every_bit(
         max_position_embeddings=16,
         kv_channels=head_dim,
         share_embeddings_and_output_weights=tied,
+        family=family,
     )
     dmc = None if source is None else DMCConfig(decision_source=source)  # type: ignore[arg-type]
     before = {name: random_tensor(shape, dtype) for name, shape in hugging_face_shapes(model, dmc)}
@@ -78,9 +82,12 @@ def test_rows_of_linear_qkv_are_grouped_per_kv_head() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_name_is_mapped(save_llama: Callable[..., Path], tied: bool) -> None:
-    folder = save_llama(tie_word_embeddings=tied)
-    model = ModelConfig(2, 32, 48, 4, 2, 300, 128, share_embeddings_and_output_weights=tied)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_is_mapped(save_llama: Callable[..., Path], family: Any, tied: bool) -> None:
+    folder = save_llama(family=family, tie_word_embeddings=tied, head_dim=16)
+    model = ModelConfig(
+        2, 32, 48, 4, 2, 300, 128, kv_channels=16, share_embeddings_and_output_weights=tied, family=family
+    )
     dmc = DMCConfig(decision_source="projection")
     saved = load_file(folder / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == dict(hugging_face_shapes(model, None))

@@ -15,7 +15,7 @@ from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.hf.adapter import _check_config
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
+from megatron_dmc.hf.families.llama import DMCLlamaConfig
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.ops.attention.flash import flash_forward
 from megatron_dmc.ops.attention.types import BiasedKeys, KernelSettings

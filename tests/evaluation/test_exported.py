@@ -30,7 +30,7 @@ from megatron_dmc.evaluation.exported.serving import serving
 from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import Sample
 from tests.support.exports import VOCABULARY, dmc_model, plain_model
-from tests.support.llamas import save_random_llama
+from tests.support.llamas import save_random_base
 from tests.support.texts import fails
 from tests.support.toy import TEXT
 
@@ -119,7 +119,7 @@ def test_an_amount_comes_back_from_json() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama, its tokenizer, and a held-out dataset."""
     folder = tmp_path_factory.mktemp("evaluation")
-    save_random_llama(folder / "base", max_position_embeddings=512)
+    save_random_base(folder / "base", max_position_embeddings=512)
     train_tokenizer(TEXT, 300, folder / "base")
     text = [f"{i} {one}" for i, one in enumerate(TEXT * 3)]
     build_indexed_dataset(text, load_tokenizer(folder / "base"), folder / "text")
@@ -167,11 +167,11 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert status == 1 and "reports/base.json exists; name a new file" in said
     status, said = evaluate("--output", "c.json", "--base", "reports/again.json")
     assert status == 1 and "--base reports/again.json is no report of a base" in said
-    save_random_llama(folder / "other", vocab_size=320, max_position_embeddings=512)
+    save_random_base(folder / "other", vocab_size=320, max_position_embeddings=512)
     train_tokenizer(TEXT, 300, folder / "other")
     with pytest.raises(ConfigError, match="other has vocab_size 320, its base base 300; name the report of the base"):
         evaluate_exported("other", "text", base="reports/base.json")
-    save_random_llama(folder / "deep", num_hidden_layers=4, max_position_embeddings=512)
+    save_random_base(folder / "deep", num_hidden_layers=4, max_position_embeddings=512)
     shutil.copy("base/tokenizer.json", "deep")
     with pytest.raises(ConfigError, match="deep has num_layers 4, its base base 2"):
         evaluate_exported("deep", "text", base="reports/base.json")
@@ -257,7 +257,7 @@ def test_what_it_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     fails(r"--base missing\.json does not exist; write it with", evaluate, "base", "text", "missing.json")
     build_indexed_dataset(TEXT[:2], load_tokenizer("base"), tmp_path / "short")
     fails(r"holds \d+ tokens, the evaluation reads 257 in a row; hold out", evaluate, "base", str(tmp_path / "short"))
-    save_random_llama(tmp_path / "small", max_position_embeddings=64)
+    save_random_base(tmp_path / "small", max_position_embeddings=64)
     train_tokenizer(TEXT, 300, tmp_path / "small")
     fails("the model has 64 positions, the evaluation reads 261 tokens at once", evaluate, str(tmp_path / "small"))
 
@@ -267,7 +267,7 @@ def test_lengths_that_the_text_has_not_are_left_out(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setitem(AMOUNTS, "smoke", replace(AMOUNTS["smoke"], serving_tokens=(256, 100_000)))
-    save_random_llama(folder / "long", max_position_embeddings=200_000)
+    save_random_base(folder / "long", max_position_embeddings=200_000)
     shutil.copy("base/tokenizer.json", "long")
     report = evaluate_exported("long", "text", base=None, amount="smoke")
     assert [row["tokens"] for row in report["serving"]] == list(report["amount"]["serving_tokens"]) == [256]
@@ -307,7 +307,7 @@ def test_a_base_that_has_become_another_model(folder: Path, tmp_path: Path, monk
 
 def test_a_model_that_does_not_fit_its_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    save_random_llama(tmp_path / "small", vocab_size=299, max_position_embeddings=512)
+    save_random_base(tmp_path / "small", vocab_size=299, max_position_embeddings=512)
     shutil.copy("base/tokenizer.json", tmp_path / "small")
     small = str(tmp_path / "small")
     fails(

@@ -9,7 +9,7 @@ import pytest
 from megatron_dmc.cli import main
 from megatron_dmc.data.tokenizer import train_tokenizer
 from tests.support.gguf_files import write_gguf
-from tests.support.llamas import save_random_llama
+from tests.support.llamas import save_random_base
 from tests.support.toy import TEXT
 
 
@@ -34,7 +34,7 @@ def smoke(
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama of six layers and its tokenizer (tiny, tiny.gguf), and text (text.jsonl)."""
     folder = tmp_path_factory.mktemp("real")
-    save_random_llama(folder / "tiny", num_hidden_layers=6, max_position_embeddings=2048, hidden_size=64)
+    save_random_base(folder / "tiny", num_hidden_layers=6, max_position_embeddings=2048, hidden_size=64)
     train_tokenizer(TEXT, 300, folder / "tiny")
     write_gguf(folder / "tiny", folder / "tiny.gguf")
     with (folder / "text.jsonl").open("w") as file:

@@ -24,7 +24,7 @@ from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source
 from megatron_dmc.experiments.real_model.summary import read_stages
 from megatron_dmc.recipe import load_recipe
 from tests.support.gguf_files import write_gguf
-from tests.support.llamas import SMOLLM2, TOKENS, save_random_llama
+from tests.support.llamas import SMOLLM2, TOKENS, save_random_base
 from tests.support.processes import ROOT
 from tests.support.texts import fails
 from tests.support.toy import TEXT
@@ -127,7 +127,7 @@ def test_another_models_weights_are_another_model(tiny_model: Path, tmp_path: Pa
     before = Source(str(tiny_model / "tiny")).identity
     shutil.copytree(tiny_model / "tiny", tmp_path / "same")
     assert Source(str(tmp_path / "same")).identity == before
-    save_random_llama(tmp_path / "same", seed=1, num_hidden_layers=6, max_position_embeddings=2048, hidden_size=64)
+    save_random_base(tmp_path / "same", seed=1, num_hidden_layers=6, max_position_embeddings=2048, hidden_size=64)
     assert Source(str(tmp_path / "same")).identity != before
     shutil.copytree(tiny_model / "tiny", tmp_path / "words")
     train_tokenizer(TEXT[:3], 290, tmp_path / "words")
@@ -280,10 +280,10 @@ def test_what_is_refused_at_once(tiny_model: Path, tmp_path: Path, monkeypatch: 
     shutil.copytree(tiny_model / "tiny", tmp_path / "wrong")
     train_tokenizer(TEXT, 320, tmp_path / "wrong")
     fails("the tokenizer .*wrong has 320 tokens", check, tmp_path / "wrong")
-    save_random_llama(tmp_path / "short", max_position_embeddings=128)
+    save_random_base(tmp_path / "short", max_position_embeddings=128)
     train_tokenizer(TEXT, 300, tmp_path / "short")
     fails("short has 128 positions, its retrofit takes", check, tmp_path / "short")
-    save_random_llama(tmp_path / "few", max_position_embeddings=128)
+    save_random_base(tmp_path / "few", max_position_embeddings=128)
     train_tokenizer(TEXT, 300, tmp_path / "few")
     write_gguf(tmp_path / "few", tmp_path / "few.GGUF")
     fails(r"few\.GGUF has 128 positions, its retrofit takes 256", check, tmp_path / "few.GGUF")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.hf.families.llama import DMCLlamaForCausalLM
 from tests.support.exports import VOCABULARY, dmc_model, plain_model
 
 torch.set_num_threads(1)

@@ -21,25 +21,29 @@ def body(text: str) -> str:
     return ast.dump(tree)
 
 
-def test_copies_are_the_sources():
-    code, modules = export.modeling_code(), export.needed_modules()
+ENTRY = "megatron_dmc.hf.families.llama"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_copies_are_the_sources(family):
+    entry = f"{export.FAMILIES}.{family}"
+    code, modules = export.modeling_code(entry), export.needed_modules(entry)
+    assert [name for name in modules if name.startswith(export.FAMILIES)] == [entry]
     assert sorted(code) == sorted(f"{export.flat_name(module)}.py" for module in modules)
     for module, (source, _) in modules.items():
         copy = code[f"{export.flat_name(module)}.py"]
         assert source == Path(find_spec(module).origin).read_text()
         assert "megatron_dmc" not in "".join(line for line in copy.splitlines() if "import" in line)
-        if module in (export.CONFIGURATION, export.MODELING):
+        if module == entry:
             copy = copy[: copy.index("\n\nfrom typing import TYPE_CHECKING  # noqa: E402")]
         assert body(copy) == body(source), module
 
 
 def test_what_the_model_imports_is_what_is_copied():
     """Python itself says which modules are loaded; packages that define nothing need no copy."""
-    listing = (
-        "import sys, megatron_dmc.hf.modeling_dmc; print(*(x for x in sys.modules if x.startswith('megatron_dmc')))"
-    )
+    listing = f"import sys, {ENTRY}; print(*(x for x in sys.modules if x.startswith('megatron_dmc')))"
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, timeout=120, check=True)
-    assert set(export.needed_modules()) <= set(done.stdout.split())
+    assert set(export.needed_modules(ENTRY)) <= set(done.stdout.split())
 
 
 def test_names_in_the_flat_folder():
@@ -53,7 +57,7 @@ def package(tmp_path, monkeypatch):
     """Writes modules of a small package in the real one's place; what is not written is not there."""
 
     def write(**modules):
-        for name, text in {"hf.configuration_dmc": "", "hf.modeling_dmc": "", **modules}.items():
+        for name, text in modules.items():
             path = tmp_path.joinpath(*name.split("."))
             path = path / "__init__.py" if f"{name}." in " ".join(modules) else path.with_suffix(".py")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,7 @@ def package(tmp_path, monkeypatch):
 
 
 def flat(source: str) -> str:
-    return export.flat_imports(export.Module.parsed(source, "megatron_dmc.hf.modeling_dmc"))
+    return export.flat_imports(export.Module.parsed(source, ENTRY))
 
 
 def test_a_package_that_passes_names_on_is_no_part_of_it(package):
@@ -79,18 +83,17 @@ def test_a_package_that_passes_names_on_is_no_part_of_it(package):
             "ops.pool.unused": "import megatron\ndef other(): ...\n",
             "ops.twice": "from megatron_dmc.ops.pool import merge\n",
             "ops.twice.rest": "",
-            "hf.modeling_dmc": "from megatron_dmc.ops.pool import merge, slow as naive\n"
+            "hf.families.llama": "from megatron_dmc.ops.pool import merge, slow as naive\n"
             "from megatron_dmc.ops.twice import merge as again\n",
         }
     )
-    assert list(export.needed_modules()) == [
-        "megatron_dmc.hf.configuration_dmc",
-        "megatron_dmc.hf.modeling_dmc",
+    assert list(export.needed_modules(ENTRY)) == [
+        ENTRY,
         "megatron_dmc.ops.pool.fast",
         "megatron_dmc.ops.pool.slow",
     ]
-    code = export.modeling_code()
-    assert code["modeling_dmc.py"].startswith(
+    code = export.modeling_code(ENTRY)
+    assert code["dmc_hf_families_llama.py"].startswith(
         "from .dmc_ops_pool_fast import pool as merge\n"
         "from . import dmc_ops_pool_slow as naive\n"
         "from .dmc_ops_pool_fast import pool as again\n"
@@ -99,12 +102,13 @@ def test_a_package_that_passes_names_on_is_no_part_of_it(package):
 
 
 def test_every_module_is_read_once(package, monkeypatch):
-    shared = {"shared": "", "hf.configuration_dmc": "from megatron_dmc.shared import x\n"}
-    package(**shared, **{"hf.modeling_dmc": "from megatron_dmc.hf.configuration_dmc import y\n"})
+    texts = {"shared": "", "hf.other": "from megatron_dmc.shared import x\n"}
+    texts["hf.families.llama"] = "from megatron_dmc.hf.other import y\nfrom megatron_dmc.shared import x\n"
+    package(**texts)
     read, source = [], export._source
     monkeypatch.setattr(export, "_source", lambda module: read.append(module) or source(module))
-    export.modeling_code()
-    assert sorted(read) == ["megatron_dmc.hf.configuration_dmc", "megatron_dmc.hf.modeling_dmc", "megatron_dmc.shared"]
+    export.modeling_code(ENTRY)
+    assert sorted(read) == [ENTRY, "megatron_dmc.hf.other", "megatron_dmc.shared"]
 
 
 def test_a_package_that_defines_names_is_copied(package):
@@ -112,10 +116,10 @@ def test_a_package_that_defines_names_is_copied(package):
         **{
             "ops.pool": "from megatron_dmc.ops.pool.fast import scan\n\ndef pool():\n    return scan()\n",
             "ops.pool.fast": "def scan(): ...\n",
-            "hf.modeling_dmc": "from megatron_dmc.ops.pool import pool, scan\n",
+            "hf.families.llama": "from megatron_dmc.ops.pool import pool, scan\n",
         }
     )
-    assert set(export.needed_modules()) >= {"megatron_dmc.ops.pool", "megatron_dmc.ops.pool.fast"}
+    assert set(export.needed_modules(ENTRY)) >= {"megatron_dmc.ops.pool", "megatron_dmc.ops.pool.fast"}
     assert flat("from megatron_dmc.ops.pool import pool, scan\n") == (
         "from .dmc_ops_pool import pool\nfrom .dmc_ops_pool_fast import scan\n"
     )
@@ -145,9 +149,9 @@ def test_imports_anywhere_in_a_module_count(package):
     ],
 )
 def test_what_an_export_cannot_have_is_refused_by_name(package, source, message):
-    package(**{"hf.modeling_dmc": "from megatron_dmc.other import y\n", "other": source, "config": ""})
+    package(**{"hf.families.llama": "from megatron_dmc.other import y\n", "other": source, "config": ""})
     with pytest.raises(ConfigError, match=message) as error:
-        export.modeling_code()
+        export.modeling_code(ENTRY)
     assert "megatron_dmc.other cannot be exported" in str(error.value) or "nowhere" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -158,10 +162,10 @@ def test_two_modules_of_one_name_are_refused(package):
             "a_b": "",
             "a": "",
             "a.b": "",
-            "hf.modeling_dmc": "from megatron_dmc import a_b\nfrom megatron_dmc.a import b\n",
+            "hf.families.llama": "from megatron_dmc import a_b\nfrom megatron_dmc.a import b\n",
         }
     )
     with pytest.raises(
         ConfigError, match=r"a_b and .*a\.b would both be exported as dmc_a_b.py|a\.b and .*a_b would both"
     ):
-        export.modeling_code()
+        export.modeling_code(ENTRY)

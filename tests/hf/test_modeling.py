@@ -6,8 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache, LlamaForCausalLM
 
 from megatron_dmc.hf.cache import DMCCache
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
-from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.hf.families.llama import DMCLlamaConfig, DMCLlamaForCausalLM
 from megatron_dmc.hf.padding import Packing
 
 CLOSE = {"rtol": 0, "atol": 1e-4}  # logits of size 10 in float32

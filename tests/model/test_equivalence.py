@@ -10,11 +10,10 @@ from torch import Tensor
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import to_hugging_face
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
-from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.hf.families import dmc_classes
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.model.gpt import dmc_layers
-from tests.support.models import SIZES, positions, random_model, tokens
+from tests.support.models import FAMILY_SIZES, SIZES, positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -33,14 +32,21 @@ VARIANTS = {
     for operation in ("merge", "evict", "absorb")
     for local_window in (1, 16, 100)
 }
+# Further families, where their attention is another one.
+FAMILY_VARIANTS = {
+    f"{family}-{name}": (FAMILY_SIZES[family], VARIANTS[name])
+    for family in ("mistral", "qwen2", "qwen3")
+    for name in ("projection-exact", "neuron-exact", "projection-absorb-local16", "neuron-evict-local16")
+}
+CASES = {name: (SIZES, dmc) for name, dmc in VARIANTS.items()} | FAMILY_VARIANTS
 LENGTH = 61
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def case(request: pytest.FixtureRequest, one_process: None) -> dict[str, Any]:
     """A model, a text, and the training form's logits with binary decisions."""
-    dmc = request.param
-    model, ids = random_model(dmc), tokens(2, LENGTH)
+    sizes, dmc = request.param
+    model, ids = random_model(dmc, sizes=sizes), tokens(2, LENGTH)
     for layer in dmc_layers(model):
         layer.statistics.reset()
     with torch.no_grad():
@@ -51,7 +57,7 @@ def case(request: pytest.FixtureRequest, one_process: None) -> dict[str, Any]:
     share = share * LENGTH / max(LENGTH - dmc.local_window, 1)
     if dmc.local_window < LENGTH:
         assert share.min() > 0 and share.max() < 1 and 0.2 < share.mean() < 0.8, "decisions are not mixed"
-    return {"dmc": dmc, "model": model, "ids": ids, "expected": expected}
+    return {"sizes": sizes, "dmc": dmc, "model": model, "ids": ids, "expected": expected}
 
 
 def through_cache(case: dict[str, Any], sizes: list[int]) -> tuple[Tensor, DMCInferenceContext]:
@@ -84,12 +90,13 @@ def test_cache_equals_training_form(case: dict[str, Any], sizes: list[int]) -> N
     assert int(context.slots.sum()) == LENGTH * heads - merged + residual
 
 
-def hugging_face(case: dict[str, Any]) -> DMCLlamaForCausalLM:
+def hugging_face(case: dict[str, Any]) -> Any:
     parameters = case["model"].state_dict()
-    weights = dict(to_hugging_face(parameters.__getitem__, SIZES, case["dmc"]))
-    config = write_config(SIZES, case["dmc"], dtype=torch.float32, special_tokens={"pad_token_id": 0})
+    weights = dict(to_hugging_face(parameters.__getitem__, case["sizes"], case["dmc"]))
+    config = write_config(case["sizes"], case["dmc"], dtype=torch.float32, special_tokens={"pad_token_id": 0})
     config = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
-    model = DMCLlamaForCausalLM(DMCLlamaConfig(**config)).eval()
+    config_class, model_class = dmc_classes(case["sizes"].family)
+    model = model_class(config_class(**config)).eval()
     model.load_state_dict(weights)
     return model
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_dmc.hf.configuration_dmc import DMCLlamaConfig
-from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+from megatron_dmc.hf.families import dmc_classes
 
 VOCABULARY = 97
 _SIZES: dict[str, Any] = {
@@ -29,11 +28,17 @@ def plain_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**_SIZES)).eval()
 
 
-def dmc_model(dmc: dict[str, Any], **config: Any) -> DMCLlamaForCausalLM:
-    """``dmc`` are the export's settings, ``config`` other values of its configuration."""
+def dmc_model(dmc: dict[str, Any], family: str = "llama", **config: Any) -> Any:
+    """``dmc`` are the export's settings, ``config`` other values of its configuration. Norms and biases are random too."""
     torch.manual_seed(1)
-    model = DMCLlamaForCausalLM(DMCLlamaConfig(dmc=dmc, **{**_SIZES, **config})).eval()
+    config_class, model_class = dmc_classes(family)
+    if family == "mistral":
+        config = {"sliding_window": None, **config}
+    model = model_class(config_class(dmc=dmc, **{**_SIZES, "head_dim": 16, **config})).eval()
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if family != "llama" and parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.3)
         for layer in model.model.layers:
             attention = layer.self_attn
             if dmc.get("decision_source") == "neuron":

@@ -1,14 +1,15 @@
-"""Random tiny Llamas as Hugging Face saves them, and what is computed with a model on either side of a conversion."""
+"""Random tiny models as Hugging Face saves them, and what is computed with a model on either side of a conversion."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.single_process import empty_model
 
 TOKENS = torch.arange(2 * 37).mul(7).remainder(300).reshape(2, 37)
@@ -20,8 +21,19 @@ SMOLLM2 = [
 ]
 
 
-def save_random_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> None:
-    """Saves the model, without a tokenizer; ``overrides`` are LlamaConfig's."""
+# What the smallest models of a family need to have what is the family's own.
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},  # twice hidden_size / num_attention_heads
+}
+
+
+def save_random_base(
+    folder: Path, seed: int = 0, max_shard_size: str = "5GB", family: Any = "llama", **overrides: Any
+) -> None:
+    """Saves the model, without a tokenizer; ``overrides`` are its configuration's. Norms and biases are random, too."""
     settings: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -35,12 +47,15 @@ def save_random_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", 
         "dtype": torch.float32,
     }
     torch.manual_seed(seed)
-    config = LlamaConfig(**(settings | overrides))
-    model = LlamaForCausalLM(config).to(config.dtype)
+    kind = getattr(transformers, FAMILIES[family].architecture)
+    config = kind.config_class(**(settings | _OF_FAMILY[family] | overrides))
+    model = kind(config).to(config.dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.hf.cache import CACHE_NAME
@@ -30,7 +31,7 @@ def serving_dtype() -> torch.dtype:
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """The model in eval mode on the first GPU, or on the CPU: a plain Llama, or an export with its compressed cache.
+    """The model in eval mode on the first GPU, or on the CPU: a plain one, or an export with its compressed cache.
 
     ``dtype`` None is that of a loss.
 
@@ -39,9 +40,10 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ConfigError: the folder holds no such model, transformers cannot load it, or its weights are another's.
     """
-    from transformers import LlamaForCausalLM, logging
+    import transformers
+    from transformers import logging
 
-    from megatron_dmc.hf.modeling_dmc import DMCLlamaForCausalLM
+    from megatron_dmc.hf.families import dmc_classes
 
     # What is missing, damaged or mixed is better said here than by what transformers meets first.
     config, dmc = read_config(Path(folder))
@@ -49,8 +51,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        family: Any = LlamaForCausalLM if dmc is None else DMCLlamaForCausalLM
-        model = family.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True)
+        architecture = FAMILIES[config.family].architecture
+        kind = getattr(transformers, architecture) if dmc is None else dmc_classes(config.family)[1]
+        model = kind.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True)
     # transformers raises whatever it happens to meet.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
