@@ -52,6 +52,22 @@ CASES = [
         "absorbing, packed documents",
         {"data.reset_at_documents": True, "dmc.local_window": 4, "dmc.operation": "absorb"},
     ),
+    Case(
+        "Qwen2, neuron",
+        {"model.family": "qwen2", "dmc.decision_source": "neuron", "phases.0.start_compression_ratio": 1.0},
+    ),
+    # With the decisions' channel half in the norms of heads, then out of them.
+    Case(
+        "Qwen3, zero_out, neuron",
+        {
+            "model.family": "qwen3",
+            "dmc.decision_source": "neuron",
+            "phases": [
+                {"kind": "zero_out", "steps": 3, "lr": 1e-3},
+                {"kind": "compress", "steps": 3, "lr": 1e-3, "start_compression_ratio": 1.0},
+            ],
+        },
+    ),
     Case("bf16", {"training.bf16": True}),
     Case(
         "calibrated",

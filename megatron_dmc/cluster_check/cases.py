@@ -11,6 +11,7 @@ from megatron_dmc.cluster_check.case import CASES, FP8, GPU_CASES, Case
 from megatron_dmc.cluster_check.layouts import Layout
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import train_tokenizer
+from megatron_dmc.model.attention import DMCSelfAttention
 from megatron_dmc.model.gpt import dmc_layers
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.build import why_no_fp8
@@ -78,14 +79,24 @@ def case_recipe(folder: Path, case: Case, layout: Layout) -> Recipe:
 
 @torch.no_grad()
 def scatter_decisions(model: torch.nn.Module) -> None:
-    """Projections that merge about a third of the tokens, each head its own share. For the whole model in one process."""
+    """Projections that merge about a third of the tokens, each head its own share. For the whole model in one process.
+
+    What a family has in its attention beyond Llama's begins as zeros and ones: it is scattered too.
+    """
     generator = torch.Generator().manual_seed(0)
     for layer in dmc_layers(model):
+        for parameter, about in ((layer.linear_qkv.bias, 0.0), *((x.weight, 1.0) for x in _norms(layer))):
+            if parameter is not None:
+                parameter.copy_(about + 0.3 * torch.randn(parameter.shape, generator=generator))
         projection = getattr(layer, "decision", None)
         if isinstance(projection, ColumnParallelLinear):
             hidden_size = projection.weight.shape[1]
             for parameter, std in ((projection.weight, 0.15 / hidden_size**0.5), (projection.bias, 0.1)):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def _norms(layer: DMCSelfAttention) -> list[torch.nn.Module]:
+    return [norm for norm in (layer.q_layernorm, layer.k_layernorm) if norm is not None]
 
 
 def _base_weights(folder: Path, case: Case) -> Path:
