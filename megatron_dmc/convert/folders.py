@@ -160,5 +160,12 @@ def keep_special_tokens(tokenizer: Path, tokens: dict[str, Any], vocab_size: int
         write_json(path, content | tokens)
 
 
+def take_tokenizer_as_it_is(folder: Path) -> None:
+    """Has AutoTokenizer read tokenizer.json for a model type that transformers does not know, as it does for its base's."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and (folder / "tokenizer.json").is_file():
+        write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

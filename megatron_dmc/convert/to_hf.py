@@ -12,12 +12,14 @@ import torch
 from megatron_dmc.checkpoint import CheckpointError, SavedModel, copy_tokenizer
 from megatron_dmc.checkpoint.weights import adapter_may_lack, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.folders import (
     GENERATION_CONFIG,
     check_companions,
     check_output,
     new_folder,
     special_tokens,
+    take_tokenizer_as_it_is,
     write_json,
 )
 from megatron_dmc.convert.hf_config import write_config
@@ -154,6 +156,8 @@ def _export(
                 write_json(temporary / GENERATION_CONFIG, tokens)
             if source.merges:
                 write_modeling_code(temporary)
+                if FAMILIES[model.family].plain_tokenizer:
+                    take_tokenizer_as_it_is(temporary)
             yield source, model, temporary
         if not any((output / name).is_file() for name in _TOKENIZERS):
             logger.warning(

@@ -21,6 +21,7 @@ class HuggingFaceFamily:
         must_be: key, the value that it must have, and what another value means.
         rows: tensors of a layer beyond Llama's.
         writes: keys of ``config.json`` beyond those of all families.
+        plain_tokenizer: for this model type AutoTokenizer takes tokenizer.json as it is, whichever class the folder names.
         head_divides: transformers refuses a hidden size that the number of heads does not divide.
     """
 
@@ -29,4 +30,5 @@ class HuggingFaceFamily:
     must_be: tuple[tuple[str, Any, str], ...] = ()
     rows: tuple[Row, ...] = ()
     writes: Mapping[str, Any] = field(default_factory=dict)
+    plain_tokenizer: bool = False
     head_divides: bool = False

@@ -7,4 +7,5 @@ MISTRAL = HuggingFaceFamily(
     defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     must_be=(("sliding_window", None, f"{SLIDING}; a Mistral without windows says null"),),
     writes={"sliding_window": None},
+    plain_tokenizer=True,
 )
