@@ -7,7 +7,7 @@ import warnings
 
 from megatron_dmc.cli.common import path
 
-HELP = "a Hugging Face Llama, or a GGUF file, to a checkpoint"
+HELP = "a Hugging Face model, or a GGUF file, to a checkpoint"
 
 
 def multiple(text: str) -> int:
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Converts a Hugging Face Llama (config.json, safetensors, tokenizer), or its GGUF file, to a Megatron checkpoint."""
+    """Converts a Hugging Face model (config.json, safetensors, tokenizer) of one of these families to a Megatron checkpoint:
+    Llama, Mistral, Qwen2, Qwen3; or the GGUF file of a Llama."""
     warnings.simplefilter("ignore")
     from megatron_dmc.convert.from_hf import import_hf
     from megatron_dmc.convert.gguf import SUFFIX, import_gguf

@@ -22,7 +22,7 @@ def size(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "A retrofit loads with AutoModelForCausalLM.from_pretrained(OUTPUT_FOLDER, trust_remote_code=True); an adapter by "
-        "itself with the Llama it was trained on: from_pretrained(OUTPUT_FOLDER, base=HF_FOLDER, trust_remote_code=True)."
+        "itself with the model it was trained on: from_pretrained(OUTPUT_FOLDER, base=HF_FOLDER, trust_remote_code=True)."
     )
     parser.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="one checkpoint, such as DIRECTORY/final")
     parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")

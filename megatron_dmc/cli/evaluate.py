@@ -14,7 +14,7 @@ HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, sp
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=path, metavar="HF_FOLDER", help="a plain Llama, or an export of convert-to-hf")
+    parser.add_argument("folder", type=path, metavar="HF_FOLDER", help="a plain model, or an export of convert-to-hf")
     parser.add_argument(
         "--text", required=True, type=path, metavar="PREFIX", help="a held-out dataset of megatron-dmc preprocess"
     )

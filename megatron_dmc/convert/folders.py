@@ -126,7 +126,7 @@ def special_tokens(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _check_special_token(path: Path, name: str, value: Any, vocab_size: int) -> None:
-    """transformers' Llama takes one id for a beginning and for padding, and may have several ends."""
+    """transformers takes one id for a beginning and for padding, and may have several ends."""
     ids = value if isinstance(value, list) and value and name not in ("bos_token_id", "pad_token_id") else [value]
     if value is not None and not all(type(index) is int and 0 <= index < vocab_size for index in ids):
         several = "" if ids is not value else " (each of a list)"

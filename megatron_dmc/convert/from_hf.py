@@ -1,4 +1,4 @@
-"""A Hugging Face Llama folder -> a checkpoint of this project."""
+"""A Hugging Face folder -> a checkpoint of this project."""
 
 import logging
 from dataclasses import replace
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_of: int = 1) -> None:
     """Writes a weights-only checkpoint, and with it the tokenizer; to load as ``checkpoint.load_base`` of a recipe.
 
-    Weights keep their dtype. A plain Llama becomes a base model, a DMC model keeps its decisions. One process, on the
+    Weights keep their dtype. A plain model becomes a base, a DMC model keeps its decisions. One process, on the
     CPU; needs the model's size in memory once.
 
     Args:

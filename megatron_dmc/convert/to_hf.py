@@ -120,7 +120,7 @@ def _check_fits_its_base(adapter: SavedModel) -> None:
     if base is not None and base.vocabulary != adapter.vocabulary:
         raise ConfigError(
             f"{adapter.folder} has {adapter.vocabulary} tokens, its base {base.vocabulary}: by itself the adapter would fit "
-            "no Llama; export it without --adapter"
+            "no base; export it without --adapter"
         )
 
 

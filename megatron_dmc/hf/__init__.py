@@ -1,1 +1,1 @@
-"""Llama with Dynamic Memory Compression for transformers, and its form for ``trust_remote_code``."""
+"""Models with Dynamic Memory Compression for transformers, and their form for ``trust_remote_code``."""

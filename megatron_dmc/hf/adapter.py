@@ -81,7 +81,7 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
     pairs = {name: [getattr(each, name, None) for each in (theirs, config)] for name in _SHARED}
     # Not every family's configuration fills it in.
     pairs["head_dim"] = [
-        x or y.hidden_size // y.num_attention_heads for x, y in zip(pairs["head_dim"], (theirs, config), strict=True)
+        getattr(each, "head_dim", None) or each.hidden_size // each.num_attention_heads for each in (theirs, config)
     ]
     for name in _OF_ROTARY:
         pairs[name] = [(each.rope_parameters or {}).get(name) for each in (theirs, config)]

@@ -170,7 +170,7 @@ def _without(amount: Amount, kept: dict[str, Any], why: str) -> Amount:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """dmc: what the model adds to a plain Llama. before: the report of its base; None: the model is a base."""
+    """dmc: what the model adds to a plain one. before: the report of its base; None: the model is a base."""
 
     folder: str
     dmc: DMCConfig | None

@@ -171,7 +171,7 @@ class Source:
         model, dmc = read_config(self.path)
         if dmc is not None:
             raise ConfigError(
-                f"--model {self.name} has been retrofitted already; name the plain Llama that it was made from"
+                f"--model {self.name} has been retrofitted already; name the plain model that it was made from"
             )
         check_own_vocabulary(load_tokenizer(self.path, "--model"), model.vocab_size)
         Weights.of(self.path, model, None)
