@@ -29,6 +29,9 @@ class DMCConfiguration:
     # A family's plan knows no decision weight: never sharded.
     base_model_tp_plan: ClassVar[dict[str, str]] = {}
 
+    # Defaults of the family that no model with DMC may have, and its own ones.
+    replaced_defaults: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, dmc: dict[str, Any] | None = None, prefill_chunk_tokens: int = 4096, **kwargs: Any):
         self.dmc = DMCConfig.from_dict(dmc or {}).to_dict()
         if (
@@ -38,7 +41,7 @@ class DMCConfiguration:
         ):
             raise ValueError(f"prefill_chunk_tokens must be an integer >= 1, got {prefill_chunk_tokens!r}")
         self.prefill_chunk_tokens = prefill_chunk_tokens
-        super().__init__(**kwargs)
+        super().__init__(**{**self.replaced_defaults, **kwargs})
         self._refuse_what_attention_lacks()
 
     def _refuse_what_attention_lacks(self) -> None:

@@ -9,7 +9,7 @@ from megatron_dmc.hf.cache import DMCCache
 from megatron_dmc.hf.families.llama import DMCLlamaConfig, DMCLlamaForCausalLM
 from megatron_dmc.hf.padding import Packing
 
-CLOSE = {"rtol": 0, "atol": 1e-4}  # logits of size 10 in float32
+CLOSE = {"rtol": 0, "atol": 2e-4}  # logits of size 10 in float32; in float64 they differ by 5e-15
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from megatron_dmc.hf.modeling_dmc import DMCForCausalLM, DMCModel
 
 class DMCMistralConfig(DMCConfiguration, MistralConfig):
     model_type = "dmc_mistral"
+    replaced_defaults = {"sliding_window": None}  # noqa: RUF012 (transformers' form)
     __init__ = DMCConfiguration.__init__
 
 
