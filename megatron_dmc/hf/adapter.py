@@ -74,7 +74,9 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
             f"{base}: the base of this adapter is a plain {family}, got model_type {values.get('model_type')!r}"
         )
     if lost := [name for name in config.replaced_defaults if name not in values]:
-        raise ValueError(f"{base}: config.json does not say what {lost[0]} is; a {family} that could be compressed does")
+        raise ValueError(
+            f"{base}: config.json does not say what {lost[0]} is; a {family} that could be compressed does"
+        )
     # Read as the adapter's class, defaults and older forms become the same on both sides.
     try:
         theirs = type(config).from_dict({name: value for name, value in values.items() if name != "model_type"})
