@@ -97,8 +97,8 @@ LONG_TEXTS = {
     "niah_noise": LongText(niah_noise, least_size=1, new_tokens=128),
     "variable_tracking": LongText(variable_tracking, least_size=1, new_tokens=30),
     "common_words": LongText(common_words, least_size=COMMON_WORDS + 1, new_tokens=120),
-    # With fewer words the third and the fourth rank would appear equally often.
-    "frequent_words": LongText(frequent_words, least_size=30, new_tokens=50),
+    # With fewer words the fourth rank, the last that is asked for, and the fifth may appear equally often.
+    "frequent_words": LongText(frequent_words, least_size=53, new_tokens=50),
 }
 
 
@@ -152,8 +152,10 @@ def _parts_of_speech() -> tuple[list[str], list[str], list[str]]:
     from wonderwords import RandomWord
 
     made = RandomWord()
+    # Not "ad hoc", which would read as two words of a list.
     nouns, adjectives, verbs = (
-        sorted(set(made.filter(include_parts_of_speech=[part]))) for part in ("nouns", "adjectives", "verbs")
+        sorted({word for word in made.filter(include_parts_of_speech=[part]) if word.isalpha()})
+        for part in ("nouns", "adjectives", "verbs")
     )
     return nouns, adjectives, verbs
 
