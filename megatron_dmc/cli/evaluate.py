@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_dmc.cli.common import path
 from megatron_dmc.config import ConfigError
-from megatron_dmc.files import why_nothing_new
+from megatron_dmc.files import why_no_folder, why_nothing_new
 
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
@@ -123,6 +123,8 @@ def _run_tasks(options: argparse.Namespace, output: Path) -> None:
     missing = [name for name in ("lm_eval", "accelerate", "wonderwords") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--tasks needs {' and '.join(missing)}: pip install 'megatron-dmc[eval]'")
+    if options.include_path is not None and (problem := why_no_folder(Path(options.include_path))) is not None:
+        raise ConfigError(f"--include-path {options.include_path} {problem}; name a folder with lm-eval's YAML files")
     warnings.simplefilter("ignore")
     from megatron_dmc.evaluation.harness.rows import print_rows
     from megatron_dmc.evaluation.harness.run import TaskRequest, evaluate_tasks

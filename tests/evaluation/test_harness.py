@@ -3,7 +3,9 @@
 All data is local: lm-eval downloads nothing here.
 """
 
+import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from megatron_dmc.cli import main
+from megatron_dmc.cli import evaluate, main
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.data.tokenizer import train_tokenizer
 from megatron_dmc.evaluation.harness import run as harness
@@ -27,7 +29,7 @@ from megatron_dmc.hf.export import write_modeling_code
 from tests.support.exports import dmc_model
 from tests.support.llamas import save_random_llama
 from tests.support.lm_tasks import LOCAL_TASKS, write_local_tasks, write_paper_tasks
-from tests.support.processes import PRODUCT, run
+from tests.support.processes import PRODUCT, ROOT, run
 from tests.support.toy import TEXT
 
 VOCABULARY, POSITIONS = 300, 2048
@@ -137,6 +139,24 @@ def test_a_batch_has_lm_evals_scores_to_the_last_bit(place: Path, name: str, tas
     assert numbers(found["results"]) == numbers(plain["results"])
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+def test_examples_are_drawn_as_lm_eval_draws_them(place: Path, seed: int | None) -> None:
+    source, request = open_source(place / "base"), TaskRequest((), num_fewshot=2, seed=seed)
+    found = harness._run(harness._model(source, request), [*tasks(place, "local_choice", "local_generate")], request)
+    names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    plain = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(place / "base")},
+        tasks=[*tasks(place, "local_choice", "local_generate")],
+        num_fewshot=2,
+        device="cpu",
+        task_manager=TaskManager(include_defaults=False),
+        **({} if seed is None else dict.fromkeys(names, seed)),
+    )
+    assert numbers(found["results"]) == numbers(plain["results"])
+    assert set(found["n-shot"].values()) == {2}
+
+
 @pytest.mark.parametrize("name", ["export", "base"])
 def test_batches_change_neither_scores_nor_what_is_counted(place: Path, name: str) -> None:
     one, uses_one = observed(place, name, 1, *LOCAL_TASKS)
@@ -222,7 +242,7 @@ def test_a_checkpoint_is_exported_and_gone_again(place: Path, tmp_path: Path, mo
 def test_the_papers_group(tmp_path: Path) -> None:
     """MMLU with five examples and six sets of questions with none; HumanEval where code may run."""
     write_paper_tasks(tmp_path / "tasks")
-    manager = task_manager({}, str(tmp_path / "tasks"))
+    manager = task_manager(["dmc_paper"], {}, str(tmp_path / "tasks"))
     (group,) = load(manager, ["dmc_paper"], seed=0, runs_code=False)
     shots = {task.task_name: task.get_config("num_fewshot") for task in group.get_all_tasks()}
     csqa = {"piqa", "boolq", "arc_challenge", "arc_easy", "hellaswag", "winogrande"}
@@ -240,7 +260,7 @@ def test_the_papers_group(tmp_path: Path) -> None:
     [
         (["--tasks", "local_choise"], "lm-eval has no such task; did you mean local_choice"),
         (["--tasks", "hellaswag"], "--tasks hellaswag: its data is not on this machine and cannot be downloaded"),
-        (["--tasks", "humaneval"], "--tasks humaneval runs code that the model writes"),
+        (["--tasks", "local_unsafe"], "--tasks local_unsafe runs code that the model writes"),
         (["--tasks", "local_choice,local_twice"], "--tasks: local_choice is named twice"),
         (["--tasks", "local_broken"], "--tasks local_broken: lm-eval cannot load it (the task's own fault)"),
         (["--tasks", "dmc_ruler"], "--tasks dmc_ruler reads texts of a length that you choose; add --length"),
@@ -261,8 +281,11 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
             (model / path.name).write_bytes(b"none" if path.suffix == ".safetensors" else path.read_bytes())
     write_local_tasks(tmp_path / "tasks", 3)
     (tmp_path / "tasks" / "twice.yaml").write_text("group: local_twice\ntask:\n  - local_choice\n")
+    (tmp_path / "tasks" / "unsafe.yaml").write_text(
+        "include: local_broken.yaml\ntask: local_unsafe\nunsafe_code: true\n"
+    )
     (tmp_path / "tasks" / "faults.py").write_text('def f(**_):\n    raise ValueError("the task\'s own fault")\n')
-    (tmp_path / "tasks" / "broken.yaml").write_text(
+    (tmp_path / "tasks" / "local_broken.yaml").write_text(
         "include: local_choice.yaml\ntask: local_broken\ncustom_dataset: !function faults.f\n"
     )
     flags = [*flags, "--include-path", str(tmp_path / "tasks"), "--output", str(tmp_path / "out.json")]
@@ -309,6 +332,7 @@ def test_a_model_that_cannot_be_loaded(place: Path, tmp_path: Path, capsys: pyte
         (["--tasks", "a", "--text", "b"], "--text and --tasks are two evaluations"),
         (["--tasks", "a", "--amount", "smoke"], "--amount has no effect with --tasks"),
         (["--tasks", "a", "--base", "b.json"], "--base has no effect with --tasks"),
+        (["--tasks", "a", "--include-path", "/none"], "--include-path /none does not exist; name a folder with"),
         (["--text", "b", "--limit", "3"], "--limit has no effect with --text"),
         (["--text", "b", "--num-fewshot", "0"], "--num-fewshot has no effect with --text"),
         (["--text", "b", "--confirm-run-unsafe-code"], "--confirm-run-unsafe-code has no effect with --text"),
@@ -354,3 +378,16 @@ def test_lm_eval_is_imported_for_tasks_only() -> None:
         "sys.exit('lm_eval' in sys.modules)"
     )
     assert run("-c", code).returncode == 0
+
+
+def test_the_pages_commands_have_these_flags() -> None:
+    """Of docs/evaluation.md: each names a task, or a text, and what it names is there."""
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    typed = re.findall(r"^    megatron-dmc evaluate (.*)$", page, re.MULTILINE)
+    assert len(typed) == 4
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    for line in typed:
+        assert parser.parse_args(line.split()).tasks
+    (inner,) = re.findall(r"print\(megatron_dmc.__path__\[0\]\)'\)/(\S+)", page)
+    assert ROOT / "megatron_dmc" / inner == FOLDER

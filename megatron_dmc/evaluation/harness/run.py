@@ -88,12 +88,12 @@ def _jobs(source: Source, request: TaskRequest) -> Iterator[tuple[int | None, li
     """A length, None for tasks that have none, and the tasks that run at it, loaded."""
     metadata = {"pretrained": str(source.tokenizer)} | ({"trust_remote_code": True} if source.has_own_code else {})
     seed = DEFAULT_RANDOM_SEED if request.seed is None else request.seed
-    known, how = long_text_tasks(), {"seed": seed, "runs_code": request.runs_code}
+    known = long_text_tasks()
     others = [name for name in request.tasks if name not in known]
     if PAPER in others and request.runs_code and HUMAN_EVAL not in others:
         others.append(HUMAN_EVAL)
     if others:
-        manager = task_manager(metadata, request.include)
+        manager = task_manager(others, metadata, request.include)
         check_names(manager, others)
     long_texts = [name for name in request.tasks if name in known]
     if long_texts and not request.lengths:
@@ -104,9 +104,9 @@ def _jobs(source: Source, request: TaskRequest) -> Iterator[tuple[int | None, li
         raise ConfigError(f"--length has no effect on {', '.join(others)}; leave it out, or add dmc_ruler to --tasks")
     for length in request.lengths:
         texts = {"max_seq_lengths": [length], "num_samples": request.limit or DEFAULT_SAMPLES, "seed": seed}
-        yield length, load(long_text_manager(metadata | texts), long_texts, **how)
+        yield length, load(long_text_manager(metadata | texts), long_texts, seed=seed, runs_code=request.runs_code)
     if others:
-        yield None, load(manager, others, **how)
+        yield None, load(manager, others, seed=seed, runs_code=request.runs_code)
 
 
 def _check_lengths(source: Source, request: TaskRequest) -> None:

@@ -20,9 +20,15 @@ _DOWNLOADING = ("huggingface_hub", "httpx", "requests", "urllib3", "datasets.exc
 _MOST_LETTERS = 200
 
 
-def task_manager(metadata: dict[str, Any], include: str | None = None) -> TaskManager:
-    """lm-eval's index of its tasks, those of this package, and those of a user's folder, which come before the others."""
+def task_manager(names: Sequence[str], metadata: dict[str, Any], include: str | None = None) -> TaskManager:
+    """An index that has these tasks: of this package and of a user's folder, whose tasks come before lm-eval's own.
+
+    lm-eval's many thousands take seconds to read; they are left out where no name needs them.
+    """
     folders = [str(FOLDER), *([] if include is None else [include])]
+    small = TaskManager(include_defaults=False, include_path=folders, metadata=metadata)
+    if all(_is_whole(small, name) for name in names):
+        return small
     return TaskManager(include_path=folders, metadata=metadata)
 
 
@@ -105,16 +111,28 @@ def _load(manager: TaskManager, name: str, runs_code: bool) -> Any:
     return next(iter(found["groups"].values()), None) or list(found["tasks"].values())
 
 
+def _inner(manager: TaskManager, name: str) -> list[str]:
+    """What a group or a tag names; empty for a task."""
+    entry = manager.task_index[name]
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    inner = (entry.cfg or {}).get("task")
+    if entry.kind.name != "GROUP" or not isinstance(inner, list):
+        return []
+    return [item if isinstance(item, str) else item.get("group") or item.get("task", "") for item in inner]
+
+
+def _is_whole(manager: TaskManager, name: str) -> bool:
+    """Whether an index has a name, and all that it names in turn."""
+    return name in manager.task_index and all(_is_whole(manager, each) for each in _inner(manager, name))
+
+
 def _members(manager: TaskManager, name: str) -> list[str]:
     """The tasks that a name means, as far as the index knows them; nothing of them is loaded."""
-    entry = manager.task_index.get(name)
-    if entry is None:
+    if name not in manager.task_index:
         return [task for match in manager.match_tasks([name]) for task in _members(manager, match)]
-    inner = [*entry.tags] if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
-    if entry.kind.name not in ("TAG", "GROUP") or not isinstance(inner, list):
-        return [name]
-    names = [item if isinstance(item, str) else item.get("group") or item.get("task", "") for item in inner]
-    return [task for each in names if each in manager.task_index for task in _members(manager, each)]
+    inner = [each for each in _inner(manager, name) if each in manager.task_index]
+    return [task for each in inner for task in _members(manager, each)] if inner else [name]
 
 
 def _leaves(item: Any) -> list[Any]:
