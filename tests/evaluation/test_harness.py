@@ -91,6 +91,7 @@ def test_the_command_gives_the_numbers_of_lm_evals_command(place: Path, tmp_path
         *("--include_path", include, "--tasks", names, "--limit", 7, "--output_path", tmp_path / "plain"),
         *("--metadata", json.dumps({"max_seq_lengths": [1500], "num_samples": 7})),
         folder=tmp_path,
+        timeout=300,
         **offline,
     )
     assert plain.returncode == 0, plain.stderr
@@ -100,6 +101,7 @@ def test_the_command_gives_the_numbers_of_lm_evals_command(place: Path, tmp_path
         *(*PRODUCT, "evaluate", place / "export", "--tasks", names, "--include-path", place / "tasks"),
         *("--limit", 7, "--length", 1500, "--output", tmp_path / "ours.json"),
         folder=tmp_path,
+        timeout=300,
         **offline,
     )
     assert ours.returncode == 0, ours.stderr

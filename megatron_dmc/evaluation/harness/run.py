@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -66,8 +65,6 @@ def evaluate_tasks(folder: str, request: TaskRequest) -> dict[str, Any]:
         ConfigError: the model, a task or a length cannot be taken. Nothing is converted or loaded by then.
     """
     _be_quiet()
-    # lm-eval ends the processes that it bootstraps with by SIGTERM, which this program turns into an error.
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     source = open_source(Path(folder))
     _check_lengths(source, request)
     _check_tokenizer(source)
@@ -166,6 +163,8 @@ def _run(model: ObservedLM, tasks: list[Any], request: TaskRequest) -> dict[str,
 
 def _be_quiet() -> None:
     """Leaves what lm-eval says of texts that it cuts, and its progress bars."""
+    # It would fork this process, with its threads and its GPU, to resample scores; one process gives the same numbers.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
