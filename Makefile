@@ -60,7 +60,7 @@ $(STAMP): setup.py constraints.txt
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	    { echo "installing $(TORCH)"; $(PIP_INSTALL) -c constraints.txt $(TORCH_FLAGS) "$(TORCH)"; }
 	@echo "installing megatron-dmc and what it needs"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,gguf,dev]'
+	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,gguf,eval,dev]'
 	@touch $@
 
 quickstart: setup

@@ -33,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dmc", "megatron_dmc.*"]),
-    package_data={"megatron_dmc": ["py.typed"]},
+    package_data={"megatron_dmc": ["py.typed", "evaluation/harness/tasks/*.yaml"]},
     # For `megatron-dmc quickstart` and `recipes` outside a checkout (megatron_dmc/experiments/places.py).
     data_files=[
         (f"share/megatron-dmc/examples/{name}", sorted(glob(f"examples/{name}/*.yaml", root_dir=ROOT)))
@@ -59,6 +59,8 @@ setup(
             "gguf",
             "transformers>=5.0,<6",
         ],  # models as GGUF files; transformers reads them with both
+        # accelerate: lm-eval's models need it. wonderwords: the words of the long-context tasks.
+        "eval": ["accelerate", "lm_eval>=0.4.13,<0.5", "transformers>=5.0,<6", "wonderwords"],
         "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },

@@ -1,45 +1,83 @@
 """``megatron-dmc evaluate``."""
 
 import argparse
+import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from megatron_dmc.cli.common import path
 from megatron_dmc.config import ConfigError
-from megatron_dmc.files import why_nothing_new
+from megatron_dmc.files import why_no_folder, why_nothing_new
 
-HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed"
+HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
+
+# The flags of each of the two ways, by their names in the parsed options.
+_OF_TEXT = ("base", "amount")
+_OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
+# Of any number here; a seed of numpy has less than 32 bits.
+_MOST_DIGITS = 9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=path, metavar="HF_FOLDER", help="a plain model, or an export of convert-to-hf")
     parser.add_argument(
-        "--text", required=True, type=path, metavar="PREFIX", help="a held-out dataset of megatron-dmc preprocess"
+        "folder",
+        type=path,
+        metavar="FOLDER",
+        help="a plain model's Hugging Face folder, or an export of convert-to-hf; with --tasks a checkpoint, too",
     )
     parser.add_argument("--output", required=True, type=path, metavar="FILE.json", help="the report; must not exist")
-    parser.add_argument(
+    text = parser.add_argument_group("on held-out text")
+    text.add_argument("--text", type=path, metavar="PREFIX", help="a held-out dataset of megatron-dmc preprocess")
+    text.add_argument(
         "--base",
         type=path,
         metavar="FILE.json",
         help="the report of the base that the model was made from, for KL, recall and speed against it; by default the model "
         "is a base",
     )
-    parser.add_argument(
+    text.add_argument(
         "--amount",
         choices=["smoke", "brief", "default", "full"],
         help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
         "minutes for a model of 135 M parameters on two cores)",
     )
+    tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (pip install 'megatron-dmc[eval]')")
+    tasks.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="A,B",
+        help="tasks and groups of lm-eval; dmc_paper: MMLU and common-sense questions as in the DMC paper; dmc_ruler: long "
+        "texts that are made on this machine",
+    )
+    tasks.add_argument(
+        "--length", type=_lengths, metavar="N,N", help="of dmc_ruler's texts with their answers, in the model's tokens"
+    )
+    tasks.add_argument("--limit", type=_positive, metavar="N", help="read only the first N documents of a task")
+    tasks.add_argument(
+        "--num-fewshot", type=_count, metavar="N", help="solved examples before each question (default: the task's)"
+    )
+    tasks.add_argument("--batch-size", type=_positive, metavar="N", help="sequences that run together (default: 1)")
+    tasks.add_argument("--seed", type=_count, metavar="N", help="of all random choices (default: lm-eval's)")
+    tasks.add_argument("--include-path", type=path, metavar="FOLDER", help="where more tasks' YAML files lie")
+    tasks.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        default=None,
+        help="let tasks run code that the model writes; dmc_paper then includes HumanEval",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures a model as transformers serves it: its loss on held-out text, how well it copies, whether it finds what stands
-    in texts of up to thousands of tokens, the bytes of its cache, and its speed. First the base, then what was made from it,
-    with --base. In the tasks no token is generated: an answer counts where each of its tokens is the likeliest, as in greedy
-    generation. The model is served in bfloat16 on a GPU and on a CPU that has instructions for it, else in float32; losses
-    on a CPU are always taken in float32."""
+    """Measures a model as transformers serves it. With --text: its loss on held-out text, how well it copies, whether it
+    finds what stands in texts of up to thousands of tokens, the bytes of its cache, and its speed. First the base, then what
+    was made from it, with --base. In these tasks no token is generated: an answer counts where each of its tokens is the
+    likeliest, as in greedy generation. The model is served in bfloat16 on a GPU and on a CPU that has instructions for it,
+    else in float32; losses on a CPU are always taken in float32. With --tasks: the scores that lm-evaluation-harness gives,
+    with the compression ratio and the bytes of the cache beside each."""
+    _check_flags(options)
     output = Path(options.output)
     if os.path.lexists(output):
         raise ConfigError(f"--output {output} exists; name a new file, or remove it")
@@ -49,6 +87,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--output {output} lies in {options.folder}, and would count as a part of the model; name a file elsewhere"
         )
+    if options.tasks is not None:
+        _run_tasks(options, output)
+        return
     from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
     from megatron_dmc.evaluation.exported.words import told
 
@@ -59,6 +100,74 @@ def run(options: argparse.Namespace) -> None:
         # Also where the disk is full by now.
         print(told(report), flush=True)
     print(f"{output}: evaluated {options.folder}")
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    """Raises ConfigError unless the flags are those of one of the two ways."""
+    if options.tasks is None and options.text is None:
+        raise ConfigError(
+            "nothing to evaluate on: give --text PREFIX, a held-out dataset, or --tasks, such as dmc_ruler"
+        )
+    if options.tasks is not None and options.text is not None:
+        raise ConfigError(
+            "--text and --tasks are two evaluations; run one after the other, each with an --output of its own"
+        )
+    chosen, others = ("--text", _OF_TASKS) if options.tasks is None else ("--tasks", _OF_TEXT)
+    for name in others:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with {chosen}; leave it out")
+
+
+def _run_tasks(options: argparse.Namespace, output: Path) -> None:
+    # Only looked for: its import takes seconds.
+    missing = [name for name in ("lm_eval", "accelerate", "wonderwords") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--tasks needs {' and '.join(missing)}: pip install 'megatron-dmc[eval]'")
+    if options.include_path is not None and (problem := why_no_folder(Path(options.include_path))) is not None:
+        raise ConfigError(f"--include-path {options.include_path} {problem}; name a folder with lm-eval's YAML files")
+    warnings.simplefilter("ignore")
+    from megatron_dmc.evaluation.harness.rows import print_rows
+    from megatron_dmc.evaluation.harness.run import TaskRequest, evaluate_tasks
+
+    request = TaskRequest(
+        tasks=options.tasks,
+        lengths=options.length or (),
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size or 1,
+        seed=options.seed,
+        include=options.include_path,
+        runs_code=bool(options.confirm_run_unsafe_code),
+    )
+    report = evaluate_tasks(options.folder, request)
+    try:
+        _write(output, report)
+    finally:
+        print_rows(report)
+    print(f"{output}: evaluated {options.folder}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("names no task; give some, such as dmc_ruler or hellaswag,piqa")
+    return names
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(each) for each in text.split(",")))
+
+
+def _positive(text: str) -> int:
+    if (number := _count(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or len(text) > _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
 
 
 def _write(output: Path, report: dict[str, Any]) -> None:

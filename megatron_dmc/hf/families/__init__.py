@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
 
 def dmc_classes(family: str) -> tuple[Any, Any]:
     """Configuration and causal language model of a family (the name of a module here)."""
@@ -10,3 +12,14 @@ def dmc_classes(family: str) -> tuple[Any, Any]:
     named = {name: value for name, value in vars(module).items() if name.startswith("DMC")}
     (model,) = (x for name, x in named.items() if name.endswith("ForCausalLM") and x.__module__ == module.__name__)
     return model.config_class, model
+
+
+def register() -> None:
+    """Has transformers' Auto classes take exports by the classes here, whatever code lies in their folders."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    for family in FAMILIES:
+        config_class, model_class = dmc_classes(family)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class.model_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
