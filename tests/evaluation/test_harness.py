@@ -6,6 +6,7 @@ All data is local: lm-eval downloads nothing here.
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron_dmc.evaluation.harness.source import open_source
 from megatron_dmc.evaluation.harness.tasks_by_name import FOLDER, load, task_manager
 from megatron_dmc.hf.export import write_modeling_code
 from tests.support.exports import dmc_model
-from tests.support.llamas import save_random_llama
+from tests.support.llamas import save_random_base
 from tests.support.lm_tasks import LOCAL_TASKS, write_local_tasks, write_paper_tasks
 from tests.support.processes import PRODUCT, ROOT, run
 from tests.support.toy import TEXT
@@ -44,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_tokenizer(TEXT, VOCABULARY, folder / name)
     dmc_model(DMC, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS).save_pretrained(folder / "export")
     write_modeling_code(folder / "export")
-    save_random_llama(folder / "base", max_position_embeddings=POSITIONS)
+    save_random_base(folder / "base", max_position_embeddings=POSITIONS)
     write_local_tasks(folder / "tasks")
     return folder
 

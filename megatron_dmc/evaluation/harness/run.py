@@ -129,7 +129,11 @@ def _check_tokenizer(source: Source) -> None:
 
 
 def _model(source: Source, request: TaskRequest) -> ObservedLM:
-    """An export by this package's classes: no code of the folder is run. Raises ConfigError where transformers cannot load it."""
+    """An export by this package's classes: no code of the folder is run.
+
+    Raises:
+        ConfigError: transformers cannot load it.
+    """
     register()
     try:
         # The device that lm-eval's command takes: the first GPU, or else the CPU.
