@@ -242,6 +242,61 @@ def test_weights_of_another_size(save_llama: Callable[..., Path], tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (
+            "qwen2",
+            "-model.layers.1.self_attn.k_proj.bias",
+            "missing from the weights: model.layers.1.self_attn.k_proj.bias",
+        ),
+        (
+            "qwen3",
+            "-model.layers.0.self_attn.q_norm.weight",
+            "missing from the weights: model.layers.0.self_attn.q_norm",
+        ),
+        (
+            "qwen2",
+            "+model.layers.0.self_attn.o_proj.bias",
+            "in the weights, but not in the model: model.layers.0.self_attn.o",
+        ),
+        (
+            "llama",
+            "+model.layers.0.self_attn.q_norm.weight",
+            "in the weights, but not in the model: model.layers.0.self_attn.q",
+        ),
+        (
+            "mistral",
+            "+model.layers.0.self_attn.v_proj.bias",
+            "in the weights, but not in the model: model.layers.0.self_attn.v",
+        ),
+    ],
+)
+def test_tensors_that_are_another_familys(
+    save_llama: Callable[..., Path], tmp_path: Path, family: str, change: str, message: str
+) -> None:
+    folder = save_llama(family=family)
+    tensors = load_file(folder / "model.safetensors")
+    if change[0] == "-":
+        del tensors[change[1:]]
+    else:
+        tensors[change[1:]] = torch.ones(32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message) as error:
+        import_hf(folder, tmp_path / "megatron")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_heads_that_no_kernel_has(save_llama: Callable[..., Path], tmp_path: Path, family: str, head_dim: int) -> None:
+    with pytest.raises(
+        ConfigError, match=f"must be a multiple of 8 and <= 256, got {head_dim}: .*; such a model cannot be used"
+    ):
+        import_hf(save_llama(family=family, head_dim=head_dim), tmp_path / "megatron")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_checkpoint(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = tmp_path / "megatron"
     import_hf(save_llama(), checkpoint)
