@@ -49,5 +49,5 @@ def run(options: argparse.Namespace) -> None:
 
     source, output = options.source, options.output_folder
     convert = import_gguf if source.lower().endswith(SUFFIX) and not os.path.isdir(source) else import_hf
-    convert(source, output, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
-    print(f"{output}: converted from {source}")
+    written = convert(source, output, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
+    print(f"{output}: converted from {source}; {written}")
