@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a GGUF file's quantized weights are unpacked to float32",
     )
     parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    add_padding(parser)
+
+
+def add_padding(parser: argparse.ArgumentParser) -> None:
+    """``--pad-vocab-to-multiple-of``, of every conversion to a checkpoint."""
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
         type=multiple,

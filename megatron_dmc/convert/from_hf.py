@@ -51,7 +51,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     with single_process(), new_folder(output) as temporary:
         written = write_model(
             temporary,
-            weights.finite,
+            lambda row: row.join([weights.finite(name).to(weights.dtype) for name in row.hugging_face], model),
             model,
             dmc,
             dtype=weights.dtype,

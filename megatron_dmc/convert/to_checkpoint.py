@@ -1,4 +1,4 @@
-"""Tensors under Hugging Face's names -> a checkpoint, one parameter in memory at a time."""
+"""A model's parameters -> a checkpoint, one in memory at a time."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from megatron_dmc.checkpoint.vocabulary import fill_rows, has_row_per_token
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.checkpoint.writer import OnDemand
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.mapping import rows
+from megatron_dmc.convert.mapping import Row, rows
 from megatron_dmc.convert.progress import Written, progress
 from megatron_dmc.convert.single_process import shapes_only
 from megatron_dmc.model.decision_projection import is_buffer
@@ -32,7 +32,7 @@ def check_multiple(pad_vocab_to_multiple_of: int) -> None:
 
 def write_model(
     folder: Path,
-    get: Callable[[str], Tensor],
+    parameter: Callable[[Row], Tensor],
     model: ModelConfig,
     dmc: DMCConfig | None,
     *,
@@ -44,13 +44,14 @@ def write_model(
     Memory: the largest parameter twice.
 
     Args:
-        get: a Hugging Face name -> its tensor, on the CPU and finite. Asked in the order of the checkpoint's file.
-        model: sizes of the tensors that ``get`` gives.
+        parameter: a row of the mapping -> its megatron-core parameter, on the CPU and finite. Asked in the order of the
+            checkpoint's file.
+        model: sizes of what ``parameter`` gives.
         dtype: to write.
         pad_vocab_to_multiple_of: as :func:`import_hf`'s.
 
     Raises:
-        ConfigError: what ``get`` raises.
+        ConfigError: what ``parameter`` raises.
         CheckpointError: the checkpoint cannot be written.
     """
     vocabulary = model.vocab_size
@@ -67,8 +68,7 @@ def write_model(
     def make(name: str) -> Tensor:
         if name in buffers:
             return buffers[name]
-        row = row_of[name]
-        value = row.join([get(part).to(dtype) for part in row.hugging_face], model)
+        value = parameter(row_of[name]).to(dtype)
         return _padded(value, vocabulary, padding) if padding and has_row_per_token(name) else value
 
     recipe = placeholder_recipe(padded, dmc)

@@ -24,7 +24,10 @@ from tests.support.processes import ROOT, run
 from tests.support.tensors import assert_same_tensors, checkpoint_tensors
 
 # The whole is 20 times the largest parameter, which is the size of the bound without its constant.
-SIZES = "--layers 12 --hidden 1024 --ffn 2816 --heads 16 --kv-heads 4 --vocab 2048 --allowed 60000000".split()
+SIZES = [
+    *("--layers", "12", "--hidden", "1024", "--ffn", "2816", "--heads", "16", "--kv-heads", "4", "--vocab", "2048"),
+    *("--allowed", "60000000"),
+]
 
 
 def test_memory_is_that_of_the_largest_parameter_not_of_the_model(tmp_path: Path) -> None:
@@ -106,8 +109,8 @@ def test_one_line_says_what_was_checked(
         # Two vocabularies of 300, attention (4 + 2 + 2 + 4 heads of 8), MLP, norms; hidden size 32, float32.
         size = 4 * 32 * (2 * 300 + 12 * 8 + 3 * 48 + 3) / 1000
         assert said == (
-            f"{output}: converted from {source}; {tensors} tensors, {size:.1f} kB; names, shapes and sizes checked, all values "
-            "finite\n"
+            f"{output}: converted from {source}; {tensors} tensors, {size:.1f} kB; names, shapes and sizes checked, all "
+            "values finite\n"
         )
 
 
