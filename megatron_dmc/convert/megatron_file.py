@@ -1,9 +1,11 @@
 """One file of a Megatron-LM checkpoint, ``model_optim_rng.pt``: a pickle, read without letting it run anything."""
 
 import argparse
+import contextlib
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ class Ignored:
 
 
 # By the name in the file, each alone: what it becomes here. The arguments of the run, and of its enumerations the number. The
-# others are not built: Transformer Engine's history of FP8 scales (_extra_state), and the state of numpy's random numbers.
+# others are not built: Transformer Engine's history of FP8 scales (_extra_state), the state of numpy's random numbers, and
+# what newer versions keep to run a step again.
 ALLOWED: tuple[tuple[Any, str], ...] = (
     (argparse.Namespace, "argparse.Namespace"),
     (int, "megatron.core.enums.ModelType"),
@@ -38,6 +41,10 @@ ALLOWED: tuple[tuple[Any, str], ...] = (
     (Ignored, "numpy.dtype"),
     (Ignored, "numpy.core.multiarray._reconstruct"),
     (Ignored, "numpy._core.multiarray._reconstruct"),
+    (Ignored, "numpy.dtypes.UInt32DType"),
+    (Ignored, "megatron.core.rerun_state_machine.RerunDiagnostic"),
+    (Ignored, "megatron.core.rerun_state_machine.RerunMode"),
+    (Ignored, "megatron.core.rerun_state_machine.RerunState"),
 )
 
 
@@ -102,24 +109,41 @@ def _flat(model: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def _only_allowed() -> Iterator[None]:
+    """Inside, torch unpickles ALLOWED and what it allows by itself; not what other packages have added for their own files."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(ALLOWED))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def _load(path: Path) -> dict[str, Any]:
     if (problem := why_no_file(path)) is not None:
         raise ConfigError(f"{path} {problem}; name the folder of a Megatron-LM checkpoint")
+    damaged = f"{path} is no whole file of torch.save: cut short, or of another format; fetch it again"
     if not zipfile.is_zipfile(path):
-        raise ConfigError(f"{path} is no whole file of torch.save: cut short, or of another format; fetch it again")
+        raise ConfigError(damaged)
     try:
-        with torch.serialization.safe_globals(list(ALLOWED)):
+        with _only_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = named[1] if named else "something"
         raise ConfigError(
-            f"{path} holds {what}, which no Megatron-LM checkpoint needs; nothing of it was run: fetch the file from where it "
-            "comes from, or save it without that"
+            f"{path} holds {what}, which the reading of a model does not need; nothing of it was run: fetch the file from "
+            "where it comes from, or save it without that"
         ) from None
     # A damaged zip file raises nearly anything.
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "PytorchStreamReader" in first:
+            # An archive's end was there: that of one inside it.
+            raise ConfigError(damaged) from None
         raise ConfigError(f"{path} cannot be read ({first[:200]}); fetch it again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no Megatron-LM checkpoint; name the folder of one")
