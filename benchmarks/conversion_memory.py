@@ -1,6 +1,6 @@
 """Peak memory and speed of a conversion, both ways, at any model's sizes; by default Llama 2 70B's, cut to 2 layers, bfloat16.
 
-    PYTHONPATH=. python benchmarks/conversion_memory.py FOLDER      # needs about 11 GB there, and removes them
+    PYTHONPATH=. python benchmarks/conversion_memory.py FOLDER      # needs about 14 GB there, and removes them
 
 A random model is written to FOLDER and converted to a checkpoint and back, each in a process of its own. Its peak is the
 growth of all resident memory, mapped files included, over what the process had before, after a tiny model's conversion has
@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_results
 
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.hf_config import write_config
@@ -48,7 +50,7 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--allowed", type=int, default=2**30, help="bytes beside twice the largest parameter")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; no table, no file of results")
     parser.add_argument("--measure", choices=CONVERSIONS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -64,7 +66,13 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="conversion-", dir=options.folder) as temporary:
         found = convert_both_ways(sizes, Path(temporary), options.allowed)
-    print(json.dumps(found) if options.json else table(found))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print(table(found))
+        settings = {name: value for name, value in found.items() if name != "conversions"}
+        measured = [{"conversion": name} | each for name, each in found["conversions"].items()]
+        write_results("conversion_memory", measured, sizes=asdict(sizes), **settings)
     return 0 if found["same"] and all(each["peak"] <= found["bound"] for each in found["conversions"].values()) else 1
 
 

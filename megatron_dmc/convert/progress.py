@@ -1,6 +1,7 @@
 """How far a conversion is: bytes written, of how many, and bytes per second."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Written:
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the bytes that were written; a bar on stderr, and only where that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         yield lambda count: None
         return
     columns = (
@@ -40,6 +41,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # A redirected standard output must reach its file, not this terminal.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)

@@ -158,8 +158,8 @@ def write_weights(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors of one dtype to one safetensors file, which anyone may read whom the umask lets."""
-    (dtype,) = {tensor.dtype for tensor in tensors.values()}
+    """Writes one safetensors file, which anyone may read whom the umask lets; in the dtype that holds all exactly."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     write_file(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, iter(tensors.items()), dtype)
 
 
