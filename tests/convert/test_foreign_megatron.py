@@ -126,6 +126,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         _argument("hidden_size", torch.ones(3)),
         "hidden_size must be a whole number >= 1, got",
     ),
+    "a word that is a tensor": (_argument("swiglu", torch.ones(3)), "args has no swiglu"),
     "boundless": (_argument("num_layers", 10**9), "num_layers must be <= 2048"),
     "learned positions": (
         _argument("position_embedding_type", "learned_absolute"),
