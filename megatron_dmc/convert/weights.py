@@ -158,9 +158,16 @@ def write_weights(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes one safetensors file, which anyone may read whom the umask lets; in the dtype that holds all exactly."""
+    """Writes one safetensors file, which anyone may read whom the umask lets; in the dtype that holds all exactly.
+
+    Raises:
+        ConfigError: the file, read again, is another.
+    """
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-    write_file(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, iter(tensors.items()), dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_file(path, shapes, iter(tensors.items()), dtype)
+    if {name: place.shape for name, place in places(path).items()} != shapes:
+        raise ConfigError(f"{path} is not what was written; the disk is damaged, or another program writes there")
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_shard_size: int) -> list[list[str]]:
