@@ -74,11 +74,12 @@ def load_tensors(
     *,
     expected_model: Mapping[str, Any] | None = None,
     may_be_missing: Callable[[str], bool] | None = None,
+    in_parts: bool = False,
 ) -> dict[str, Any]:
     """Loads what ``sharded_state_dict`` asks for from a checkpoint that was checked; see ``SavedModel.load``."""
     what = f"cannot load {folder}"
     with on_all_ranks(what):
-        _must_fit(folder, stored, sharded_state_dict, expected_model, may_be_missing)
+        must_fit(folder, stored, sharded_state_dict, expected_model, may_be_missing)
         if hashlib.sha256((folder / ".metadata").read_bytes()).hexdigest() != stored.metadata_digest:
             raise CheckpointError(f"{folder / '.metadata'} has changed since it was checked; start again")
     with on_all_ranks(what), _weights_only(), warnings.catch_warnings():
@@ -90,7 +91,9 @@ def load_tensors(
             lambda entry: isinstance(entry, ShardedTensor | ShardedObject) and _key(entry) not in stored.entries,
         )
         with _without_deprecations():
-            state_dict: dict[str, Any] = dist_checkpointing.load(present, str(folder), strict="assume_ok_unexpected")
+            state_dict: dict[str, Any] = dist_checkpointing.load(
+                present, str(folder), strict="assume_ok_unexpected", validate_access_integrity=not in_parts
+            )
     # Every rank reads the same file.
     absent = next(_absent_values(sharded_state_dict, state_dict), None)
     if absent is not None:
@@ -128,13 +131,14 @@ def _without_deprecations() -> Iterator[None]:
         log.removeFilter(keep)
 
 
-def _must_fit(
+def must_fit(
     folder: Path,
     stored: Stored,
     sharded_state_dict: dict[str, Any],
     expected_model: Mapping[str, Any] | None,
     may_be_missing: Callable[[str], bool] | None,
 ) -> None:
+    """Raises CheckpointError unless a checkpoint has what is asked for, of the same shapes, by what its metadata says."""
     settings = model_differences(stored.info.recipe["model"], expected_model) if expected_model else {}
     if settings:
         raise CheckpointError(f"checkpoint {folder} is another model's: {listed(settings)}")

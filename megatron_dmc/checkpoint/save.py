@@ -15,7 +15,7 @@ import pickle
 import secrets
 import shutil
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint import save as torch_save
 
 from megatron_dmc.checkpoint.agreement import gather, on_all_ranks, one_line, size_text
@@ -44,6 +43,7 @@ from megatron_dmc.checkpoint.folder import (
     remove_leftovers,
     update_latest,
 )
+from megatron_dmc.checkpoint.writer import OnDemand, OnDemandPlanner, OneByOneWriter, Writer
 
 # metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use. megatron-core < 0.17
 # writes all four entries and newer ones the first two; each reads the other's.
@@ -59,11 +59,13 @@ class StagedCheckpoint:
         values: torch's sharded tensors and pickled objects, by checkpoint key.
         common: plain values; rank 0 writes them.
         tensor_bytes: of the tensors in ``values``.
+        source: makes the tensors when they are written, where those in ``values`` are on the meta device.
     """
 
     values: dict[str, Any]
     common: dict[str, Any]
     tensor_bytes: int
+    source: OnDemand | None = None
 
 
 def save_checkpoint(
@@ -76,6 +78,24 @@ def save_checkpoint(
     """Writes ``root/name``: :func:`stage_checkpoint`, then :func:`write_checkpoint`; every rank calls this together."""
     staged = stage_checkpoint(sharded_state_dict)
     return write_checkpoint(root, name, staged, info, tokenizer_folder)
+
+
+def save_on_demand(
+    root: str | Path, name: str, sharded_state_dict: dict[str, Any], info: CheckpointInfo, source: OnDemand
+) -> Path:
+    """As :func:`save_checkpoint`, of a state on the meta device: ``source`` makes each tensor when it is written.
+
+    Raises:
+        DMCError: that of ``source``, if it raised one.
+        CheckpointError: as :func:`save_checkpoint`.
+    """
+    staged = replace(stage_checkpoint(sharded_state_dict), source=source)
+    try:
+        return write_checkpoint(root, name, staged, info)
+    except CheckpointError:
+        if source.failure is not None:
+            raise source.failure from None
+        raise
 
 
 def stage_checkpoint(sharded_state_dict: dict[str, Any], *, copies: bool = False) -> StagedCheckpoint:
@@ -201,12 +221,11 @@ def _write(
             _must_be_loadable(buffer, "the plain values of the state")
             (temporary / "common.pt").write_bytes(buffer.getbuffer())
     with on_all_ranks(what, needed, folder.parent, group):
-        torch_save(
-            staged.values,
-            storage_writer=_Writer(temporary, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            process_group=group,
-        )
+        writer: Writer = Writer(temporary, thread_count=1)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        if staged.source is not None:
+            writer, planner = OneByOneWriter(temporary, staged.source), OnDemandPlanner(staged.source)
+        torch_save(staged.values, storage_writer=writer, planner=planner, process_group=group)
     with on_all_ranks(what, needed, folder.parent, group):
         if is_first:
             (temporary / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
@@ -220,25 +239,6 @@ def _write(
             (temporary / "dmc.json").write_text(text + "\n", encoding="utf-8")
             for path in (*temporary.rglob("*"), temporary):
                 flush_to_disk(path)
-
-
-class _Writer(FileSystemWriter):
-    def storage_meta(self) -> None:
-        """Nothing: torch would record the path of the temporary folder, which is gone a moment later."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        """Writes this rank's file; a full disk is an OSError, Ctrl-C a KeyboardInterrupt.
-
-        torch's zip writer stumbles over the unfinished file while it handles either and raises a RuntimeError about
-        positions. What came first is all that the other ranks are to be told.
-        """
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            first: BaseException | None = error
-            while first is not None and not isinstance(first, (OSError, KeyboardInterrupt)):
-                first = first.__context__
-            raise first or error from None
 
 
 def _must_be_loadable(buffer: io.BytesIO, what: str) -> None:

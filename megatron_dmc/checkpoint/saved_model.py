@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_dmc.checkpoint.agreement import from_first_rank, on_all_ranks
 from megatron_dmc.checkpoint.folder import CheckpointError, CheckpointInfo
-from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors
+from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors, must_fit
 from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import adapter_may_lack, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
@@ -271,6 +271,7 @@ class SavedModel:
         *,
         expected_model: Mapping[str, Any] | None = None,
         may_be_missing: Callable[[str], bool] | None = None,
+        in_parts: bool = False,
     ) -> dict[str, Any]:
         """Loads what ``sharded_state_dict`` asks for; nothing but tensors and plain values is ever unpickled.
 
@@ -279,6 +280,7 @@ class SavedModel:
             expected_model: ``Recipe.to_dict()["model"]``: every setting that changes what the weights mean must be the
                 checkpoint's own.
             may_be_missing: tells by its checkpoint key whether a tensor may be absent there; the result lacks it too.
+            in_parts: other calls load what this one leaves out, such as the other layers of a stack.
 
         Returns:
             The loaded state dict, with the checkpoint's plain values.
@@ -293,7 +295,19 @@ class SavedModel:
             sharded_state_dict,
             expected_model=expected_model,
             may_be_missing=may_be_missing,
+            in_parts=in_parts,
         )
+
+    def check_holds(
+        self,
+        sharded_state_dict: dict[str, Any],
+        *,
+        expected_model: Mapping[str, Any] | None = None,
+        may_be_missing: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Raises the CheckpointError that :meth:`load` would raise for what is absent or has another shape; loads nothing."""
+        with on_all_ranks(f"cannot load {self.folder}"):
+            must_fit(self.folder, self._stored, sharded_state_dict, expected_model, may_be_missing)
 
 
 def must_be_seen(folder: Path, reads: str) -> None:

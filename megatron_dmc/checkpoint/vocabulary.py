@@ -33,13 +33,24 @@ def fill_added_rows(model_chunks: Sequence[torch.nn.Module], vocabulary: int) ->
     probability is at most the mean of the others' (Jensen's inequality). So greedy choices stay, and p rows added to V
     raise a loss by at most log(1 + p / V). (Zeros would win wherever all logits are negative.)
     """
-    group = parallel_state.get_tensor_model_parallel_group()
     for chunk in model_chunks:
         for name, weight in without_wrapper(chunk).named_parameters():
-            if name in _ROWS_PER_TOKEN:
-                first = dist.get_rank(group) * len(weight)
-                own = min(max(vocabulary - first, 0), len(weight))
-                parts = [rows.sum(0, dtype=torch.float64) for rows in weight[:own].split(_ROWS_AT_ONCE)]
-                total = torch.stack(parts).sum(0)
-                dist.all_reduce(total, group=group)
-                weight[own:] = (total / vocabulary).to(weight.dtype)
+            if has_row_per_token(name):
+                fill_rows(weight, vocabulary)
+
+
+def has_row_per_token(name: str) -> bool:
+    """Whether a parameter is the embedding's or the output layer's."""
+    return name in _ROWS_PER_TOKEN
+
+
+@torch.no_grad()
+def fill_rows(weight: torch.Tensor, vocabulary: int) -> None:
+    """:func:`fill_added_rows` of one weight, [this rank's tokens, hidden]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    first = dist.get_rank(group) * len(weight)
+    own = min(max(vocabulary - first, 0), len(weight))
+    parts = [rows.sum(0, dtype=torch.float64) for rows in weight[:own].split(_ROWS_AT_ONCE)]
+    total = torch.stack(parts).sum(0)
+    dist.all_reduce(total, group=group)
+    weight[own:] = (total / vocabulary).to(weight.dtype)

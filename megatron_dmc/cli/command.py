@@ -19,6 +19,7 @@ from typing import Protocol
 from megatron_dmc.cli import (
     cluster_check,
     convert_from_hf,
+    convert_from_megatron,
     convert_to_hf,
     evaluate,
     generate,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "evaluate": evaluate,
     "convert-from-hf": convert_from_hf,
+    "convert-from-megatron": convert_from_megatron,
     "convert-to-hf": convert_to_hf,
     "preprocess": preprocess,
     "cluster-check": cluster_check,

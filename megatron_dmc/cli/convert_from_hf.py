@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a GGUF file's quantized weights are unpacked to float32",
     )
     parser.add_argument("output_folder", type=path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty")
+    add_padding(parser)
+
+
+def add_padding(parser: argparse.ArgumentParser) -> None:
+    """``--pad-vocab-to-multiple-of``, of every conversion to a checkpoint."""
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
         type=multiple,
@@ -50,5 +55,5 @@ def run(options: argparse.Namespace) -> None:
 
     source, output = options.source, options.output_folder
     convert = import_gguf if source.lower().endswith(SUFFIX) and not os.path.isdir(source) else import_hf
-    convert(source, output, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
-    print(f"{output}: converted from {source}")
+    written = convert(source, output, pad_vocab_to_multiple_of=options.pad_vocab_to_multiple_of)
+    print(f"{output}: converted from {source}; {written}")

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     source, output = options.checkpoint, options.output_folder
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     if options.adapter:
-        export_adapter(source, output, dtype=dtype)
+        written = export_adapter(source, output, dtype=dtype)
     else:
-        export_hf(source, output, dtype=dtype, max_shard_size=options.max_shard_size, base=options.base)
-    print(f"{output}: converted from {source}")
+        written = export_hf(source, output, dtype=dtype, max_shard_size=options.max_shard_size, base=options.base)
+    print(f"{output}: converted from {source}; {written}")

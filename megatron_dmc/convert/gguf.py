@@ -13,6 +13,7 @@ from typing import Any
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_output
 from megatron_dmc.convert.from_hf import import_hf
+from megatron_dmc.convert.progress import Written
 from megatron_dmc.errors import DMCError
 from megatron_dmc.files import why_no_file
 
@@ -31,7 +32,7 @@ _SCALING = f"{_ARCHITECTURE}.rope.scaling.type"
 _PACKAGES = ("gguf", "accelerate")
 
 
-def import_gguf(file: str | Path, output: str | Path, *, pad_vocab_to_multiple_of: int = 1) -> None:
+def import_gguf(file: str | Path, output: str | Path, *, pad_vocab_to_multiple_of: int = 1) -> Written:
     """Writes a weights-only checkpoint with the file's model and tokenizer, as :func:`import_hf` does of a folder.
 
     Quantized weights are unpacked: the checkpoint is float32. Needs the float32 model's size in memory twice, and once on
@@ -54,7 +55,7 @@ def import_gguf(file: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
         folder = Path(temporary)
         write_hf_folder(file, folder)
         try:
-            import_hf(folder, output, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
+            return import_hf(folder, output, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
         except DMCError as error:
             # The user knows the file, not the folder that it became.
             raise type(error)(str(error).replace(temporary, str(file))) from None

@@ -2,15 +2,16 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_dmc.checkpoint import CheckpointError, SavedModel, copy_tokenizer
-from megatron_dmc.checkpoint.weights import adapter_may_lack, is_decision, model_state, only_decisions, set_model_state
+from megatron_dmc.checkpoint.in_turn import load_decisions, weights_in_turn
+from megatron_dmc.checkpoint.weights import is_decision
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.folders import (
@@ -24,11 +25,13 @@ from megatron_dmc.convert.folders import (
 )
 from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import hugging_face_shapes, rows, to_hugging_face
-from megatron_dmc.convert.single_process import empty_model, single_process
-from megatron_dmc.convert.weights import save_tensors, write_weights
+from megatron_dmc.convert.progress import Written, progress
+from megatron_dmc.convert.safetensors_file import is_finite
+from megatron_dmc.convert.single_process import shapes_only, single_process
+from megatron_dmc.convert.weights import Weights, save_tensors, write_weights
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.export import write_modeling_code
-from megatron_dmc.model.decision_projection import DecisionProjection, is_buffer
+from megatron_dmc.model.decision_projection import DecisionProjection
 from megatron_dmc.model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -44,13 +47,13 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
     base: str | Path | None = None,
-) -> None:
+) -> Written:
     """Writes config.json, safetensors, the tokenizer's files and, for a model that merges, its modeling code.
 
     A base model becomes a plain ``LlamaForCausalLM``; one that merges a ``DMCLlamaForCausalLM``, which
     ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` loads; an adapter with its base's weights is
-    one of these. One process, on the CPU; needs the model's size in memory one and a half times: megatron-core joins the
-    halves of every ``linear_fc1`` anew when it loads. Rows that pad the vocabulary are left out.
+    one of these. One process, on the CPU; weights pass one after the other: the largest needs memory twice, whatever the
+    model's size. Rows that pad the vocabulary are left out.
 
     Args:
         checkpoint: one checkpoint folder, of any layout, full or weights only.
@@ -60,24 +63,28 @@ def export_hf(
         base: where an adapter's base is now; None: where it was.
 
     Raises:
-        ConfigError, CheckpointError: the checkpoint is damaged, or the output cannot be written.
+        ConfigError, CheckpointError: the checkpoint is damaged, its weights are not finite, or the output cannot be written.
     """
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size must be >= 1 byte, got {max_shard_size}")
     with _export(checkpoint, output, dtype, base) as (source, model, temporary):
-        dmc = source.dmc
-        network = empty_model(source.recipe.model, dmc, source.dtype)
-        source.load_into([network])
-        write_weights(
-            temporary,
-            dict(hugging_face_shapes(model, dmc)),
-            to_hugging_face(partial(_weight, network, dmc), model, dmc),
-            dtype=dtype or source.dtype,
-            max_shard_size=max_shard_size,
-        )
+        shapes = dict(hugging_face_shapes(model, source.dmc))
+        written = Written(len(shapes), sum(map(math.prod, shapes.values())) * (dtype or source.dtype).itemsize)
+        with progress(f"writing {output}", written.bytes) as advance:
+            write_weights(
+                temporary,
+                shapes,
+                to_hugging_face(_weights(source), model, source.dmc),
+                dtype=dtype or source.dtype,
+                max_shard_size=max_shard_size,
+                advance=advance,
+            )
+        # Reads the files' headers, and compares their sizes.
+        Weights(temporary).check(shapes.items())
+    return written
 
 
-def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> Written:
     """Writes what an adapter's checkpoint has learned, ``adapter.safetensors``, and all else that its model needs.
 
     ``AutoModelForCausalLM.from_pretrained(output, base=llama, trust_remote_code=True)`` loads it together with the base's
@@ -91,25 +98,52 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
     """
     with _export(checkpoint, output, dtype, must_be_adapter=True) as (source, model, temporary):
         _check_fits_its_base(source)
-        dmc = source.dmc
-        network = empty_model(model, dmc, source.dtype)
-        wanted = only_decisions(model_state([network]))
-        set_model_state([network], source.load(wanted, may_be_missing=is_buffer), adapter_may_lack)
+        get = _weights(source)
         tensors: dict[str, torch.Tensor] = {}
-        for row in rows(model, dmc):
+        for row in rows(model, source.dmc):
             if is_decision(row.megatron):
-                parts = row.split(_weight(network, dmc, row.megatron), model)
+                parts = row.split(get(row.megatron), model)
                 tensors |= zip(row.hugging_face, (part.to(dtype or source.dtype) for part in parts), strict=True)
         save_tensors(tensors, temporary / ADAPTER_FILE)
+    return Written(len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def _weight(network: torch.nn.Module, dmc: DMCConfig | None, name: str) -> torch.Tensor:
-    """A weight as an exported model has it: the decision projection's for its input as it is."""
+def _weights(source: SavedModel) -> Callable[[str], torch.Tensor]:
+    """A function of megatron-core's names that gives a checkpoint's weights as an exported model has them.
+
+    It must be asked in the order of the mapping's rows; decisions may be asked for by themselves. Raises CheckpointError for
+    one that is damaged, or not finite.
+    """
+    model, dmc = source.recipe.model, source.dmc
+    network = shapes_only(model, dmc, source.dtype)
+    if dmc is not None and dmc.has_projection:
+        load_decisions(source, network)
+    names = [row.megatron for row in rows(model, dmc) if not is_decision(row.megatron)]
+    others = weights_in_turn(source, network, names)
+
+    def get(name: str) -> torch.Tensor:
+        if is_decision(name) and dmc is not None:
+            found, value = name, _decision(network, dmc, name)
+        else:
+            found, value = next(others)
+        if found != name:
+            raise RuntimeError(f"{found} came where {name} was asked for")
+        if not is_finite(value):
+            raise CheckpointError(
+                f"{source.folder}: {name} is not finite everywhere; its run has diverged, name an earlier checkpoint"
+            )
+        return value
+
+    return get
+
+
+def _decision(network: torch.nn.Module, dmc: DMCConfig, name: str) -> torch.Tensor:
+    """A weight of a decision projection for its input as it is."""
     module, _, kind = name.rpartition(".")
     projection = network.get_submodule(module)
-    if isinstance(projection, DecisionProjection) and dmc is not None:
-        return projection.effective_weight if kind == "weight" else projection.effective_bias(dmc.decision_scale)
-    return network.get_parameter(name).detach()
+    if not isinstance(projection, DecisionProjection):
+        raise TypeError(f"{module} is no decision projection")
+    return projection.effective_weight if kind == "weight" else projection.effective_bias(dmc.decision_scale)
 
 
 def _check_fits_its_base(adapter: SavedModel) -> None:

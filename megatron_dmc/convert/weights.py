@@ -2,22 +2,20 @@
 
 import functools
 import json
+import math
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.convert.mapping import Shape, hugging_face_shapes
-from megatron_dmc.files import why_no_file
+from megatron_dmc.convert.safetensors_file import DTYPES, Place, is_finite, places, write_file
 from megatron_dmc.hf.adapter import ADAPTER_FILE, PEFT_CONFIG
 from megatron_dmc.model.model_config import ModelConfig
 
@@ -27,13 +25,12 @@ INDEX_FILE = "model.safetensors.index.json"
 # How transformers saves the shards of a distributed model; where they are, it looks for nothing else.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES_IN_MESSAGE = 3
 _EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Weights:
-    """The tensors of a folder, memory-mapped: nothing is read before it is asked for.
+    """The tensors of a folder: none is read before it is asked for, and none is kept.
 
     Attributes:
         shapes: of all tensors, by name.
@@ -46,15 +43,13 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # safetensors' handle of the file that holds a tensor
-        self._handles: dict[str, Any] = {}
+        self._places: dict[str, Place] = {}
         self.shapes: dict[str, Shape] = {}
         dtypes = set()
         files: dict[str, Path] = {}
         for path, names in _files(folder).items():
-            handle = _open(path)
-            held = set(handle.keys())
-            if lost := sorted(set(names) - held):
+            held = places(path)
+            if lost := sorted(set(names) - set(held)):
                 raise ConfigError(f"{path} does not hold {lost[0]}, which {INDEX_FILE} says it does; fetch it again")
             # As in transformers, all that a file of the index holds counts, also what the index does not speak of.
             for name in sorted(held):
@@ -63,14 +58,14 @@ class Weights:
                         f"{other} and {path.name} both hold {name}; they were saved by different runs: fetch the folder "
                         "again, or save it anew with save_pretrained"
                     )
-                header = handle.get_slice(name)
-                if header.get_dtype() not in _DTYPES:
+                place = held[name]
+                if place.dtype not in DTYPES:
                     raise ConfigError(
-                        f"{path}: {name} is {header.get_dtype()}; only {', '.join(_DTYPES)} weights are supported"
+                        f"{path}: {name} is {place.dtype}; only {', '.join(DTYPES)} weights are supported"
                     )
-                self._handles[name] = handle
-                self.shapes[name] = tuple(header.get_shape())
-                dtypes.add(_DTYPES[header.get_dtype()])
+                self._places[name] = place
+                self.shapes[name] = place.shape
+                dtypes.add(DTYPES[place.dtype])
         if not dtypes:
             raise ConfigError(f"{folder} holds no tensors")
         self.dtype = functools.reduce(torch.promote_types, sorted(dtypes, key=str))
@@ -88,12 +83,12 @@ class Weights:
         return weights
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._handles[name].get_tensor(name)
+        return self._places[name].read()
 
     def finite(self, name: str) -> Tensor:
         """A tensor; raises ConfigError for one that holds NaN or infinity."""
         value = self[name]
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise ConfigError(
                 f"{self._folder}: {name} is not finite everywhere; its weights are damaged, fetch it again"
             )
@@ -101,7 +96,7 @@ class Weights:
 
     def drop(self, name: str) -> None:
         """Forgets a tensor that the model does not have."""
-        del self._handles[name], self.shapes[name]
+        del self._places[name], self.shapes[name]
 
     def drop_copy(self, name: str, original: str) -> None:
         """Forgets a tensor that tied weights make redundant; raises ConfigError if it is not ``original``'s copy."""
@@ -139,54 +134,47 @@ def write_weights(
     *,
     dtype: torch.dtype,
     max_shard_size: int,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes safetensors, and their index if there is more than one; holds one shard in memory at a time.
+    """Writes safetensors, and their index if there is more than one; holds one tensor in memory at a time.
 
     Args:
         shapes: of all tensors, in the order in which ``tensors`` gives them.
         dtype: to write.
         max_shard_size: bytes; a single tensor may exceed it.
+        advance: told of bytes after they were written.
     """
     shards = _plan(shapes, dtype, max_shard_size)
     weight_map: dict[str, str] = {}
     remaining = iter(tensors)
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {}
-        for name, (given, tensor) in zip(names, remaining, strict=False):
-            if given != name or tuple(tensor.shape) != shapes[name]:
-                raise RuntimeError(f"{given} {list(tensor.shape)} came where {name} {list(shapes[name])} was planned")
-            shard[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            weight_map[name] = file
-        if len(shard) != len(names):
-            raise RuntimeError(f"{names[len(shard)]} was planned and did not come")
-        save_tensors(shard, folder / file)
+        write_file(folder / file, {name: shapes[name] for name in names}, remaining, dtype, advance)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(map(_numel, shapes.values())) * dtype.itemsize
+        total = sum(map(math.prod, shapes.values())) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes one safetensors file, which anyone may read whom the umask lets; raises ConfigError if that fails."""
-    try:
-        # safetensors' files are readable by their owner only. One that Python makes has the permissions that the umask leaves.
-        path.touch()
-        mode = stat.S_IMODE(path.stat().st_mode)
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)
-    except SafetensorError as error:
-        # The library gives what the operating system said as text only.
-        if (number := re.search(r"os error (\d+)", str(error))) is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        raise ConfigError(f"cannot write {path}: {error}") from None
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, which anyone may read whom the umask lets; in the dtype that holds all exactly.
+
+    Raises:
+        ConfigError: the file, read again, is another.
+    """
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_file(path, shapes, iter(tensors.items()), dtype)
+    if {name: place.shape for name, place in places(path).items()} != shapes:
+        raise ConfigError(f"{path} is not what was written; the disk is damaged, or another program writes there")
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = []
     size = 0
     for name, shape in shapes.items():
-        bytes_ = _numel(shape) * dtype.itemsize
+        bytes_ = math.prod(shape) * dtype.itemsize
         if not shards or size + bytes_ > max_shard_size:
             shards.append([])
             size = 0
@@ -248,20 +236,6 @@ def _entries(folder: Path, weight_map: Any) -> Iterator[tuple[str, str]]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ConfigError(f"{folder / INDEX_FILE}: {file!r} is not the name of a safetensors file in the folder")
         yield name, file
-
-
-def _open(path: Path) -> Any:
-    # The library says of any file that it may not read that there is none.
-    if (problem := why_no_file(path)) is not None:
-        raise ConfigError(f"{path} {problem}")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as safetensors ({error}); if truncated, fetch it again") from None
-
-
-def _numel(shape: Shape) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
 def _list(names: list[str]) -> str:

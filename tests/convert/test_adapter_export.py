@@ -20,10 +20,12 @@ from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
+from megatron_dmc.hf.adapter import ADAPTER_FILE
 from megatron_dmc.hf.families.llama import DMCLlamaForCausalLM
 from megatron_dmc.inference.loading import load_model
+from megatron_dmc.model.decision_projection import is_buffer
 from tests.support.llama3_rotary import LLAMA3
-from tests.support.llamas import TOKENS
+from tests.support.llamas import TOKENS, load_megatron
 from tests.support.scripts import load_script
 from tests.support.strangers import run_as_stranger
 from tests.support.tensors import hugging_face_tensors
@@ -286,3 +288,18 @@ def test_what_is_no_adapter(
     assert (tmp_path / "out" / "adapter.safetensors").is_file() and (
         tmp_path / "merged" / "model.safetensors"
     ).is_file()
+
+
+def test_an_adapter_from_before_there_were_scale_and_offset(
+    save_adapter: Callable[..., Adapter], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """They are 1 and 0 there."""
+    saved = save_adapter()
+    opened = SavedModel.open(saved.checkpoint)
+    network = load_megatron(saved.checkpoint)
+    state = only_decisions(model_state([network]))["model"]
+    older = {"model": {name: value for name, value in state.items() if not is_buffer(name)}}
+    save_checkpoint(tmp_path / "older", "final", older, opened.info, tokenizer_folder)
+    for name, checkpoint in (("new", saved.checkpoint), ("old", tmp_path / "older" / "final")):
+        export_adapter(checkpoint, tmp_path / name)
+    assert (tmp_path / "old" / ADAPTER_FILE).read_bytes() == (tmp_path / "new" / ADAPTER_FILE).read_bytes()

@@ -125,6 +125,10 @@ def test_tokens_that_the_runs_tokenizer_adds_are_exported(
     export_hf(final, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 300
     adapter = retrofit(texts, tmp_path / "adapter", tmp_path / "base", "adapter", 300)
+    # Its base lacks the last two: they are there as the run had them.
+    export_hf(adapter, tmp_path / "merged")
+    trained = load_megatron(adapter).get_parameter("embedding.word_embeddings.weight")
+    assert torch.equal(Weights(tmp_path / "merged")["model.embed_tokens.weight"], trained) and bool(trained[298:].any())
     with pytest.raises(ConfigError, match=r"has 300 tokens, its base 298: .*; export it without --adapter"):
         export_adapter(adapter, tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
