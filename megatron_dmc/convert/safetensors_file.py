@@ -81,7 +81,7 @@ def write_file(
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes one file; holds one tensor at a time. Anyone may read it whom the umask lets.
+    """Writes one file, byte by byte the library's; holds one tensor at a time. Anyone may read it whom the umask lets.
 
     Args:
         shapes: of the file's tensors, in the order in which ``tensors`` gives them; what follows them is left there.
@@ -90,9 +90,11 @@ def write_file(
     Raises:
         OSError: as the operating system says it.
     """
+    header, begins = _header(shapes, dtype)
     with path.open("wb") as file:
-        file.write(_header(shapes, dtype))
+        file.write(header)
         for name, shape in shapes.items():
+            file.seek(len(header) + begins[name])
             given, tensor = next(tensors, (None, None))
             if given is None or tensor is None:
                 raise RuntimeError(f"{name} was planned and did not come")
@@ -106,15 +108,16 @@ def write_file(
             del given, tensor, piece, data
 
 
-def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
+def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
+    """The file's beginning, and where each tensor begins after it. Tensors lie in the order of their names."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    begins, end = {}, 0
+    for name in sorted(shapes):
+        begins[name], end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [begins[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, begins
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -50,7 +50,7 @@ def export_hf(
 ) -> Written:
     """Writes config.json, safetensors, the tokenizer's files and, for a model that merges, its modeling code.
 
-    A base model becomes a plain ``LlamaForCausalLM``; one that merges a ``DMCLlamaForCausalLM``, which
+    A base model becomes a plain one of its family, a ``LlamaForCausalLM``; one that merges a ``DMCLlamaForCausalLM``, which
     ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` loads; an adapter with its base's weights is
     one of these. One process, on the CPU; weights pass one after the other: the largest needs memory twice, whatever the
     model's size. Rows that pad the vocabulary are left out.
