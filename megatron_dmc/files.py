@@ -49,6 +49,10 @@ def is_too_long(path: str, added: int = 0) -> bool:
     return max(map(len, whole.split(b"/"))) + added > LONGEST_NAME or len(whole) + added > LONGEST_PATH
 
 
+# A folder with a file of this name is a checkpoint.
+CHECKPOINT_MARK = "dmc.json"
+
+
 def why_nothing_new(path: Path) -> str | None:
     """Why nothing can be made at a path, folders that it lies in included; a whole clause. None where it can."""
     if is_too_long(str(path), _TEMPORARY):
@@ -64,14 +68,14 @@ def why_nothing_new(path: Path) -> str | None:
                 return f"{parent} may not be written to"
             break
     if (around := checkpoint_around(path)) is not None:
-        return f"{around} is a checkpoint, which nothing else may be written into"
+        return f"{around} is a checkpoint (it holds {CHECKPOINT_MARK}), which nothing else may be written into"
     return None
 
 
 def checkpoint_around(path: Path) -> Path | None:
     """The checkpoint whose folder a path lies in, however deep; of a link the place that it leads to counts."""
     return next(
-        (parent for parent in Path(os.path.realpath(path)).parents if os.path.lexists(parent / "dmc.json")), None
+        (parent for parent in Path(os.path.realpath(path)).parents if os.path.lexists(parent / CHECKPOINT_MARK)), None
     )
 
 

@@ -96,7 +96,7 @@ def test_a_folder_that_may_not_be_written_to(name: str) -> None:
 def test_nothing_new_is_made_inside_a_checkpoint() -> None:
     Path("folder/dmc.json").touch()
     Path("way").symlink_to("folder")
-    problem = f"{Path('folder').resolve()} is a checkpoint, which nothing else may be written into"
+    problem = f"{Path('folder').resolve()} is a checkpoint (it holds dmc.json), which nothing else may be written into"
     for name in ("folder/new", "folder/deep/new", "way/new", "gone/../folder/new"):
         assert why_nothing_new(Path(name)) == problem
     # A checkpoint itself may be replaced, and stands beside others.

@@ -39,7 +39,9 @@ def load_decisions(saved: SavedModel, network: torch.nn.Module) -> None:
 
 
 def weights_in_turn(saved: SavedModel, network: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """All weights but the decisions', by name, on the CPU; an adapter's are its base's. What was given is not kept.
+    """All weights but the decisions', by name, on the CPU, in the dtype in which they are stored; what was given is not kept.
+
+    An adapter's are its base's: it may have been trained in another dtype.
 
     Memory: the largest weight twice, or 32 MiB.
 
@@ -79,9 +81,9 @@ def _batches(names: Iterable[str], state: dict[str, Any]) -> Iterator[list[str]]
 
 
 def _load(holder: SavedModel, entries: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of some entries of a state dict on the meta device, on the CPU."""
-    whole = {name: torch.empty_like(entry.data, device="cpu") for name, entry in entries.items()}
-    parts = {name: _parts(replace(entry, data=whole[name])) for name, entry in entries.items()}
+    """The tensors of some entries of a state dict on the meta device, on the CPU, in the holder's dtype."""
+    whole = {name: torch.empty_like(entry.data, dtype=holder.dtype, device="cpu") for name, entry in entries.items()}
+    parts = {name: _parts(_with_data(entry, whole[name])) for name, entry in entries.items()}
     views = {(name, key): part.data for name, each in parts.items() for key, part in each.items()}
     loaded = holder.load({"model": parts}, in_parts=True)["model"]
     for (name, key), view in views.items():
@@ -90,6 +92,12 @@ def _load(holder: SavedModel, entries: dict[str, Any]) -> dict[str, Tensor]:
         if view.data_ptr() != value.data_ptr():
             view.copy_(value)
     return whole
+
+
+def _with_data(entry: ShardedTensor | ShardedTensorFactory, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
+    if isinstance(entry, ShardedTensor):
+        return replace(entry, data=data, dtype=data.dtype)
+    return replace(entry, data=data)
 
 
 def _parts(entry: ShardedTensor | ShardedTensorFactory) -> dict[str, ShardedTensor]:

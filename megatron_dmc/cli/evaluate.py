@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_dmc.cli.common import path
 from megatron_dmc.config import ConfigError
-from megatron_dmc.files import why_no_folder, why_nothing_new
+from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
         "minutes for a model of 135 M parameters on two cores)",
     )
-    tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (pip install 'megatron-dmc[eval]')")
+    tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (extra [eval])")
     tasks.add_argument(
         "--tasks",
         type=_names,
@@ -61,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tasks.add_argument("--batch-size", type=_positive, metavar="N", help="sequences that run together (default: 1)")
     tasks.add_argument("--seed", type=_count, metavar="N", help="of all random choices (default: lm-eval's)")
-    tasks.add_argument("--include-path", type=path, metavar="FOLDER", help="where more tasks' YAML files lie")
+    tasks.add_argument(
+        "--include-path",
+        type=path,
+        metavar="FOLDER",
+        help="where more tasks' YAML files lie; Python functions that they name are run",
+    )
     tasks.add_argument(
         "--confirm-run-unsafe-code",
         action="store_true",
@@ -81,9 +86,11 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if os.path.lexists(output):
         raise ConfigError(f"--output {output} exists; name a new file, or remove it")
+    if output.name == CHECKPOINT_MARK:
+        raise ConfigError(f"--output {output}: its folder would count as a checkpoint; give the file another name")
     if (problem := why_nothing_new(output)) is not None:
         raise ConfigError(f"--output {output} cannot be written: {problem}; name another file")
-    if os.path.realpath(output.parent) == os.path.realpath(options.folder):
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(options.folder)):
         raise ConfigError(
             f"--output {output} lies in {options.folder}, and would count as a part of the model; name a file elsewhere"
         )
@@ -122,12 +129,16 @@ def _run_tasks(options: argparse.Namespace, output: Path) -> None:
     # Only looked for: its import takes seconds.
     missing = [name for name in ("lm_eval", "accelerate", "wonderwords") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"--tasks needs {' and '.join(missing)}: pip install 'megatron-dmc[eval]'")
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise ConfigError(f"--tasks needs {' and '.join(missing)}; run pip install {packages}")
     if options.include_path is not None and (problem := why_no_folder(Path(options.include_path))) is not None:
         raise ConfigError(f"--include-path {options.include_path} {problem}; name a folder with lm-eval's YAML files")
     warnings.simplefilter("ignore")
-    from megatron_dmc.evaluation.harness.rows import print_rows
-    from megatron_dmc.evaluation.harness.run import TaskRequest, evaluate_tasks
+    try:
+        from megatron_dmc.evaluation.harness.rows import print_rows
+        from megatron_dmc.evaluation.harness.run import TaskRequest, evaluate_tasks
+    except ImportError as error:
+        raise ConfigError(f"--tasks: lm_eval cannot be imported ({error}); install it again") from None
 
     request = TaskRequest(
         tasks=options.tasks,

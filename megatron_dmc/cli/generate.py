@@ -6,7 +6,7 @@ import math
 from megatron_dmc.cli.common import add_checkpoint, check_checkpoint
 from megatron_dmc.config import ConfigError, Range
 
-HELP = "continue a text"
+HELP = "continue a text with a retrofit's checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,8 @@
 """A checkpoint of Megatron-LM, such as the paper's authors have released -> a checkpoint of this project."""
 
 import functools
+import itertools
+import logging
 import re
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.from_hf import warn_without_tokenizer
 from megatron_dmc.convert.mapping import Row
-from megatron_dmc.convert.megatron_arguments import parse_arguments
+from megatron_dmc.convert.megatron_arguments import differences, parse_arguments
 from megatron_dmc.convert.megatron_file import FILE, MegatronFile
 from megatron_dmc.convert.megatron_names import is_weight, join, shape_of_rank, spellings
 from megatron_dmc.convert.progress import Written
@@ -20,12 +22,16 @@ from megatron_dmc.convert.safetensors_file import is_finite
 from megatron_dmc.convert.single_process import shapes_only, single_process
 from megatron_dmc.convert.to_checkpoint import check_multiple, write_model
 from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
-from megatron_dmc.files import why_no_folder
+from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder
 from megatron_dmc.recipe import check_head_dim
+
+logger = logging.getLogger(__name__)
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _RANK = re.compile(r"mp_rank_(\d{2,3})(_\d{3})?(_\d{3})?")
 _NAMES_IN_MESSAGE = 3
+# Characters of the file that names an iteration.
+_MOST_READ = 100
 
 
 def import_megatron(
@@ -55,14 +61,18 @@ def import_megatron(
     try:
         model, dmc = parse_arguments(first.arguments)
         check_head_dim(model, dmc)
-        if first.arguments.get("tensor_model_parallel_size", 1) != len(files):
+        ranks = first.arguments.get("tensor_model_parallel_size", 1)
+        if type(ranks) is not int or ranks != len(files):
             raise ConfigError(
-                f"tensor_model_parallel_size is {first.arguments.get('tensor_model_parallel_size', 1)!r}, and there are "
-                f"{len(files)} mp_rank folders; fetch the checkpoint again"
+                f"tensor_model_parallel_size is {ranks!r:.40}, and there are {len(files)} mp_rank folders; fetch the "
+                "checkpoint again"
             )
     except ConfigError as error:
         raise ConfigError(f"{first.path}: {error}") from None
-    dtypes = {t.dtype for name, t in first.tensors.items() if is_weight(name) and t.is_floating_point()}
+    for file in files[1:]:
+        _check_same_run(file, first)
+    _check_order(files)
+    dtypes = {t.dtype for name, t in first.tensors.items() if is_weight(name) and _is_supported(t.dtype)}
     dtype = functools.reduce(torch.promote_types, sorted(dtypes, key=str)) if dtypes else torch.float32
     source = None if tokenizer is None else Path(tokenizer)
     tokens = {}
@@ -78,6 +88,10 @@ def import_megatron(
         def parameter(row: Row) -> Tensor:
             parts = [file.read(name[row.megatron]) for file, name in zip(files, names, strict=True)]
             whole = join(row.megatron, parts)
+            if whole is not None and whole.shape != parts[0].shape and parts[0].dim() > 1 and _repeats(parts):
+                raise ConfigError(
+                    f"{folder}: two ranks hold the same part of {row.megatron}; fetch the checkpoint again"
+                )
             if whole is None:
                 raise ConfigError(f"{folder}: the ranks hold different {row.megatron}; fetch the checkpoint again")
             if not is_finite(whole):
@@ -96,7 +110,14 @@ def import_megatron(
             if source is not None:
                 copy_tokenizer(source, temporary / "tokenizer")
                 keep_special_tokens(temporary / "tokenizer", tokens, model.vocab_size)
-    warn_without_tokenizer(folder if source is None else source, output)
+    if source is None:
+        logger.warning(
+            "warning: there is no tokenizer (--tokenizer HF_FOLDER copies one): inspect and generate do not work with %s "
+            "until one is saved in %s",
+            *(output, output / "tokenizer"),
+        )
+    else:
+        warn_without_tokenizer(source, output)
     return written
 
 
@@ -114,7 +135,7 @@ def _names(file: MegatronFile, shapes: dict[str, tuple[int, ...]], ranks: int) -
             raise ConfigError(
                 f"{file.path}: {spelled} has shape {list(tensor.shape)}, its args ask for {list(expected)}; fetch it again"
             )
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        if not _is_supported(tensor.dtype):
             raise ConfigError(f"{file.path}: {spelled} is {tensor.dtype}; only floating-point weights are supported")
         found[name] = spelled
     if missing:
@@ -124,6 +145,32 @@ def _names(file: MegatronFile, shapes: dict[str, tuple[int, ...]], ranks: int) -
             f"{file.path}: in the weights, but not in the model: {_list(sorted(unused))}; this model is not supported"
         )
     return found
+
+
+def _is_supported(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def _check_same_run(file: MegatronFile, first: MegatronFile) -> None:
+    """Raises ConfigError for a file of another checkpoint than the first."""
+    wrong = differences(first.arguments, file.arguments)
+    if wrong or (type(file.iteration), file.iteration) != (type(first.iteration), first.iteration):
+        raise ConfigError(
+            f"{file.path} and {first.path} differ in {(wrong or ['iteration'])[0]}; fetch the checkpoint again"
+        )
+
+
+def _check_order(files: list[MegatronFile]) -> None:
+    """Raises ConfigError for files in other folders than their ranks' own. (Megatron-LM's converter saves all as rank 0.)"""
+    saved_by = [file.arguments.get("rank") for file in files]
+    if all(type(rank) is int for rank in saved_by):
+        places = [int(str(rank)) % len(files) for rank in saved_by]
+        if len(set(places)) == len(files) and places != sorted(places):
+            raise ConfigError(f"{files[0].path} was saved by rank {saved_by[0]}; fetch the checkpoint again")
+
+
+def _repeats(parts: list[Tensor]) -> bool:
+    return any(torch.equal(a, b) and bool(a.any()) for a, b in itertools.combinations(parts, 2))
 
 
 def _list(names: list[str]) -> str:
@@ -148,6 +195,10 @@ def _iteration(folder: Path) -> Path:
     """The folder with the ranks: this one, or the iteration that it names as its latest."""
     if (problem := why_no_folder(folder)) is not None:
         raise ConfigError(f"{folder} {problem}; name the folder of a Megatron-LM checkpoint")
+    if (folder / CHECKPOINT_MARK).exists():
+        raise ConfigError(f"{folder} is a checkpoint of megatron_dmc already; use it as it is")
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is a Hugging Face folder; convert it with megatron-dmc convert-from-hf")
     iterations = sorted(path for path in folder.iterdir() if re.fullmatch(r"iter_\d{7}|release", path.name))
     if any(_RANK.fullmatch(path.name) for path in folder.iterdir()):
         if iterations:
@@ -156,7 +207,8 @@ def _iteration(folder: Path) -> Path:
             )
         return folder
     if (folder / _LATEST).is_file():
-        named = (folder / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        with (folder / _LATEST).open(encoding="utf-8", errors="replace") as file:
+            named = file.read(_MOST_READ).strip()
         name = f"iter_{int(named):07}" if re.fullmatch(r"\d{1,7}", named, re.ASCII) else named
         chosen = next((path for path in iterations if path.name == name), None)
         if chosen is None:

@@ -19,6 +19,9 @@ _DMC_TYPE, _DMC_CLASS = "dmc_", "DMC"
 # Llama 3's frequency scaling as megatron-core has it, with only the factor free.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+# Characters of a value in a message.
+_MOST_SHOWN = 80
+
 # Key, the value that every model has (also when the key is absent), and what another value means.
 _MUST_BE = (
     ("transformers_weights", None, "weights under a name of their own are not read; load the model and save it anew"),
@@ -57,10 +60,12 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
     """:func:`read_config` of the file's content."""
     name, merges = _family(config)
     family = FAMILIES[name]
-    config = {**family.defaults, **config}
+    given, config = config, {**family.defaults, **config}
     for key, plain, problem in (*_MUST_BE, *family.must_be):
         if config.get(key, plain) != plain:
             value = "" if isinstance(config[key], dict) else f" {config[key]!r}"
+            if key not in given:
+                value = f" is not there, which means{value}"
             raise ConfigError(f"{key}{value}: {problem}")
     expected = _architecture(family, merges)
     if (config.get("architectures") or [expected]) != [expected]:
@@ -70,6 +75,12 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
         raise ConfigError(f"layer_types {layer_types!r} is not supported; all must be full_attention")
     heads = _integer(config, "num_attention_heads")
     hidden_size = _integer(config, "hidden_size")
+    kv_heads = _integer(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        default = "" if "num_key_value_heads" in given else ", as the file has none"
+        raise ConfigError(
+            f"num_attention_heads ({heads}) is not divisible by num_key_value_heads ({kv_heads}{default})"
+        )
     head_dim = _integer(config, "head_dim", None)
     rotary_base, scaling_factor = _rotary(config)
     model = ModelConfig(
@@ -77,7 +88,7 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
         hidden_size=hidden_size,
         ffn_hidden_size=_integer(config, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=_integer(config, "num_key_value_heads", heads),
+        num_query_groups=kv_heads,
         vocab_size=_integer(config, "vocab_size"),
         max_position_embeddings=_integer(config, "max_position_embeddings"),
         kv_channels=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
@@ -109,8 +120,8 @@ def write_config(
     if family.head_divides and model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"model.hidden_size ({model.hidden_size}) is not divisible by model.num_attention_heads "
-            f"({model.num_attention_heads}), which transformers' {family.architecture} requires; this model has no Hugging "
-            "Face form"
+            f"({model.num_attention_heads}), which transformers' {family.architecture} requires; as a mistral (model.family), "
+            "which is the same otherwise, it could be exported"
         )
     rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
     if model.rotary_scaling_factor is not None:
@@ -169,8 +180,9 @@ def _family(config: dict[str, Any]) -> tuple[Family, bool]:
     if name in FAMILIES:
         return name, name != model_type
     if (reason := why_refused(model_type, config)) is not None:
-        raise ConfigError(f"model_type {model_type!r} is not supported: {reason}")
-    raise ConfigError(f"model_type {model_type!r} is not supported; {', '.join(FAMILIES)} are, without and with DMC")
+        raise ConfigError(f"model_type {model_type!r} is not supported: {reason}; {', '.join(FAMILIES)} are")
+    named = repr(model_type)[:_MOST_SHOWN]
+    raise ConfigError(f"model_type {named} is not supported; {', '.join(FAMILIES)} are, without and with DMC")
 
 
 def _architecture(family: HuggingFaceFamily, merges: bool) -> str:
@@ -186,6 +198,8 @@ def _rotary(config: dict[str, Any]) -> tuple[float, float | None]:
     parameters = parameters or scaling
     if not isinstance(parameters, dict):
         raise ConfigError(f"rope parameters must be an object, got {parameters!r}")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ConfigError("rope parameters differ between kinds of layers, which is not supported")
     for where in (config, parameters):
         if where.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ConfigError(f"partial_rotary_factor {where['partial_rotary_factor']!r} is not supported")

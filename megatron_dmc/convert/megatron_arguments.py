@@ -1,6 +1,6 @@
 """The arguments of a Megatron-LM run -> ModelConfig and DMCConfig."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +20,30 @@ _MUST_BE = (
     ("rotary_interleaved", False),
     ("rotary_seq_len_interpolation_factor", None),
     ("use_rope_scaling", False),
+    ("no_rope_freq", None),
     ("multi_latent_attention", False),
+    ("attention_output_gate", False),
+    ("qk_l2_norm", False),
+    ("softmax_type", "vanilla"),
+    ("experimental_attention_variant", None),
+    ("apply_residual_connection_post_layernorm", False),
+    ("layernorm_zero_centered_gamma", False),
+    ("squared_relu", False),
+    ("quick_geglu", False),
+    ("glu_linear_offset", 0.0),
+    ("activation_func_clamp_value", None),
+    ("mtp_num_layers", None),
+    ("heterogeneous_layers_config_path", None),
     ("window_size", None),
     ("num_experts", None),
     ("pipeline_model_parallel_size", 1),
     ("expert_model_parallel_size", 1),
 )
 _PLAIN = (bool, int, float, str, type(None))
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("padded_vocab_size", "max_position_embeddings", "rotary_base", "norm_epsilon", "tensor_model_parallel_size"),
+)
 # Absent, they are not what a Llama has.
 _MUST_BE_THERE = ("position_embedding_type", "normalization", "swiglu", "add_bias_linear")
 
@@ -37,7 +54,11 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[ModelConfig, DMCConfi
     Raises:
         ConfigError: an argument is absent, or the model is not one that this package can represent.
     """
-    # A hostile value may be anything that can be unpickled, and may not even be compared.
+    # A hostile value may be anything that can be unpickled, and may not even be compared. A window is a pair of numbers.
+    checked = {name for name, _ in _MUST_BE} | {name for name in arguments if str(name).startswith("dmc_")}
+    for name in sorted(checked & set(arguments)):
+        if not isinstance(arguments[name], _PLAIN):
+            raise ConfigError(f"{name} is a {type(arguments[name]).__name__}, which is not supported")
     arguments = {name: value for name, value in arguments.items() if isinstance(value, _PLAIN)}
     for name, plain in _MUST_BE:
         if name not in arguments and name in _MUST_BE_THERE:
@@ -64,6 +85,17 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[ModelConfig, DMCConfi
     )
     model.check()
     return model, _dmc(arguments)
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Arguments by which two ranks of one checkpoint cannot differ, and do."""
+    names = {"iteration", *_SIZES, *(name for name, _ in _MUST_BE), *(x for x in first if str(x).startswith("dmc_"))}
+    return sorted(name for name in names if _plain(first.get(name)) != _plain(other.get(name)))
+
+
+def _plain(value: Any) -> Any:
+    """What can be compared of a value."""
+    return value if isinstance(value, _PLAIN) else type(value).__name__
 
 
 def _dmc(arguments: Mapping[str, Any]) -> DMCConfig | None:
@@ -106,6 +138,6 @@ def _integer(arguments: Mapping[str, Any], name: str) -> int:
 
 def _number(arguments: Mapping[str, Any], name: str, absent: float | None = None) -> float:
     value = arguments.get(name, absent)
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"args: {name} must be a number > 0, got {value!r}; the file is damaged, fetch it again")
     return float(value)

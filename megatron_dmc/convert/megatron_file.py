@@ -56,6 +56,7 @@ class MegatronFile:
     Attributes:
         path: the file's.
         arguments: of the run that wrote it, by name.
+        iteration: of the training, as the file says it.
         tensors: the model's, by name, on the meta device; nested dictionaries (of Megatron-LM's legacy models) with dots.
 
     Raises:
@@ -64,8 +65,10 @@ class MegatronFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_sums(path)
         content = _load(path)
-        arguments, model = content.get("args"), content.get("model")
+        # Its own methods may have been replaced: an object's state is data of the file.
+        arguments, model = dict.get(content, "args"), dict.get(content, "model")
         if not isinstance(arguments, argparse.Namespace):
             raise ConfigError(
                 f"{path} holds no args, which tell the model's sizes; save it with Megatron-LM's save_checkpoint"
@@ -83,11 +86,12 @@ class MegatronFile:
         except RecursionError:
             raise ConfigError(f"{path} holds a model without end; fetch it again") from None
         self.tensors = {
-            name: tensor.to("meta")
+            name: Tensor.to(tensor, "meta")
             for name, tensor in found.items()
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided
         }
-        self._check_version(content.get("checkpoint_version", 0))
+        self.iteration = dict.get(content, "iteration")
+        self._check_version(dict.get(content, "checkpoint_version", 0))
 
     def _check_version(self, version: Any) -> None:
         is_legacy = any(name.startswith("language_model.") for name in self.tensors)
@@ -98,14 +102,18 @@ class MegatronFile:
     def read(self, name: str) -> Tensor:
         """One of ``tensors``, on the CPU."""
         tensor: Tensor = _flat(_load(self.path)["model"])[name]
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+        return Tensor.detach(tensor).clone(memory_format=torch.contiguous_format)
 
 
 def _flat(model: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries, under the names of all the way to them."""
     found: dict[str, Any] = {}
-    for name, value in model.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    for name, value in dict.items(model):
+        whole = f"{prefix}{name}"
+        for each, leaf in (_flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}).items():
+            if each in found:
+                raise ConfigError(f"the model holds {each} twice; save it anew")
+            found[each] = leaf
     return found
 
 
@@ -122,18 +130,36 @@ def _only_allowed() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
+def _not_whole(path: Path) -> str:
+    return f"{path} is no whole file of torch.save: cut short, or of another format; fetch it again"
+
+
+def _check_sums(path: Path) -> None:
+    """Raises ConfigError where the bytes of a record are not those that were written; torch maps them without a look."""
+    if why_no_file(path) is not None or not zipfile.is_zipfile(path):
+        return  # said by what reads it
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+            damaged = "its records are compressed" if is_packed else archive.testzip()
+    # A damaged zip file raises nearly anything.
+    except Exception:
+        raise ConfigError(_not_whole(path)) from None
+    if damaged:
+        raise ConfigError(f"{path} is damaged ({damaged[:200]}); fetch it again")
+
+
 def _load(path: Path) -> dict[str, Any]:
     if (problem := why_no_file(path)) is not None:
         raise ConfigError(f"{path} {problem}; name the folder of a Megatron-LM checkpoint")
-    damaged = f"{path} is no whole file of torch.save: cut short, or of another format; fetch it again"
     if not zipfile.is_zipfile(path):
-        raise ConfigError(damaged)
+        raise ConfigError(_not_whole(path))
     try:
         with _only_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = named[1] if named else "something"
+        what = named[1] if named else "a pickle of another form than torch.save's"
         raise ConfigError(
             f"{path} holds {what}, which the reading of a model does not need; nothing of it was run: fetch the file from "
             "where it comes from, or save it without that"
@@ -143,7 +169,7 @@ def _load(path: Path) -> dict[str, Any]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "PytorchStreamReader" in first:
             # An archive's end was there: that of one inside it.
-            raise ConfigError(damaged) from None
+            raise ConfigError(_not_whole(path)) from None
         raise ConfigError(f"{path} cannot be read ({first[:200]}); fetch it again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no Megatron-LM checkpoint; name the folder of one")

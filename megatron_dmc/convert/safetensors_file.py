@@ -120,7 +120,7 @@ def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> tuple[bytes, dic
     return len(text).to_bytes(8, "little") + text, begins
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; looks at a piece at a time, since torch makes several copies."""
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no element is NaN or infinite in a dtype, None: in its own; looks at a piece at a time, since torch copies."""
     pieces = tensor.detach().reshape(-1).split(_PIECE)
-    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
+    return all(bool(torch.isfinite(piece.to(dtype or tensor.dtype)).all()) for piece in pieces)

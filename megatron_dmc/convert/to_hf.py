@@ -74,7 +74,7 @@ def export_hf(
             write_weights(
                 temporary,
                 shapes,
-                to_hugging_face(_weights(source), model, source.dmc),
+                to_hugging_face(_weights(source, dtype), model, source.dmc),
                 dtype=dtype or source.dtype,
                 max_shard_size=max_shard_size,
                 advance=advance,
@@ -98,7 +98,7 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
     """
     with _export(checkpoint, output, dtype, must_be_adapter=True) as (source, model, temporary):
         _check_fits_its_base(source)
-        get = _weights(source)
+        get = _weights(source, dtype)
         tensors: dict[str, torch.Tensor] = {}
         for row in rows(model, source.dmc):
             if is_decision(row.megatron):
@@ -108,11 +108,11 @@ def export_adapter(checkpoint: str | Path, output: str | Path, *, dtype: torch.d
     return Written(len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def _weights(source: SavedModel) -> Callable[[str], torch.Tensor]:
+def _weights(source: SavedModel, dtype: torch.dtype | None) -> Callable[[str], torch.Tensor]:
     """A function of megatron-core's names that gives a checkpoint's weights as an exported model has them.
 
     It must be asked in the order of the mapping's rows; decisions may be asked for by themselves. Raises CheckpointError for
-    one that is damaged, or not finite.
+    one that is damaged, or not finite, also in the dtype that is written.
     """
     model, dmc = source.recipe.model, source.dmc
     network = shapes_only(model, dmc, source.dtype)
@@ -132,6 +132,8 @@ def _weights(source: SavedModel) -> Callable[[str], torch.Tensor]:
             raise CheckpointError(
                 f"{source.folder}: {name} is not finite everywhere; its run has diverged, name an earlier checkpoint"
             )
+        if dtype is not None and not is_finite(value, dtype):
+            raise ConfigError(f"{source.folder}: {name} has values that {dtype} cannot hold; ask for another --dtype")
         return value
 
     return get

@@ -26,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 _NAMES_IN_MESSAGE = 3
+_REMEDY = "fetch the folder again, or see whether model_type and sizes in its config.json are this model's"
 _EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -122,9 +123,9 @@ class Weights:
                 )
             seen.add(name)
         if missing:
-            raise ConfigError(f"{self._folder}: missing from the weights: {_list(missing)}")
+            raise ConfigError(f"{self._folder}: missing from the weights: {_list(missing)}; {_REMEDY}")
         if unexpected := sorted(set(self.shapes) - seen):
-            raise ConfigError(f"{self._folder}: in the weights, but not in the model: {_list(unexpected)}")
+            raise ConfigError(f"{self._folder}: in the weights, but not in the model: {_list(unexpected)}; {_REMEDY}")
 
 
 def write_weights(

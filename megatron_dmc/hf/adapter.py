@@ -19,13 +19,14 @@ _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # What base and adapter must agree on. Not max_position_embeddings: a retrofit may see longer texts than its base did.
 _SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "mlp_bias", "tie_word_embeddings"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings"),
     "quantization_config",
 )
-_OF_ROTARY = (
-    *("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
-    "original_max_position_embeddings",
-)
+_OF_ROTARY = ("rope_type", "rope_theta")
+# Only where they are scaled; transformers takes no notice of them elsewhere.
+_OF_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Of a plain model, and of no meaning for the joined one: it is not trained as a whole.
+_NOT_COMPARED = ("model_type", "attention_dropout")
 
 
 def lacks_its_base(folder: Any) -> bool:
@@ -79,15 +80,19 @@ def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) 
         )
     # Read as the adapter's class, defaults and older forms become the same on both sides.
     try:
-        theirs = type(config).from_dict({name: value for name, value in values.items() if name != "model_type"})
-    except ValueError as error:
-        raise ValueError(f"{base}: {error}") from None
+        theirs = type(config).from_dict({name: value for name, value in values.items() if name not in _NOT_COMPARED})
+    # transformers checks values with errors of its own kinds, in several lines.
+    except Exception as error:
+        raise ValueError(f"{base}: {' '.join(str(error).split())}") from None
     pairs = {name: [getattr(each, name, None) for each in (theirs, config)] for name in _SHARED}
     # Not every family's configuration fills it in.
     pairs["head_dim"] = [
         getattr(each, "head_dim", None) or each.hidden_size // each.num_attention_heads for each in (theirs, config)
     ]
-    for name in _OF_ROTARY:
+    # A family's configuration need not know it.
+    pairs["mlp_bias"] = [bool(getattr(each, "mlp_bias", False)) for each in (theirs, config)]
+    is_scaled = any((each.rope_parameters or {}).get("rope_type", "default") != "default" for each in (theirs, config))
+    for name in (*_OF_ROTARY, *(_OF_SCALING if is_scaled else ())):
         pairs[name] = [(each.rope_parameters or {}).get(name) for each in (theirs, config)]
     for name, (found, expected) in pairs.items():
         if not is_same_setting(found, expected):
@@ -140,5 +145,7 @@ def _read(folder: str, name: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             return dict(json.load(file))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no {name}; name the Hugging Face folder of a model") from None
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

@@ -29,6 +29,8 @@ class DMCConfiguration:
     # A family's plan knows no decision weight: never sharded.
     base_model_tp_plan: ClassVar[dict[str, str]] = {}
 
+    # What attention here has not, and how a configuration says that it is not there.
+    must_be: ClassVar[dict[str, Any]] = {"sliding_window": None, "attention_bias": False, "attention_dropout": 0}
     # Defaults of the family that no model with DMC may have, and its own ones.
     replaced_defaults: ClassVar[dict[str, Any]] = {}
 
@@ -45,8 +47,7 @@ class DMCConfiguration:
         self._refuse_what_attention_lacks()
 
     def _refuse_what_attention_lacks(self) -> None:
-        plain = {"sliding_window": None, "attention_bias": False, "attention_dropout": 0}
-        for name, value in plain.items():
+        for name, value in self.must_be.items():
             found = getattr(self, name, value)
             if found != value:
                 raise ValueError(f"{name} must be {value} in a DMC model, got {found!r}")

@@ -47,20 +47,32 @@ class DMCPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: an adapter without a base, a base without an adapter, or two whose sizes or settings differ. Weights
-                are not compared: another model of the same sizes is taken.
+                are not compared: another model of the same sizes is taken. And an attn_implementation that is none here.
         """
         name = pretrained_model_name_or_path
+        asked = kwargs.get("attn_implementation")
+        if isinstance(asked, str) and asked.split("|")[-1] not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={asked!r} is not supported: a compressed model has an attention of its own, which "
+                "chooses its kernels; leave it out"
+            )
         if base is None:
             if lacks_its_base(name):
                 raise ValueError(f"{name} is an adapter; name the folder of the model it was trained on with base=")
             return super().from_pretrained(name, *model_args, **kwargs)
         # The adapter's configuration is the whole model's.
         kwargs["config"] = kwargs.get("config") or name
+        wants_info = kwargs.pop("output_loading_info", False)
         with joined(name, base, cls.config_class) as folder:
-            loaded = super().from_pretrained(folder, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+            loaded: Any = super().from_pretrained(folder, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        # transformers fills what is not there with random numbers, and says so in a table.
+        if lost := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{base} lacks {lost[0]}; it is damaged, or no {model.config.model_type[4:]}: fetch it again"
+            )
         model.name_or_path = model.config.name_or_path = str(name)
-        return loaded
+        return (model, info) if wants_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

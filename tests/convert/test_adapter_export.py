@@ -17,15 +17,16 @@ from megatron_dmc.checkpoint.weights import model_state, only_decisions
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
-from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.hf_config import read_config, write_config
 from megatron_dmc.convert.single_process import empty_model
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
-from megatron_dmc.hf.adapter import ADAPTER_FILE
+from megatron_dmc.hf.adapter import ADAPTER_FILE, _check_config
+from megatron_dmc.hf.families import dmc_classes
 from megatron_dmc.hf.families.llama import DMCLlamaForCausalLM
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.model.decision_projection import is_buffer
 from tests.support.llama3_rotary import LLAMA3
-from tests.support.llamas import TOKENS, load_megatron
+from tests.support.llamas import TOKENS, load_megatron, save_random_base
 from tests.support.scripts import load_script
 from tests.support.strangers import run_as_stranger
 from tests.support.tensors import hugging_face_tensors
@@ -303,3 +304,61 @@ def test_an_adapter_from_before_there_were_scale_and_offset(
     for name, checkpoint in (("new", saved.checkpoint), ("old", tmp_path / "older" / "final")):
         export_adapter(checkpoint, tmp_path / name)
     assert (tmp_path / "old" / ADAPTER_FILE).read_bytes() == (tmp_path / "new" / ADAPTER_FILE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("qwen2", {"mlp_bias": False}),
+        ("mistral", {"mlp_bias": False, "attention_bias": False}),
+        ("qwen2", {"attention_bias": True}),  # of which transformers takes no notice
+        ("llama", {"attention_dropout": 0.1}),
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 1.0}}),
+        ("mistral", {"head_dim": None}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_what_a_base_says_and_does_not_mean(family: str, change: dict[str, Any], tmp_path: Path) -> None:
+    """A base that can be converted is the base of its adapter."""
+    save_random_base(tmp_path / "hf", family=family, **({"head_dim": 8} if family == "mistral" else {}))
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(values))
+    model, _ = read_config(tmp_path / "hf")
+    config_class, _ = dmc_classes(family)
+    written = write_config(model, DMCConfig(), dtype=torch.float32, special_tokens={})
+    _check_config("base", "adapter", values, config_class(**written))
+
+
+def test_a_base_that_lacks_a_tensor(tmp_path: Path) -> None:
+    save_random_base(tmp_path / "hf", family="qwen3")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    model, _ = read_config(tmp_path / "hf")
+    (tmp_path / "adapter").mkdir()
+    written = write_config(model, DMCConfig(), dtype=torch.float32, special_tokens={})
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(written))
+    (tmp_path / "adapter" / "generation_config.json").write_text("{}")
+    decisions = {
+        f"model.layers.{i}.self_attn.decision.{kind}": torch.zeros(4, *shape)
+        for i in range(2)
+        for kind, shape in (("weight", (32,)), ("bias", ()))
+    }
+    save_file(decisions, tmp_path / "adapter" / ADAPTER_FILE, metadata={"format": "pt"})
+    _, model_class = dmc_classes("qwen3")
+    arguments = {"base": tmp_path / "hf"}
+    model_class.from_pretrained(tmp_path / "adapter", **arguments)
+    loaded, info = model_class.from_pretrained(tmp_path / "adapter", output_loading_info=True, **arguments)
+    assert not info["missing_keys"] and loaded.name_or_path == str(tmp_path / "adapter")
+    del tensors["model.layers.1.self_attn.q_norm.weight"]
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"hf lacks model.layers.1.self_attn.q_norm.weight; it is damaged, or no qwen3"
+    ):
+        model_class.from_pretrained(tmp_path / "adapter", **arguments)
+
+
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flex_attention"])
+def test_another_attention_is_refused_with_a_remedy(asked: str, tmp_path: Path) -> None:
+    _, model_class = dmc_classes("llama")
+    with pytest.raises(ValueError, match=f"attn_implementation='{asked}' is not supported: .*; leave it out"):
+        model_class.from_pretrained(tmp_path, attn_implementation=asked)

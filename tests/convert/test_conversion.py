@@ -142,6 +142,17 @@ def test_export_in_another_dtype(save_llama: Callable[..., Path], dtype: torch.d
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
 
 
+def test_values_that_the_asked_dtype_cannot_hold(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_llama()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 3.4e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    import_hf(folder, tmp_path / "megatron")
+    with pytest.raises(ConfigError, match=r"has values that torch\.bfloat16 cannot hold; ask for another --dtype"):
+        export_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.bfloat16)
+    assert not (tmp_path / "hf").exists()
+
+
 def test_extra_tensors_of_older_transformers_are_left_out(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama(tie_word_embeddings=True)
     saved = load_file(folder / "model.safetensors")

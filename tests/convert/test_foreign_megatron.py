@@ -126,7 +126,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         _argument("hidden_size", torch.ones(3)),
         "hidden_size must be a whole number >= 1, got",
     ),
-    "a word that is a tensor": (_argument("swiglu", torch.ones(3)), "args has no swiglu"),
+    "a word that is a tensor": (_argument("swiglu", torch.ones(3)), "swiglu is a Tensor"),
     "boundless": (_argument("num_layers", 10**9), "num_layers must be <= 2048"),
     "learned positions": (
         _argument("position_embedding_type", "learned_absolute"),
@@ -217,3 +217,80 @@ def test_a_tokenizer_of_another_model(save_llama: Callable[..., Path], tmp_path:
     small = replace(SIZES, vocab_size=100)
     save(tmp_path / "release", random_parameters(small), padded_vocab_size=100)
     refused(tmp_path / "release", "its model 100", tokenizer=save_llama())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("window_size", (8, 0), "window_size is a tuple"),
+        ("num_experts", [8], "num_experts is a list"),
+        ("dmc_is_stage_one", [1], "dmc_is_stage_one is a list"),
+        ("no_rope_freq", 4, "no_rope_freq 4 is not supported"),
+        ("qk_l2_norm", True, "qk_l2_norm True is not supported"),
+        ("softmax_type", "off-by-one", "softmax_type 'off-by-one' is not supported"),
+        ("apply_residual_connection_post_layernorm", True, "apply_residual_connection_post_layernorm True"),
+        ("glu_linear_offset", 1.0, "glu_linear_offset 1.0 is not supported"),
+        ("rotary_base", 10**400, "rotary_base must be a number > 0"),
+        ("tensor_model_parallel_size", torch.ones(2), "tensor_model_parallel_size is tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_arguments_that_make_another_model(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    save(tmp_path / "release", **{name: value})
+    refused(tmp_path / "release", message)
+
+
+def test_a_byte_that_is_not_what_was_written(tmp_path: Path) -> None:
+    """Every weight is still finite: only the sum of the record tells."""
+    path = save(tmp_path / "release")
+    data = bytearray(path.read_bytes())
+    place = data.index(random_parameters()["embedding.word_embeddings.weight"].view(torch.uint8).numpy().tobytes()[:64])
+    data[place : place + 64] = bytes(64)
+    path.write_bytes(data)
+    refused(tmp_path / "release", "is damaged (")
+
+
+def test_a_float8_weight_among_others(tmp_path: Path) -> None:
+    path = save(tmp_path / "release")
+
+    def narrow(content: dict[str, Any]) -> None:
+        content["model"][QKV] = content["model"][QKV].to(torch.float8_e4m3fn)
+
+    changed(path, narrow)
+    refused(tmp_path / "release", "only floating-point weights are supported")
+
+
+def test_ranks_that_do_not_belong_together(tmp_path: Path) -> None:
+    def copied(change: Callable[[dict[str, Any]], Any]) -> Path:
+        folder = tmp_path / f"of-{len(list(tmp_path.iterdir()))}"
+        save(folder, ranks=2)
+        changed(folder / "mp_rank_01" / "model_optim_rng.pt", change)
+        return folder
+
+    refused(copied(lambda content: content.update(iteration=1)), "differ in iteration")
+    refused(copied(lambda content: setattr(content["args"], "dmc_init_val", 3.0)), "differ in dmc_init_val")
+    folder = tmp_path / "twice"
+    first = save(folder, ranks=2)
+    (folder / "mp_rank_01" / "model_optim_rng.pt").write_bytes(first.read_bytes())
+    refused(folder, "two ranks hold the same part of")
+    folder = tmp_path / "swapped"
+    save(folder, ranks=2)
+    for rank in range(2):
+        path = folder / f"mp_rank_{rank:02}" / "model_optim_rng.pt"
+        changed(path, lambda content, rank=rank: setattr(content["args"], "rank", 1 - rank))
+    refused(folder, "was saved by rank 1")
+
+
+def test_ours_and_hugging_faces_are_told_apart(tmp_path: Path) -> None:
+    for name, message in (("dmc.json", "already; use it as it is"), ("config.json", "megatron-dmc convert-from-hf")):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        refused(folder, message)
+
+
+def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
+    path = save(tmp_path / "release")
+    norm = "decoder.final_layernorm.weight"
+    changed(path, lambda content: content["model"].update({"decoder": {"final_layernorm.weight": torch.zeros(32)}}))
+    refused(tmp_path / "release", f"the model holds {norm} twice")

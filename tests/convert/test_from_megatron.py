@@ -126,4 +126,4 @@ def test_the_command_and_the_tokenizer(
 def test_without_a_tokenizer_a_warning_names_the_flag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "release")
     import_megatron(tmp_path / "release", tmp_path / "checkpoint")
-    assert "no tokenizer.json was copied" in caplog.text
+    assert "there is no tokenizer (--tokenizer HF_FOLDER copies one)" in caplog.text

@@ -159,6 +159,17 @@ def test_other_models_are_refused_in_one_line(tmp_path: Path, change: dict[str, 
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "all must be full_attention"),
         ("qwen3", {"attention_bias": True}, "attention_bias True: attention biases are not supported in a Qwen3"),
         ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e6}}},
+            "rope parameters differ between kinds of layers",
+        ),
+        (
+            "qwen2",
+            {"num_key_value_heads": 3},
+            r"num_attention_heads \(4\) is not divisible by num_key_value_heads \(3\)",
+        ),
+        ("mistral", {"attention_bias": True}, "attention_bias True: attention biases are not supported in a Mistral"),
         ("qwen2", {"num_experts": 64}, "num_experts 64: mixture-of-experts models are not supported"),
         ("mistral", {"num_key_value_heads": [2, 4]}, "num_key_value_heads is a list: layers of unequal sizes"),
         ("mistral", {"num_attention_heads": [4, 4]}, "num_attention_heads is a list: layers of unequal sizes"),
@@ -175,8 +186,20 @@ def test_a_mistral_that_does_not_speak_of_windows_has_one() -> None:
     """So transformers reads it."""
     values = {name: value for name, value in plain("mistral").items() if name != "sliding_window"}
     assert AutoConfig.for_model(**values).sliding_window == 4096
-    with pytest.raises(ConfigError, match=r"sliding_window 4096: .* a Mistral without windows says null"):
+    with pytest.raises(ConfigError, match=r"sliding_window is not there, which means 4096: .* says null"):
         parse_config(values)
+
+
+def test_a_default_that_does_not_fit_is_named_as_one() -> None:
+    message = r"num_attention_heads \(4\) is not divisible by num_key_value_heads \(32, as the file has none\)"
+    with pytest.raises(ConfigError, match=message):
+        parse_config(plain("qwen2"))
+
+
+def test_a_long_type_is_cut() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(PLAIN | {"model_type": "x" * 100_000})
+    assert len(str(error.value)) < 300
 
 
 def test_a_window_may_be_named_and_switched_off() -> None:

@@ -186,7 +186,8 @@ def test_no_input_is_read_from_a_pipe(
 def test_nothing_is_written_into_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path().rglob("*"))
     checkpoint = (
-        f"{Path('run/final').resolve()} is a checkpoint, which nothing else may be written into; name another folder"
+        f"{Path('run/final').resolve()} is a checkpoint (it holds dmc.json), which nothing else may be written into; "
+        "name another folder"
     )
     for output in ("run/final/hf", "run/final/deep/hf", "run/final/tokenizer/hf"):
         assert fails(["convert-to-hf", "run/final", output], capsys) == f"{output} cannot be made: {checkpoint}"

@@ -90,5 +90,7 @@ def test_preprocessing_into_a_checkpoint_is_refused(
     Path("final", "dmc.json").touch()
     words = ["--input", "a.jsonl", "--tokenizer", "out/text_tokenizer", "--output", "final/data/text"]
     assert main(["preprocess", *words]) == 1
-    assert f"{Path('final').resolve()} is a checkpoint, which nothing else" in capsys.readouterr().err
+    assert (
+        f"{Path('final').resolve()} is a checkpoint (it holds dmc.json), which nothing else" in capsys.readouterr().err
+    )
     assert os.listdir("final") == ["dmc.json"]

@@ -16,8 +16,10 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 
 from megatron_dmc.cli import evaluate, main
+from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.data.tokenizer import train_tokenizer
 from megatron_dmc.evaluation.harness import run as harness
@@ -286,7 +288,7 @@ def test_the_papers_group(tmp_path: Path) -> None:
         (["--tasks", "local_broken"], "--tasks local_broken: lm-eval cannot load it (the task's own fault)"),
         (["--tasks", "dmc_ruler"], "--tasks dmc_ruler reads texts of a length that you choose; add --length"),
         (["--tasks", "dmc_ruler", "--length", "1024,4096"], "reads at most 2048 tokens at once; ask for that or less"),
-        (["--tasks", "dmc_ruler", "--length", "150"], "--tasks dmc_ruler: niah_noise needs texts of about"),
+        (["--tasks", "dmc_ruler", "--length", "150"], "--tasks dmc_ruler: dmc_niah_noise needs texts of about"),
         (["--tasks", "local_choice", "--length", "512"], "--length has no effect on local_choice; leave it out"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value[:30],
@@ -381,7 +383,38 @@ def test_without_lm_eval_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["evaluate", str(place / "export"), "--tasks", "a", "--output", str(tmp_path / "out.json")]) == 1
-    assert f"--tasks needs {missing}: pip install 'megatron-dmc[eval]'" in capsys.readouterr().err
+    named = missing.replace("_", "-")
+    assert f"--tasks needs {missing}; run pip install {named}" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "export", tmp_path / "export")
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
+    write_local_tasks(tmp_path / "tasks")
+    with pytest.raises(ConfigError, match="its logits are not finite; its weights are damaged"):
+        observed(tmp_path, "export", 1, next(iter(LOCAL_TASKS)))
+
+
+def test_more_examples_than_there_are(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(place / "export"), "--tasks", "local_choice", "--include-path", str(place / "tasks")]
+    assert main([*words, "--num-fewshot", "99999", "--output", str(tmp_path / "a.json")]) == 1
+    assert "--num-fewshot 99999: local_choice has " in capsys.readouterr().err
+
+
+def test_a_model_with_windows_has_no_cache_to_show(tmp_path: Path) -> None:
+    """What its cache holds is less than every token."""
+    train_tokenizer(TEXT, VOCABULARY, tmp_path / "windows")
+    save_random_base(tmp_path / "windows", family="mistral", sliding_window=16, max_position_embeddings=POSITIONS)
+    write_local_tasks(tmp_path / "tasks")
+    _, uses = observed(tmp_path, "windows", 1, next(iter(LOCAL_TASKS)))
+    assert uses and all(use.report() == {} for use in uses.values())
+
+
+def test_an_output_that_makes_a_checkpoint_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path), "--tasks", "dmc_fwe", "--output", str(tmp_path / "out" / "dmc.json")]) == 1
+    assert "its folder would count as a checkpoint; give the file another name" in capsys.readouterr().err
 
 
 def test_an_output_that_exists(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

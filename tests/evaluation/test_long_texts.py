@@ -18,10 +18,10 @@ from tests.support.tokenizer_folders import tokenizer_folder
 
 TASKS = ROOT / "megatron_dmc/evaluation/harness/tasks"
 YAML_OF = {
-    "niah_noise": "dmc_niah_noise",
-    "variable_tracking": "dmc_vt",
-    "common_words": "dmc_cwe",
-    "frequent_words": "dmc_fwe",
+    "dmc_niah_noise": "dmc_niah_noise",
+    "dmc_vt": "dmc_vt",
+    "dmc_cwe": "dmc_cwe",
+    "dmc_fwe": "dmc_fwe",
 }
 
 
@@ -58,10 +58,10 @@ def answers_of_code(text: str) -> set[str]:
 
 
 ORACLES = {
-    "niah_noise": answers_of_needle,
-    "variable_tracking": answers_of_chain,
-    "common_words": answers_of_list,
-    "frequent_words": answers_of_code,
+    "dmc_niah_noise": answers_of_needle,
+    "dmc_vt": answers_of_chain,
+    "dmc_cwe": answers_of_list,
+    "dmc_fwe": answers_of_code,
 }
 
 
@@ -78,7 +78,7 @@ def test_a_prompt_holds_its_answers_and_no_others(name: str, tokens: int, more: 
 
 
 def test_words_do_not_run_out() -> None:
-    prompt = LONG_TEXTS["common_words"].draw(Random(0), 12_000, 2000)
+    prompt = LONG_TEXTS["dmc_cwe"].draw(Random(0), 12_000, 2000)
     assert answers_of_list(prompt.text) == set(prompt.answers)
 
 
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_texts_and_the_first_of_many(name: str) -> None:
 
 
 def test_a_length_that_is_too_short() -> None:
-    fails(r"niah_noise needs texts of about 2\d\d tokens or more", long_prompts, "niah_noise", 150, 1, 0, words)
+    fails(r"dmc_niah_noise needs texts of about 2\d\d tokens or more", long_prompts, "dmc_niah_noise", 150, 1, 0, words)
 
 
 @pytest.mark.parametrize("name", LONG_TEXTS)

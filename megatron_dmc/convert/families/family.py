@@ -6,9 +6,7 @@ from typing import Any
 
 from megatron_dmc.convert.rows import Row
 
-SLIDING = (
-    "sliding-window attention is not supported: tokens leave the window there, and the compressed cache keeps them"
-)
+SLIDING = "sliding-window attention is not supported, take a model that has none"
 
 
 @dataclass(frozen=True)

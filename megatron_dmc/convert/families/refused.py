@@ -6,9 +6,9 @@ _EXPERTS = "its layers are mixtures of experts, which are not supported"
 _LATENT = "its multi-head latent attention (MLA) caches one latent vector for all heads, so no head has keys to merge"
 _HYBRID = "some of its layers are no attention over a cache (linear attention, convolutions, state-space layers)"
 _WINDOWS = "some of its layers attend to a sliding window, which is not supported"
-_OTHER_LAYERS = "its layers are built otherwise than a Llama's"
+_OTHER_LAYERS = "its norms, biases, activation or rotary embedding are not those of a Llama"
 _UNEQUAL = "its layers have unequal heads, or none"
-_PICTURES = "it takes more than text; retrofit its language model by itself"
+_PICTURES = "it takes more than text"
 
 # Types whose code comes with their weights: transformers itself has none.
 OUTSIDE = {"kimi_k2", "chatglm", "baichuan", "internlm2", "minicpm", "openelm", "nemotron-nas", "deci", "decilm"}

@@ -14,19 +14,19 @@ DEFAULT_SAMPLES = 100
 
 
 def niah_noise(**metadata: Any) -> Any:
-    return _dataset("niah_noise", metadata)
+    return _dataset("dmc_niah_noise", metadata)
 
 
 def variable_tracking(**metadata: Any) -> Any:
-    return _dataset("variable_tracking", metadata)
+    return _dataset("dmc_vt", metadata)
 
 
 def common_words(**metadata: Any) -> Any:
-    return _dataset("common_words", metadata)
+    return _dataset("dmc_cwe", metadata)
 
 
 def frequent_words(**metadata: Any) -> Any:
-    return _dataset("frequent_words", metadata)
+    return _dataset("dmc_fwe", metadata)
 
 
 def score(document: dict[str, Any], answers: list[str]) -> dict[str, float]:

@@ -94,11 +94,11 @@ def frequent_words(rng: Random, size: int, tokens: int) -> Prompt:
 
 
 LONG_TEXTS = {
-    "niah_noise": LongText(niah_noise, least_size=1, new_tokens=128),
-    "variable_tracking": LongText(variable_tracking, least_size=1, new_tokens=30),
-    "common_words": LongText(common_words, least_size=COMMON_WORDS + 1, new_tokens=120),
+    "dmc_niah_noise": LongText(niah_noise, least_size=1, new_tokens=128),
+    "dmc_vt": LongText(variable_tracking, least_size=1, new_tokens=30),
+    "dmc_cwe": LongText(common_words, least_size=COMMON_WORDS + 1, new_tokens=120),
     # With fewer words the fourth rank, the last that is asked for, and the fifth may appear equally often.
-    "frequent_words": LongText(frequent_words, least_size=53, new_tokens=50),
+    "dmc_fwe": LongText(frequent_words, least_size=53, new_tokens=50),
 }
 
 

@@ -9,6 +9,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from megatron_dmc.config import ConfigError
+
 
 @dataclass
 class CacheUse:
@@ -59,6 +61,10 @@ class ObservedLM(HFLM):
         self._slots_per_token = config.num_hidden_layers * heads
         self._bytes_per_token = self._slots_per_token * 2 * head_dim * self.model.dtype.itemsize
         self._compresses = hasattr(self.config, "dmc")
+        # A plain model's cache is counted, not seen: that of layers with windows would be smaller.
+        kinds = getattr(config, "layer_types", None) or []
+        has_windows = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds)
+        self._is_known = self._compresses or not has_windows
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         return self._task_by_task(super().loglikelihood, requests, disable_tqdm)
@@ -122,7 +128,17 @@ class ObservedLM(HFLM):
         return next((size for size in range(len(row), 0, -1) if tuple(row[:size]) in self._inputs), len(row))
 
     def _note(self, output: Any, mask: Tensor) -> None:
-        """What the cache holds after one call of the model; mask [batch, columns], zero at padding."""
+        """What the cache holds after one call of the model; mask [batch, columns], zero at padding.
+
+        Raises:
+            ConfigError: the model's weights are damaged.
+        """
+        if not bool(torch.isfinite(output.logits).all()):
+            raise ConfigError(
+                f"{self.pretrained}: its logits are not finite; its weights are damaged, convert or fetch it again"
+            )
+        if not self._is_known:
+            return
         tokens = int(mask.sum())
         plain_slots, plain_nbytes = tokens * self._slots_per_token, tokens * self._bytes_per_token
         slots, nbytes = plain_slots, plain_nbytes

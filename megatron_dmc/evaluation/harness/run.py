@@ -26,6 +26,7 @@ from megatron_dmc.evaluation.harness.tasks_by_name import (
     HUMAN_EVAL,
     PAPER,
     check_names,
+    leaves,
     load,
     long_text_manager,
     long_text_tasks,
@@ -72,6 +73,7 @@ def evaluate_tasks(folder: str, request: TaskRequest) -> dict[str, Any]:
     if request.runs_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     jobs = list(_jobs(source, request))
+    _check_examples(jobs, request)
     results: list[dict[str, Any]] = []
     with source.as_hugging_face() as exported:
         model = _model(exported, request)
@@ -107,6 +109,16 @@ def _jobs(source: Source, request: TaskRequest) -> Iterator[tuple[int | None, li
         yield None, load(manager, others, seed=seed, runs_code=request.runs_code)
 
 
+def _check_examples(jobs: list[tuple[int | None, list[Any]]], request: TaskRequest) -> None:
+    for task in (task for _, tasks in jobs for item in tasks for task in leaves(item)):
+        if not request.num_fewshot or task.get_config("num_fewshot") == 0:
+            continue
+        if (count := len(list(task.fewshot_docs()))) < request.num_fewshot:
+            raise ConfigError(
+                f"--num-fewshot {request.num_fewshot}: {task.task_name} has {count} examples; ask for fewer, or leave it out"
+            )
+
+
 def _check_lengths(source: Source, request: TaskRequest) -> None:
     for length in request.lengths:
         if source.positions is not None and length > source.positions:
@@ -137,7 +149,13 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
     register()
     try:
         # The device that lm-eval's command takes: the first GPU, or else the CPU.
-        return ObservedLM(str(source.folder), device="cuda:0", batch_size=request.batch_size, trust_remote_code=False)
+        return ObservedLM(
+            str(source.folder),
+            device="cuda:0",
+            batch_size=request.batch_size,
+            backend="causal",
+            trust_remote_code=False,
+        )
     # transformers raises whatever it happens to meet.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

@@ -80,7 +80,7 @@ def _hugging_face(folder: Path) -> Source:
         )
     if not any(folder.glob("tokenizer*")):
         raise ConfigError(f"{folder} holds no tokenizer; save one there with save_pretrained")
-    text = config.get("text_config") or config
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     positions = next((text[name] for name in _POSITIONS if isinstance(text.get(name), int)), None)
     return Source(folder, folder, positions, text.get("vocab_size"))
 

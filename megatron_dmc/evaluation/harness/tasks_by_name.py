@@ -73,7 +73,7 @@ def load(manager: TaskManager, names: Sequence[str], *, seed: int, runs_code: bo
     for name in names:
         for found in manager.match_tasks([name]) or [name]:
             loaded.append(_load(manager, found, runs_code))
-    tasks = [task for each in loaded for task in _leaves(each)]
+    tasks = [task for each in loaded for task in leaves(each)]
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False) and not runs_code:
             raise _runs_code(task.task_name)
@@ -135,7 +135,10 @@ def _members(manager: TaskManager, name: str) -> list[str]:
     return [task for each in inner for task in _members(manager, each)] if inner else [name]
 
 
-def _leaves(item: Any) -> list[Any]:
+def leaves(item: Any) -> list[Any]:
+    """The tasks of an item of :func:`load`."""
+    if not hasattr(item, "get_all_tasks") and not isinstance(item, list):
+        return [item]
     return item if isinstance(item, list) else list(item.get_all_tasks())
 
 

@@ -10,6 +10,8 @@ from megatron_dmc.hf.modeling_dmc import DMCForCausalLM, DMCModel
 
 class DMCQwen2Config(DMCConfiguration, Qwen2Config):
     model_type = "dmc_qwen2"
+    # Of attention_bias transformers' Qwen2 takes no notice.
+    must_be = {"sliding_window": None, "attention_dropout": 0}  # noqa: RUF012 (transformers' form)
     __init__ = DMCConfiguration.__init__
 
 
