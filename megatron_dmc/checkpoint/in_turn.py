@@ -50,7 +50,8 @@ def weights_in_turn(saved: SavedModel, network: torch.nn.Module, names: Iterable
         names: of its parameters, in the order in which they are given.
 
     Raises:
-        CheckpointError, ConfigError: as :meth:`SavedModel.load_into`; before the first weight unless data is damaged.
+        CheckpointError, ConfigError: as :meth:`SavedModel.load_into`, when the first weight is asked for, unless data is
+            damaged.
     """
     saved.check_fits(saved.recipe)
     holder = saved.base or saved

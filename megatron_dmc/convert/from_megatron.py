@@ -13,6 +13,7 @@ from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.from_hf import warn_without_tokenizer
+from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import Row
 from megatron_dmc.convert.megatron_arguments import differences, parse_arguments
 from megatron_dmc.convert.megatron_file import FILE, MegatronFile
@@ -61,6 +62,7 @@ def import_megatron(
     try:
         model, dmc = parse_arguments(first.arguments)
         check_head_dim(model, dmc)
+        write_config(model, dmc, dtype=torch.float32, special_tokens={})  # raises where an export would
         ranks = first.arguments.get("tensor_model_parallel_size", 1)
         if type(ranks) is not int or ranks != len(files):
             raise ConfigError(
@@ -72,7 +74,8 @@ def import_megatron(
     for file in files[1:]:
         _check_same_run(file, first)
     _check_order(files)
-    dtypes = {t.dtype for name, t in first.tensors.items() if is_weight(name) and _is_supported(t.dtype)}
+    weights = [t for file in files for name, t in file.tensors.items() if is_weight(name)]
+    dtypes = {t.dtype for t in weights if _is_supported(t.dtype)}
     dtype = functools.reduce(torch.promote_types, sorted(dtypes, key=str)) if dtypes else torch.float32
     source = None if tokenizer is None else Path(tokenizer)
     tokens = {}

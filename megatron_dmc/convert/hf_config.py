@@ -11,10 +11,9 @@ from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.families import FAMILIES, HuggingFaceFamily, why_refused
 from megatron_dmc.errors import is_too_long_number
 from megatron_dmc.files import ABSENT, checkpoint_below, why_no_file, why_no_folder
+from megatron_dmc.hf.configuration_dmc import DMC_TYPE
+from megatron_dmc.hf.export import DMC_CLASS
 from megatron_dmc.model.model_config import Family, ModelConfig
-
-# Of a family's model type, and of its classes, where it merges.
-_DMC_TYPE, _DMC_CLASS = "dmc_", "DMC"
 
 # Llama 3's frequency scaling as megatron-core has it, with only the factor free.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -62,7 +61,8 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
     family = FAMILIES[name]
     given, config = config, {**family.defaults, **config}
     for key, plain, problem in (*_MUST_BE, *family.must_be):
-        if config.get(key, plain) != plain:
+        absent = config.get(key) is None and plain is False
+        if not absent and config.get(key, plain) != plain:
             value = "" if isinstance(config[key], dict) else f" {config[key]!r}"
             if key not in given:
                 value = f" is not there, which means{value}"
@@ -128,7 +128,7 @@ def write_config(
         rotary |= {"rope_type": "llama3", "factor": model.rotary_scaling_factor, **_LLAMA3_SCALING}
     return {
         "architectures": [_architecture(family, dmc is not None)],
-        "model_type": model.family if dmc is None else _DMC_TYPE + model.family,
+        "model_type": model.family if dmc is None else DMC_TYPE + model.family,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -176,7 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _family(config: dict[str, Any]) -> tuple[Family, bool]:
     """The family, and whether it merges."""
     model_type = config.get("model_type")
-    name = model_type.removeprefix(_DMC_TYPE) if isinstance(model_type, str) else None
+    name = model_type.removeprefix(DMC_TYPE) if isinstance(model_type, str) else None
     if name in FAMILIES:
         return name, name != model_type
     if (reason := why_refused(model_type, config)) is not None:
@@ -186,7 +186,7 @@ def _family(config: dict[str, Any]) -> tuple[Family, bool]:
 
 
 def _architecture(family: HuggingFaceFamily, merges: bool) -> str:
-    return (_DMC_CLASS if merges else "") + family.architecture
+    return (DMC_CLASS if merges else "") + family.architecture
 
 
 def _rotary(config: dict[str, Any]) -> tuple[float, float | None]:

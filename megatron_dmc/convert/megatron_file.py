@@ -146,7 +146,9 @@ def _check_sums(path: Path) -> None:
     except Exception:
         raise ConfigError(_not_whole(path)) from None
     if damaged:
-        raise ConfigError(f"{path} is damaged ({damaged[:200]}); fetch it again")
+        raise ConfigError(
+            f"{path} is damaged, or was saved without checksums ({damaged[:200]}); fetch it, or save it, again"
+        )
 
 
 def _load(path: Path) -> dict[str, Any]:

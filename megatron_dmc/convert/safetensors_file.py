@@ -81,7 +81,7 @@ def write_file(
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes one file, byte by byte the library's; holds one tensor at a time. Anyone may read it whom the umask lets.
+    """Writes one file, byte by byte as the library does; holds one tensor at a time. Anyone may read it whom the umask lets.
 
     Args:
         shapes: of the file's tensors, in the order in which ``tensors`` gives them; what follows them is left there.
@@ -115,7 +115,7 @@ def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> tuple[bytes, dic
     for name in sorted(shapes):
         begins[name], end = end, end + math.prod(shapes[name]) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [begins[name], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, begins
 

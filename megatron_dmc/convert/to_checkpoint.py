@@ -23,7 +23,7 @@ from megatron_dmc.recipe.base import MOST_ADDED_TOKENS
 
 
 def check_multiple(pad_vocab_to_multiple_of: int) -> None:
-    """Raises ConfigError for a number that no vocabulary is padded to a multiple of."""
+    """Raises ConfigError unless it is from 1 to MOST_ADDED_TOKENS."""
     if not 1 <= pad_vocab_to_multiple_of <= MOST_ADDED_TOKENS:
         raise ConfigError(
             f"pad_vocab_to_multiple_of must be from 1 to {MOST_ADDED_TOKENS}, got {pad_vocab_to_multiple_of}"

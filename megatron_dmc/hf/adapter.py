@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from megatron_dmc.config import is_same_setting
+from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 
 ADAPTER_FILE = "adapter.safetensors"
 # Of another kind of adapter: where PEFT is installed, transformers adds it to the weights beside it.
@@ -69,7 +70,7 @@ def joined(adapter: Any, base: Any, config_class: Any) -> Iterator[str]:
 
 
 def _check_config(base: str, adapter: str, values: dict[str, Any], config: Any) -> None:
-    family = config.model_type.removeprefix("dmc_")
+    family = config.model_type.removeprefix(DMC_TYPE)
     if values.get("model_type") != family:
         raise ValueError(
             f"{base}: the base of this adapter is a plain {family}, got model_type {values.get('model_type')!r}"

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron_dmc.hf.cache import CACHE_NAME
+from megatron_dmc.hf.cache import DMCCache
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import (
     clear_channel,
@@ -52,7 +52,8 @@ class DMCAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
-        **kwargs: Any,
+        dmc_cache: DMCCache | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         """As the family's attention. No mask is looked at: attention is causal, and padding is at the end.
 
@@ -60,7 +61,7 @@ class DMCAttention(nn.Module):
             hidden_states: [batch, seq, hidden] (normed).
             position_embeddings: cos and sin, [batch or 1, seq, head_dim].
             lengths: real tokens of each row, int64 [batch]; None: all are.
-            kwargs: the model's cache among them, under transformers' name for it.
+            dmc_cache: the model's, which takes the tokens in.
 
         Returns:
             [batch, seq, hidden], and None for the weights, which are never stored.
@@ -86,9 +87,8 @@ class DMCAttention(nn.Module):
             omega = omega_of_absorbed(omega_logits)
         else:
             omega = omega_from_logits(omega_logits, self.dmc["omega_floor"])
-        cache = kwargs.get(CACHE_NAME)
-        if cache is not None:
-            out = cache.layers[self.layer_idx].attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
+        if dmc_cache is not None:
+            out = dmc_cache.layers[self.layer_idx].attend(query, key, value, alpha, omega, cos, sin, lengths=lengths)
         else:
             # Padding comes after the real tokens, where causal attention never looks.
             when = {"local_window": self.dmc["local_window"], "operation": self.dmc["operation"]}

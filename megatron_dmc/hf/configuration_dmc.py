@@ -4,6 +4,9 @@ from typing import Any, ClassVar
 
 from megatron_dmc.config import DMCConfig
 
+# Before a family's model type, where it merges.
+DMC_TYPE = "dmc_"
+
 
 class DMCConfiguration:
     """DMC's settings (Nawrot et al., ICML 2024, arXiv 2403.09636). Stands before a family's configuration among the bases.

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 
 PACKAGE = "megatron_dmc"
 # What the copies may import beside each other and the standard library; transformers itself needs safetensors.
 ALLOWED = frozenset({"torch", "transformers", "safetensors"})
 # Holds one module per family, with all its classes.
-FAMILIES = "megatron_dmc.hf.families"
-DMC_TYPE, DMC_CLASS, CAUSAL_LM = "dmc_", "DMC", "ForCausalLM"
+FAMILY_PACKAGE = "megatron_dmc.hf.families"
+DMC_CLASS, CAUSAL_LM = "DMC", "ForCausalLM"
 
 
 def flat_name(module: str) -> str:
@@ -29,10 +30,10 @@ def auto_map(family: str, architecture: str) -> dict[str, str]:
     """What AutoConfig and the others find in an export.
 
     Args:
-        family: the name of a module of FAMILIES.
+        family: the name of a module of FAMILY_PACKAGE.
         architecture: of the plain model, such as LlamaForCausalLM.
     """
-    place = f"{flat_name(f'{FAMILIES}.{family}')}.{DMC_CLASS}{architecture.removesuffix(CAUSAL_LM)}"
+    place = f"{flat_name(f'{FAMILY_PACKAGE}.{family}')}.{DMC_CLASS}{architecture.removesuffix(CAUSAL_LM)}"
     return {"AutoConfig": f"{place}Config", "AutoModel": f"{place}Model", "AutoModelForCausalLM": f"{place}{CAUSAL_LM}"}
 
 
@@ -49,11 +50,11 @@ def write_modeling_code(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a model's config.json: {error!r}") from None
     family = str(model_type).removeprefix(DMC_TYPE)
-    if family == model_type or not _exists(f"{FAMILIES}.{family}"):
+    if family == model_type or not _exists(f"{FAMILY_PACKAGE}.{family}"):
         raise ConfigError(f"{path}: model_type must be {DMC_TYPE} and the name of a family, got {model_type!r}")
     if not isinstance(architectures, list) or len(architectures) != 1 or not str(architectures[0]).endswith(CAUSAL_LM):
         raise ConfigError(f"{path}: architectures must name one class that ends in {CAUSAL_LM}, got {architectures!r}")
-    for name, text in modeling_code(f"{FAMILIES}.{family}").items():
+    for name, text in modeling_code(f"{FAMILY_PACKAGE}.{family}").items():
         _write(folder / name, text)
     config["auto_map"] = auto_map(family, architectures[0].removeprefix(DMC_CLASS))
     _write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

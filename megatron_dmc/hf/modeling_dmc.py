@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 from megatron_dmc.hf.adapter import joined, lacks_its_base
 from megatron_dmc.hf.attention import DecisionProjection
 from megatron_dmc.hf.cache import CACHE_NAME, DMCCache
+from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 from megatron_dmc.hf.padding import Packing
 
 
@@ -68,9 +69,8 @@ class DMCPreTrainedModel(PreTrainedModel):
         model, info = loaded
         # transformers fills what is not there with random numbers, and says so in a table.
         if lost := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{base} lacks {lost[0]}; it is damaged, or no {model.config.model_type[4:]}: fetch it again"
-            )
+            family = model.config.model_type.removeprefix(DMC_TYPE)
+            raise ValueError(f"{base} lacks {lost[0]}; it is damaged, or no {family}: fetch it again")
         model.name_or_path = model.config.name_or_path = str(name)
         return (model, info) if wants_info else model
 
@@ -179,11 +179,12 @@ class DMCModel(DMCPreTrainedModel):
                 # Only its form counts: transformers makes no mask where it gets one of four dimensions.
                 attention_mask=hidden.new_empty(1, 1, 1, 1),
                 position_ids=first + torch.arange(start, stop, device=hidden.device),
-                use_cache=cache is not None,
+                use_cache=False,
                 output_hidden_states=keep,
+                # Under a name of its own: from a layer that checkpoints its activations, transformers takes the cache away.
+                dmc_cache=cache,
                 lengths=None if lengths is None else (lengths - start).clamp(0, stop - start),
                 return_dict=True,
-                **{CACHE_NAME: cache},
             )
             chunks.append(out.hidden_states if keep else [out.last_hidden_state])
         return [torch.cat(pieces, dim=1) for pieces in zip(*chunks, strict=True)]

@@ -155,6 +155,11 @@ class DMCSelfAttention(SelfAttention):
     ) -> None:
         # The other settings are for megatron-core, which adds to them from version to version.
         super().__init__(config, submodules, **settings)
+        if config.qk_layernorm != (self.q_layernorm is not None):
+            raise ValueError(
+                f"qk_layernorm is {config.qk_layernorm} in the configuration and {not config.qk_layernorm} in the layer spec; "
+                "give get_dmc_layer_spec the same"
+            )
         self.dmc = dmc
         self.step = StepContext()
         self.statistics = DecisionStatistics()

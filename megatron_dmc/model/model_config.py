@@ -34,7 +34,7 @@ _TRAITS: dict[Family, Traits] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention; what else it has its family says.
+    """A decoder with RMSNorm, SwiGLU, rotary embedding and grouped-query attention; its family adds biases or norms.
 
     A recipe with ``checkpoint.load_base`` takes from the base what it does not give itself.
     """

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.to_hf import export_hf
-from megatron_dmc.hf.export import FAMILIES, modeling_code
+from megatron_dmc.hf.export import FAMILY_PACKAGE, modeling_code
 
 KEPT = (
     *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.model", "spiece.model"),
@@ -83,7 +83,7 @@ def test_the_models_own_code_is_not_its_tokenizers(tmp_path: Path) -> None:
     """An export of ours brings its modeling code, which the next export writes anew."""
     folder = tmp_path / "model"
     write(folder, ("vocab.txt",))
-    for name, text in modeling_code(f"{FAMILIES}.llama").items():
+    for name, text in modeling_code(f"{FAMILY_PACKAGE}.llama").items():
         (folder / name).write_text(text)
     auto_map = {
         "AutoConfig": "dmc_hf_families_llama.C",

@@ -202,6 +202,12 @@ def test_a_long_type_is_cut() -> None:
     assert len(str(error.value)) < 300
 
 
+def test_null_is_as_absent_where_absent_is_off() -> None:
+    for family in FAMILIES:
+        nulls = {"attention_bias": None, "mlp_bias": None, "use_sliding_window": None, "num_key_value_heads": None}
+        parse_config(plain(family) | nulls)
+
+
 def test_a_window_may_be_named_and_switched_off() -> None:
     off = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 0, "num_key_value_heads": 2}
     for family in ("qwen2", "qwen3"):

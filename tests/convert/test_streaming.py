@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_dmc.checkpoint import CheckpointError, SavedModel, save_checkpoint
 from megatron_dmc.checkpoint.weights import model_state
@@ -17,7 +18,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert import safetensors_file
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.progress import progress
-from megatron_dmc.convert.safetensors_file import is_finite, places, write_file
+from megatron_dmc.convert.safetensors_file import DTYPES, is_finite, places, write_file
 from megatron_dmc.convert.to_hf import export_hf
 from tests.support.llamas import load_megatron
 from tests.support.processes import ROOT, run
@@ -127,3 +128,13 @@ def test_a_terminal_sees_bytes_and_bytes_per_second(monkeypatch: pytest.MonkeyPa
         seen = terminal.read(100_000).decode()
     for part in ("writing x[y]", "2.0/2.0 MB", "/s"):
         assert part in seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_a_file_is_the_librarys_byte_by_byte(dtype: torch.dtype, tmp_path: Path) -> None:
+    names = ["model.layers.10.b", "model.layers.2.a", "lm_head.weight", "z", "A", 'with "quotes"', "é"]
+    shapes = {name: (i, 3)[: i % 3] for i, name in enumerate(names)}
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    write_file(tmp_path / "ours", shapes, iter(tensors.items()), dtype)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

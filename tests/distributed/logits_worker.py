@@ -1,6 +1,7 @@
-"""Runs as ranks: the logits of imported models in a layout, which rank 0 of the last stage writes.
+"""Runs as ranks: the logits of imported models in a layout, which rank 0 of the last stage writes; all save them again.
 
-Arguments: tensor- and pipeline-parallel ranks, then a checkpoint and a file for its logits, again and again.
+Arguments: tensor- and pipeline-parallel ranks, then a checkpoint and a file for its logits, again and again. ``again`` beside
+the file is the checkpoint that the ranks have saved.
 """
 
 import sys
@@ -12,7 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_dmc.checkpoint import SavedModel
+from megatron_dmc.checkpoint import SavedModel, save_checkpoint
+from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.distributed.world import world
 from megatron_dmc.model.gpt import build_model, transformer_config
 from megatron_dmc.recipe import ParallelConfig
@@ -20,8 +22,8 @@ from tests.support.llamas import TOKENS
 
 
 @torch.no_grad()
-def logits(checkpoint: Path, parallel: ParallelConfig) -> Tensor | None:
-    """[batch, seq, vocabulary] on the last pipeline stage."""
+def logits(checkpoint: Path, folder: Path, parallel: ParallelConfig) -> Tensor | None:
+    """[batch, seq, vocabulary] on the last pipeline stage; saves the model in ``folder``."""
     saved = SavedModel.open(checkpoint)
     model = saved.recipe.model
     layout = {
@@ -30,6 +32,7 @@ def logits(checkpoint: Path, parallel: ParallelConfig) -> Tensor | None:
     }
     network = build_model(model, saved.dmc, transformer_config(model, **layout)).eval()
     saved.load_into([network])
+    save_checkpoint(folder, "again", model_state([network]), saved.info)
     before = parallel_state.get_pipeline_model_parallel_prev_rank()
     after = parallel_state.get_pipeline_model_parallel_next_rank()
     if not parallel_state.is_pipeline_first_stage():
@@ -47,7 +50,7 @@ def main(tensor: int, pipeline: int, pairs: list[str]) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     with world(parallel):
         for checkpoint, output in zip(pairs[::2], pairs[1::2], strict=True):
-            found = logits(Path(checkpoint), parallel)
+            found = logits(Path(checkpoint), Path(output).parent, parallel)
             if found is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 torch.save(found, output)
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.from_hf import import_hf
+from megatron_dmc.convert.to_hf import export_hf
 from tests.support.llamas import TOKENS, load_megatron, megatron_logits, save_random_base
 from tests.support.processes import ROOT, run_ranks
 
@@ -44,3 +45,11 @@ def test_logits_are_those_of_transformers(folder: Path, family: str, tied: bool)
     four = torch.load(place / "logits.pt", weights_only=True)
     for found in (one, four):
         torch.testing.assert_close(found[..., :VOCABULARY], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "tied"), MODELS)
+def test_what_four_ranks_save_is_exported_byte_by_byte(folder: Path, family: str, tied: bool, tmp_path: Path) -> None:
+    place = folder / f"{family}-{tied}"
+    export_hf(place / "again", tmp_path / "hf")
+    expected = (place / "hf" / "model.safetensors").read_bytes()
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == expected

@@ -17,11 +17,14 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_dmc.cli import evaluate, main
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.data.tokenizer import train_tokenizer
+from megatron_dmc.evaluation.exported.model import load as load_exported
 from megatron_dmc.evaluation.harness import run as harness
 from megatron_dmc.evaluation.harness.observed import CacheUse
 from megatron_dmc.evaluation.harness.rows import rows_of
@@ -385,6 +388,22 @@ def test_without_lm_eval_one_line(
     assert main(["evaluate", str(place / "export"), "--tasks", "a", "--output", str(tmp_path / "out.json")]) == 1
     named = missing.replace("_", "-")
     assert f"--tasks needs {missing}; run pip install {named}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_export(place: Path, tmp_path: Path, family: str) -> None:
+    """By the classes here, as by the code that it carries."""
+    folder = tmp_path / "export"
+    train_tokenizer(TEXT, VOCABULARY, folder)
+    dmc_model(DMC, family, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS).save_pretrained(folder)
+    write_modeling_code(folder)
+    _, uses = observed(place, str(folder), 1, "local_choice")
+    assert uses["local_choice"].report()["compression_ratio"] > 1.2
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        ours = load_exported(folder, torch.float32)(ids).logits
+        carried = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)(ids).logits
+    assert torch.equal(ours, carried)
 
 
 def test_weights_that_are_not_finite(place: Path, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ ENTRY = "megatron_dmc.hf.families.llama"
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_copies_are_the_sources(family):
-    entry = f"{export.FAMILIES}.{family}"
+    entry = f"{export.FAMILY_PACKAGE}.{family}"
     code, modules = export.modeling_code(entry), export.needed_modules(entry)
-    assert [name for name in modules if name.startswith(export.FAMILIES)] == [entry]
+    assert [name for name in modules if name.startswith(export.FAMILY_PACKAGE)] == [entry]
     assert sorted(code) == sorted(f"{export.flat_name(module)}.py" for module in modules)
     for module, (source, _) in modules.items():
         copy = code[f"{export.flat_name(module)}.py"]

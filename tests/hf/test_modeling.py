@@ -9,7 +9,7 @@ from megatron_dmc.hf.cache import DMCCache
 from megatron_dmc.hf.families.llama import DMCLlamaConfig, DMCLlamaForCausalLM
 from megatron_dmc.hf.padding import Packing
 
-CLOSE = {"rtol": 0, "atol": 2e-4}  # logits of size 10 in float32; in float64 they differ by 5e-15
+CLOSE = {"rtol": 0, "atol": 2e-4}  # logits of size 10 in float32
 
 
 @torch.no_grad()
@@ -153,6 +153,28 @@ def test_loss_and_gradients(projection_model, prompt, base_model):
         projection_model.gradient_checkpointing_disable()
     torch.testing.assert_close(weight.grad, gradient)
     projection_model.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_cache_under_gradient_checkpointing(make_model, family, prompt):
+    """As in a training loop's own evaluation: nothing is recorded, but the layers are set to be recomputed."""
+    model = make_model({"decision_source": "projection"}, family)
+    model.config.prefill_chunk_tokens = 8
+    expected = model(prompt), model.generate(prompt, max_new_tokens=6, do_sample=False)
+    model.gradient_checkpointing_enable()
+    model.train()
+    found = model(prompt)
+    assert torch.equal(found.logits, expected[0].logits)
+    assert found.past_key_values.nbytes == expected[0].past_key_values.nbytes > 0
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), expected[1])
+
+
+@torch.no_grad()
+def test_pieces_are_the_whole_to_the_last_digits_of_float64(make_model, prompt):
+    model = make_model({"decision_source": "projection"}).double()
+    logits, _ = in_pieces(model, prompt, [1] * 41)
+    torch.testing.assert_close(logits, model(prompt, use_cache=False).logits, rtol=0, atol=1e-12)
 
 
 def test_refusals(projection_model, prompt):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
@@ -12,7 +13,8 @@ from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import to_hugging_face
 from megatron_dmc.hf.families import dmc_classes
 from megatron_dmc.inference.context import DMCInferenceContext
-from megatron_dmc.model.gpt import dmc_layers
+from megatron_dmc.model.gpt import dmc_layers, transformer_config
+from megatron_dmc.model.layer_spec import get_dmc_layer_spec
 from tests.support.models import FAMILY_SIZES, SIZES, positions, random_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -162,3 +164,9 @@ def test_fresh_projection_is_its_base_to_the_last_bit() -> None:
     ids = tokens(2, 200)
     with torch.no_grad():
         assert torch.equal(patched(ids, positions(ids), None), base(ids, positions(ids), None))
+
+
+def test_a_layer_spec_without_the_norms_that_the_configuration_asks_for() -> None:
+    sizes = FAMILY_SIZES["qwen3"]
+    with pytest.raises(ValueError, match="qk_layernorm is True in the configuration and False in the layer spec"):
+        GPTModel(transformer_config(sizes), get_dmc_layer_spec(DMCConfig()), sizes.vocab_size, 64)

@@ -10,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.families import FAMILIES
+from megatron_dmc.hf.cache import CACHE_NAME
 
 
 @dataclass
@@ -61,10 +63,10 @@ class ObservedLM(HFLM):
         self._slots_per_token = config.num_hidden_layers * heads
         self._bytes_per_token = self._slots_per_token * 2 * head_dim * self.model.dtype.itemsize
         self._compresses = hasattr(self.config, "dmc")
-        # A plain model's cache is counted, not seen: that of layers with windows would be smaller.
+        # A plain model's cache is counted, not seen. Layers with windows, or without attention, would have another.
         kinds = getattr(config, "layer_types", None) or []
-        has_windows = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds)
-        self._is_known = self._compresses or not has_windows
+        is_full = not getattr(config, "sliding_window", None) and all(kind == "full_attention" for kind in kinds)
+        self._is_known = self._compresses or (config.model_type in FAMILIES and is_full)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         return self._task_by_task(super().loglikelihood, requests, disable_tqdm)
@@ -143,6 +145,6 @@ class ObservedLM(HFLM):
         plain_slots, plain_nbytes = tokens * self._slots_per_token, tokens * self._bytes_per_token
         slots, nbytes = plain_slots, plain_nbytes
         if self._compresses:
-            cache = output.get("past_key_values", output.get("cache"))
+            cache = output.get(CACHE_NAME)
             slots, nbytes = (0, 0) if cache is None else (int(cache.slots.sum()), cache.nbytes)
         self._use.add(CacheUse(len(mask), tokens, slots, plain_slots, nbytes, plain_nbytes))

@@ -1,9 +1,11 @@
 """Families of Hugging Face models, one file each: transformers' own classes with DMC's attention."""
 
 import importlib
+import pkgutil
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# The modules of this folder.
+FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def dmc_classes(family: str) -> tuple[Any, Any]:
