@@ -187,7 +187,7 @@ def _files(folder: Path) -> list[Path]:
     if staged := next((name for name in ranks if name.count("_") > 2), None):
         raise ConfigError(
             f"{folder / staged}: pipeline stages and experts are not joined; save the checkpoint with "
-            "--pipeline-model-parallel-size 1, with Megatron-LM's tools/checkpoint/convert.py"
+            "--pipeline-model-parallel-size 1, with Megatron-LM's own converter"
         )
     if ranks != [f"mp_rank_{i:02}" for i in range(len(ranks))]:
         raise ConfigError(f"{folder} holds {_list(ranks)}, and others are missing; fetch the checkpoint again")

@@ -71,7 +71,8 @@ def check_outputs(recipe: Recipe) -> None:
     cache = recipe.data.cache
     if cache is not None and (around := checkpoint_around(Path(cache) / "any")) is not None:
         raise ConfigError(
-            f"data.cache {cache}: {around} is a checkpoint, which nothing else may be written into; name another folder"
+            f"data.cache {cache}: {around} is a checkpoint (it holds dmc.json), which nothing else may be written into; name "
+            "another folder"
         )
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         is_empty = path.is_dir() and not any(path.iterdir())

@@ -67,7 +67,7 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, setting: str, plac
     checkpoint = tmp_path / "other" / "final"
     checkpoint.mkdir(parents=True)
     (checkpoint / "dmc.json").touch()
-    with pytest.raises(ConfigError, match=f"{setting} {checkpoint / place}.*: {checkpoint} is a checkpoint, which"):
+    with pytest.raises(ConfigError, match=f"{setting} {checkpoint / place}.*: {checkpoint} is a checkpoint .*, which"):
         check(tmp_path, str(tmp_path / "run"), f"{setting}={checkpoint / place}")
 
 
