@@ -170,6 +170,6 @@ def test_a_layer_spec_without_the_norms_that_the_configuration_asks_for() -> Non
     sizes = FAMILY_SIZES["qwen3"]
     # Newer versions of megatron-core say it first.
     with pytest.raises(
-        ValueError, match="qk_layernorm (is True in the configuration and False in the layer spec|requires)"
+        ValueError, match=r"qk_layernorm (is True in the configuration and False in the layer spec|requires)"
     ):
         GPTModel(transformer_config(sizes), get_dmc_layer_spec(DMCConfig()), sizes.vocab_size, 64)
