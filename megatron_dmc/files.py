@@ -67,6 +67,11 @@ def why_nothing_new(path: Path) -> str | None:
             if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
                 return f"{parent} may not be written to"
             break
+    return why_in_a_checkpoint(path)
+
+
+def why_in_a_checkpoint(path: Path) -> str | None:
+    """A whole clause where a path lies in a checkpoint's folder, however deep; None where it does not."""
     if (around := checkpoint_around(path)) is not None:
         return f"{around} is a checkpoint (it holds {CHECKPOINT_MARK}), which nothing else may be written into"
     return None
@@ -168,7 +173,7 @@ def why_no_checkpoint(folder: Path) -> str | None:
         return f"checkpoint {folder} {problem}"
     if problem is not None:
         return f"{folder} {problem}; name the folder of one checkpoint, such as DIRECTORY/final"
-    if os.path.lexists(folder / "dmc.json"):
+    if os.path.lexists(folder / CHECKPOINT_MARK):
         return None
     if (folder / "adapter.safetensors").is_file():
         return f"{folder} is an adapter that was exported; name the checkpoint that it was made from"
@@ -181,19 +186,19 @@ def why_no_checkpoint(folder: Path) -> str | None:
         if (checkpoint := checkpoint_below(several)) is not None:
             return f"{folder} is {what}; name one checkpoint, such as {checkpoint}"
     for several in (folder, folder / "checkpoints"):
-        if names := sorted({path.parent.parent.name for path in several.glob("*/*/dmc.json")}):
+        if names := sorted({path.parent.parent.name for path in several.glob(f"*/*/{CHECKPOINT_MARK}")}):
             return (
                 f"{several} holds folders of checkpoints ({', '.join(names)}); name one, such as {several / names[0]}"
             )
     return (
-        f"{folder} is not a checkpoint of megatron_dmc, or not whole: dmc.json is missing; "
+        f"{folder} is not a checkpoint of megatron_dmc, or not whole: {CHECKPOINT_MARK} is missing; "
         "name one checkpoint, such as DIRECTORY/final"
     )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by name."""
-    return sorted(path.parent for path in folder.glob("*/dmc.json") if not path.parent.name.startswith("."))
+    return sorted(path.parent for path in folder.glob(f"*/{CHECKPOINT_MARK}") if not path.parent.name.startswith("."))
 
 
 def checkpoint_below(folder: Path) -> Path | None:

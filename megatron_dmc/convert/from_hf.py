@@ -10,12 +10,10 @@ from megatron_dmc.convert.folders import check_companions, check_output, keep_sp
 from megatron_dmc.convert.hf_config import read_config, write_config
 from megatron_dmc.convert.progress import Written
 from megatron_dmc.convert.single_process import single_process
-from megatron_dmc.convert.to_checkpoint import check_multiple, placeholder_recipe, write_model
+from megatron_dmc.convert.to_checkpoint import check_multiple, write_model
 from megatron_dmc.convert.weights import Weights
 from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
 from megatron_dmc.recipe import check_head_dim
-
-__all__ = ["import_hf", "placeholder_recipe"]
 
 logger = logging.getLogger(__name__)
 

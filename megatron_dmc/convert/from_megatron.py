@@ -14,15 +14,16 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.from_hf import warn_without_tokenizer
 from megatron_dmc.convert.hf_config import write_config
-from megatron_dmc.convert.mapping import Row
 from megatron_dmc.convert.megatron_arguments import differences, parse_arguments
 from megatron_dmc.convert.megatron_file import FILE, MegatronFile
 from megatron_dmc.convert.megatron_names import is_weight, join, shape_of_rank, spellings
 from megatron_dmc.convert.progress import Written
+from megatron_dmc.convert.rows import Row
 from megatron_dmc.convert.safetensors_file import is_finite
 from megatron_dmc.convert.single_process import shapes_only, single_process
 from megatron_dmc.convert.to_checkpoint import check_multiple, write_model
 from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
+from megatron_dmc.errors import first_names
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder
 from megatron_dmc.recipe import check_head_dim
 
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _RANK = re.compile(r"mp_rank_(\d{2,3})(_\d{3})?(_\d{3})?")
-_NAMES_IN_MESSAGE = 3
 # Characters of the file that names an iteration.
 _MOST_READ = 100
 
@@ -142,10 +142,10 @@ def _names(file: MegatronFile, shapes: dict[str, tuple[int, ...]], ranks: int) -
             raise ConfigError(f"{file.path}: {spelled} is {tensor.dtype}; only floating-point weights are supported")
         found[name] = spelled
     if missing:
-        raise ConfigError(f"{file.path}: missing from the weights: {_list(missing)}; fetch it again")
+        raise ConfigError(f"{file.path}: missing from the weights: {first_names(missing)}; fetch it again")
     if unused:
         raise ConfigError(
-            f"{file.path}: in the weights, but not in the model: {_list(sorted(unused))}; this model is not supported"
+            f"{file.path}: in the weights, but not in the model: {first_names(sorted(unused))}; this model is not supported"
         )
     return found
 
@@ -157,27 +157,23 @@ def _is_supported(dtype: torch.dtype) -> bool:
 def _check_same_run(file: MegatronFile, first: MegatronFile) -> None:
     """Raises ConfigError for a file of another checkpoint than the first."""
     wrong = differences(first.arguments, file.arguments)
-    if wrong or (type(file.iteration), file.iteration) != (type(first.iteration), first.iteration):
-        raise ConfigError(
-            f"{file.path} and {first.path} differ in {(wrong or ['iteration'])[0]}; fetch the checkpoint again"
-        )
+    if file.iteration != first.iteration:
+        wrong.append("iteration")
+    if wrong:
+        raise ConfigError(f"{file.path} and {first.path} differ in {wrong[0]}; fetch the checkpoint again")
 
 
 def _check_order(files: list[MegatronFile]) -> None:
     """Raises ConfigError for files in other folders than their ranks' own. (Megatron-LM's converter saves all as rank 0.)"""
-    saved_by = [file.arguments.get("rank") for file in files]
-    if all(type(rank) is int for rank in saved_by):
-        places = [int(str(rank)) % len(files) for rank in saved_by]
-        if len(set(places)) == len(files) and places != sorted(places):
-            raise ConfigError(f"{files[0].path} was saved by rank {saved_by[0]}; fetch the checkpoint again")
+    given = [file.arguments.get("rank") for file in files]
+    saved_by = [rank for rank in given if type(rank) is int]
+    places = [rank % len(files) for rank in saved_by]
+    if len(set(places)) == len(files) and places != sorted(places):
+        raise ConfigError(f"{files[0].path} was saved by rank {saved_by[0]}; fetch the checkpoint again")
 
 
 def _repeats(parts: list[Tensor]) -> bool:
     return any(torch.equal(a, b) and bool(a.any()) for a, b in itertools.combinations(parts, 2))
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES_IN_MESSAGE]) + (", and more" if len(names) > _NAMES_IN_MESSAGE else "")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -190,7 +186,7 @@ def _files(folder: Path) -> list[Path]:
             "--pipeline-model-parallel-size 1, with Megatron-LM's own converter"
         )
     if ranks != [f"mp_rank_{i:02}" for i in range(len(ranks))]:
-        raise ConfigError(f"{folder} holds {_list(ranks)}, and others are missing; fetch the checkpoint again")
+        raise ConfigError(f"{folder} holds {first_names(ranks)}, and others are missing; fetch the checkpoint again")
     return [folder / name / FILE for name in ranks]
 
 
@@ -219,7 +215,7 @@ def _iteration(folder: Path) -> Path:
                 f"{folder / _LATEST} names {named[:40]!r}, which is not there; name the folder of an iteration"
             )
     elif len(iterations) > 1:
-        listed = _list([path.name for path in iterations])
+        listed = first_names([path.name for path in iterations])
         raise ConfigError(f"{folder} holds several iterations ({listed}) and no {_LATEST}; name one of them")
     else:
         chosen = iterations[0] if iterations else folder

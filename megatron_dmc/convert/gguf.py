@@ -14,7 +14,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_output
 from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.progress import Written
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, in_one_line
 from megatron_dmc.files import why_no_file
 
 SUFFIX = ".gguf"
@@ -73,7 +73,7 @@ def check_gguf(file: Path) -> None:
         reader = GGUFReader(file)
     # What it raises depends on where a file ends.
     except (ValueError, IndexError, KeyError, OverflowError, struct.error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no whole GGUF file ({_one_line(error)}); fetch it again") from None
+        raise ConfigError(f"{file} is no whole GGUF file ({in_one_line(error, 200)}); fetch it again") from None
     architecture = _value(reader, "general.architecture")
     if architecture != _ARCHITECTURE:
         raise ConfigError(f"{file}: architecture {architecture!r} is not supported; only {_ARCHITECTURE} is")
@@ -174,7 +174,7 @@ def write_hf_folder(file: Path, folder: Path) -> None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, output_loading_info=True)
     # transformers and its readers raise whatever they happen to meet.
     except Exception as error:
-        raise ConfigError(f"{file}: transformers cannot read it: {_one_line(error)}") from None
+        raise ConfigError(f"{file}: transformers cannot read it: {in_one_line(error, 200)}") from None
     model, info = loaded
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise ConfigError(f"{file}: its tensors are not those of its model, such as {wrong[0]}; fetch the file again")
@@ -203,7 +203,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,7 +10,7 @@ import torch
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.families import FAMILIES, HuggingFaceFamily, why_refused
 from megatron_dmc.errors import is_too_long_number
-from megatron_dmc.files import ABSENT, checkpoint_below, why_no_file, why_no_folder
+from megatron_dmc.files import ABSENT, CHECKPOINT_MARK, checkpoint_below, why_no_file, why_no_folder
 from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 from megatron_dmc.hf.export import DMC_CLASS
 from megatron_dmc.model.model_config import Family, ModelConfig
@@ -41,7 +41,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, DMCConfig | None]:
     if (problem := why_no_folder(folder)) is not None:
         raise ConfigError(f"{folder} {problem}; name the folder of a Hugging Face model")
     path = folder / "config.json"
-    checkpoint = folder if (folder / "dmc.json").exists() else checkpoint_below(folder)
+    checkpoint = folder if (folder / CHECKPOINT_MARK).exists() else checkpoint_below(folder)
     if not path.exists() and checkpoint is not None:
         what = "a checkpoint" if checkpoint == folder else "a folder of checkpoints"
         raise ConfigError(

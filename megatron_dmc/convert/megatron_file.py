@@ -56,7 +56,7 @@ class MegatronFile:
     Attributes:
         path: the file's.
         arguments: of the run that wrote it, by name.
-        iteration: of the training, as the file says it.
+        iteration: of the training; None where the file does not say it.
         tensors: the model's, by name, on the meta device; nested dictionaries (of Megatron-LM's legacy models) with dots.
 
     Raises:
@@ -90,7 +90,8 @@ class MegatronFile:
             for name, tensor in found.items()
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided
         }
-        self.iteration = dict.get(content, "iteration")
+        iteration = dict.get(content, "iteration")
+        self.iteration = iteration if type(iteration) is int else None
         self._check_version(dict.get(content, "checkpoint_version", 0))
 
     def _check_version(self, version: Any) -> None:

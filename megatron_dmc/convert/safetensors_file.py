@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.rows import Shape
 from megatron_dmc.files import why_no_file
 
-Shape = tuple[int, ...]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Elements that are converted, checked or written together.

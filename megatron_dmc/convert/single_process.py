@@ -1,4 +1,4 @@
-"""The whole model in one process, as a conversion needs it."""
+"""A whole model's names and shapes in one process: what a conversion asks megatron-core for."""
 
 import torch
 from megatron.core.models.gpt import GPTModel

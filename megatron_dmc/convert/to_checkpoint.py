@@ -13,8 +13,9 @@ from megatron_dmc.checkpoint.vocabulary import fill_rows, has_row_per_token
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.checkpoint.writer import OnDemand
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.mapping import Row, rows
+from megatron_dmc.convert.mapping import rows
 from megatron_dmc.convert.progress import Written, progress
+from megatron_dmc.convert.rows import Row
 from megatron_dmc.convert.single_process import shapes_only
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.model.model_config import ModelConfig

@@ -128,13 +128,13 @@ def _weights(source: SavedModel, dtype: torch.dtype | None) -> Callable[[str], t
             found, value = next(others)
         if found != name:
             raise RuntimeError(f"{found} came where {name} was asked for")
-        if not is_finite(value):
-            raise CheckpointError(
-                f"{source.folder}: {name} is not finite everywhere; its run has diverged, name an earlier checkpoint"
-            )
-        if dtype is not None and not is_finite(value, dtype):
+        if is_finite(value, dtype):
+            return value
+        if is_finite(value):
             raise ConfigError(f"{source.folder}: {name} has values that {dtype} cannot hold; ask for another --dtype")
-        return value
+        raise CheckpointError(
+            f"{source.folder}: {name} is not finite everywhere; its run has diverged, name an earlier checkpoint"
+        )
 
     return get
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.hf_config import read_json
-from megatron_dmc.convert.mapping import Shape, hugging_face_shapes
+from megatron_dmc.convert.mapping import hugging_face_shapes
+from megatron_dmc.convert.rows import Shape
 from megatron_dmc.convert.safetensors_file import DTYPES, Place, is_finite, places, write_file
+from megatron_dmc.errors import MOST_NAMES, first_names
 from megatron_dmc.hf.adapter import ADAPTER_FILE, PEFT_CONFIG
 from megatron_dmc.model.model_config import ModelConfig
 
@@ -25,7 +27,6 @@ INDEX_FILE = "model.safetensors.index.json"
 # How transformers saves the shards of a distributed model; where they are, it looks for nothing else.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
-_NAMES_IN_MESSAGE = 3
 _REMEDY = "fetch the folder again, or see whether model_type and sizes in its config.json are this model's"
 _EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -115,7 +116,7 @@ class Weights:
             if name not in self.shapes:
                 missing.append(name)
                 # config.json may promise any number of layers
-                if len(missing) > _NAMES_IN_MESSAGE:
+                if len(missing) > MOST_NAMES:
                     break
             elif self.shapes[name] != shape:
                 raise ConfigError(
@@ -123,9 +124,11 @@ class Weights:
                 )
             seen.add(name)
         if missing:
-            raise ConfigError(f"{self._folder}: missing from the weights: {_list(missing)}; {_REMEDY}")
+            raise ConfigError(f"{self._folder}: missing from the weights: {first_names(missing)}; {_REMEDY}")
         if unexpected := sorted(set(self.shapes) - seen):
-            raise ConfigError(f"{self._folder}: in the weights, but not in the model: {_list(unexpected)}; {_REMEDY}")
+            raise ConfigError(
+                f"{self._folder}: in the weights, but not in the model: {first_names(unexpected)}; {_REMEDY}"
+            )
 
 
 def write_weights(
@@ -237,8 +240,3 @@ def _entries(folder: Path, weight_map: Any) -> Iterator[tuple[str, str]]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ConfigError(f"{folder / INDEX_FILE}: {file!r} is not the name of a safetensors file in the folder")
         yield name, file
-
-
-def _list(names: list[str]) -> str:
-    more = len(names) > _NAMES_IN_MESSAGE
-    return ", ".join(names[:_NAMES_IN_MESSAGE]) + (", and more" if more else "")

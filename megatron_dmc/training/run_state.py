@@ -25,7 +25,7 @@ from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import adapter_may_lack, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
-from megatron_dmc.files import Claim, checkpoint_around, why_nothing_new
+from megatron_dmc.files import Claim, why_in_a_checkpoint, why_nothing_new
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
@@ -69,11 +69,8 @@ def check_outputs(recipe: Recipe) -> None:
             raise ConfigError(f"{setting} {written} cannot be written: {problem}; name another folder")
     # One that holds all that is needed may be read-only.
     cache = recipe.data.cache
-    if cache is not None and (around := checkpoint_around(Path(cache) / "any")) is not None:
-        raise ConfigError(
-            f"data.cache {cache}: {around} is a checkpoint (it holds dmc.json), which nothing else may be written into; name "
-            "another folder"
-        )
+    if cache is not None and (problem := why_in_a_checkpoint(Path(cache) / "any")) is not None:
+        raise ConfigError(f"data.cache {cache}: {problem}; name another folder")
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         is_empty = path.is_dir() and not any(path.iterdir())
         if is_checkpoint_name(path.name) and not is_empty and not (path / "dmc.json").exists():

@@ -17,8 +17,8 @@ from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel,
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.from_hf import placeholder_recipe
 from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.distributed import cpu
 from megatron_dmc.model.model_config import ModelConfig
 from tests.support.toy import recipe_values, write_recipe, write_text

@@ -7,8 +7,9 @@ import torch
 
 from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.recipe import load_recipe
 from tests.support.llamas import load_megatron, save_random_base
 from tests.support.processes import PRODUCT, run, run_ranks

@@ -16,9 +16,10 @@ from megatron_dmc.checkpoint import CheckpointError, CheckpointInfo, SavedModel,
 from megatron_dmc.checkpoint.weights import model_state, only_decisions
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.hf_config import read_config, write_config
 from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.convert.to_hf import export_adapter, export_hf
 from megatron_dmc.hf.adapter import ADAPTER_FILE, _check_config
 from megatron_dmc.hf.families import dmc_classes

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from megatron_dmc.checkpoint import CheckpointError, SavedModel
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.families import FAMILIES
-from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.from_hf import import_hf
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe import recipe_from_dict

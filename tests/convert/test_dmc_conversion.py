@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from megatron_dmc.checkpoint import CheckpointInfo, SavedModel, save_checkpoint
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.convert.to_hf import export_hf
 from megatron_dmc.model.gpt import dmc_layers
 from tests.support.llamas import TOKENS, load_megatron, megatron_logits

@@ -294,3 +294,16 @@ def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
     norm = "decoder.final_layernorm.weight"
     changed(path, lambda content: content["model"].update({"decoder": {"final_layernorm.weight": torch.zeros(32)}}))
     refused(tmp_path / "release", f"the model holds {norm} twice")
+
+
+def test_an_iteration_that_is_a_tensor(tmp_path: Path) -> None:
+    """It cannot be compared, and says nothing: both ranks are of one run by all that can be read."""
+    folder = tmp_path / "release"
+    save(folder, ranks=2)
+    for rank in range(2):
+        changed(
+            folder / f"mp_rank_{rank:02}" / "model_optim_rng.pt",
+            lambda content: content.update(iteration=torch.ones(2)),
+        )
+    import_megatron(folder, tmp_path / "output")
+    assert (tmp_path / "output" / "dmc.json").is_file()

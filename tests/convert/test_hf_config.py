@@ -11,11 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from megatron_dmc.config import ConfigError, DMCConfig
 from megatron_dmc.convert.families import FAMILIES
-from megatron_dmc.convert.families.refused import OUTSIDE, REASONS
+from megatron_dmc.convert.families.refused import REASONS
 from megatron_dmc.convert.hf_config import parse_config, read_config, write_config
 from megatron_dmc.model.model_config import ModelConfig
 from tests.support.llama3_rotary import LLAMA3
 
+# Types whose code comes with their weights: transformers itself has none.
+OUTSIDE = {"kimi_k2", "chatglm", "baichuan", "internlm2", "minicpm", "openelm", "nemotron-nas", "deci", "decilm"}
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from megatron_dmc.checkpoint import CheckpointError, SavedModel
 from megatron_dmc.checkpoint.weights import model_state
 from megatron_dmc.config import ConfigError, DMCConfig
-from megatron_dmc.convert.from_hf import import_hf, placeholder_recipe
+from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.single_process import empty_model
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.hf.adapter import _check_config
 from megatron_dmc.hf.families.llama import DMCLlamaConfig
 from megatron_dmc.model.model_config import ModelConfig

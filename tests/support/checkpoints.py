@@ -7,7 +7,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_dmc.checkpoint import CheckpointInfo
-from megatron_dmc.convert.from_hf import placeholder_recipe
+from megatron_dmc.convert.to_checkpoint import placeholder_recipe
 from megatron_dmc.model.model_config import ModelConfig
 
 SIZES = ModelConfig(

@@ -10,9 +10,6 @@ _OTHER_LAYERS = "its norms, biases, activation or rotary embedding are not those
 _UNEQUAL = "its layers have unequal heads, or none"
 _PICTURES = "it takes more than text"
 
-# Types whose code comes with their weights: transformers itself has none.
-OUTSIDE = {"kimi_k2", "chatglm", "baichuan", "internlm2", "minicpm", "openelm", "nemotron-nas", "deci", "decilm"}
-
 REASONS: dict[str, str] = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "dbrx", "jetmoe"), _EXPERTS),
     **dict.fromkeys(("ernie4_5_moe", "glm4_moe", "minimax_m2", "hunyuan_v1_moe", "dots1"), _EXPERTS),

@@ -10,6 +10,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.convert.weights import Weights
+from megatron_dmc.errors import in_one_line
 from megatron_dmc.hf.cache import CACHE_NAME
 
 
@@ -56,8 +57,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
         model = kind.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True)
     # transformers raises whatever it happens to meet.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{folder} cannot be loaded: {reason}; convert or fetch it again") from None
+        raise ConfigError(f"{folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again") from None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

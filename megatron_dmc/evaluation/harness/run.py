@@ -18,6 +18,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.errors import in_one_line
 from megatron_dmc.evaluation.harness.datasets import DEFAULT_SAMPLES
 from megatron_dmc.evaluation.harness.observed import ObservedLM
 from megatron_dmc.evaluation.harness.rows import rows_of
@@ -132,7 +133,7 @@ def _check_tokenizer(source: Source) -> None:
         count = len(transformers.AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False))
     # transformers raises whatever it happens to meet.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise ConfigError(f"{source.tokenizer} holds no tokenizer that can be read: {reason}; save it again") from None
     if source.vocabulary is not None and count > source.vocabulary:
         raise ConfigError(
@@ -158,8 +159,9 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
         )
     # transformers raises whatever it happens to meet.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{source.folder} cannot be loaded: {reason}; convert or fetch it again") from None
+        raise ConfigError(
+            f"{source.folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again"
+        ) from None
 
 
 def _run(model: ObservedLM, tasks: list[Any], request: TaskRequest) -> dict[str, Any]:

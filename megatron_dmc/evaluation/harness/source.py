@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_config, read_json
-from megatron_dmc.files import why_no_checkpoint, why_no_folder
+from megatron_dmc.files import CHECKPOINT_MARK, why_no_checkpoint, why_no_folder
 
 # Names of a model's length in config.json, in lm-eval's order.
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -56,7 +56,7 @@ def open_source(folder: Path) -> Source:
     """
     if (problem := why_no_folder(folder)) is not None:
         raise ConfigError(f"{folder} {problem}; name the folder of a Hugging Face model or of a checkpoint")
-    if (folder / "config.json").exists() and not (folder / "dmc.json").exists():
+    if (folder / "config.json").exists() and not (folder / CHECKPOINT_MARK).exists():
         return _hugging_face(folder)
     if (problem := why_no_checkpoint(folder)) is not None:
         raise ConfigError(problem)

@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, in_one_line
 
 FOLDER = Path(__file__).parent / "tasks"
 # The group of which HumanEval is a part, where code may run.
@@ -96,7 +96,7 @@ def _load(manager: TaskManager, name: str, runs_code: bool) -> Any:
         raise ConfigError(f"--tasks {name}: {error}") from None
     # A task's own code may raise anything.
     except Exception as error:
-        words = " ".join(str(error).split())[:_MOST_LETTERS] or type(error).__name__
+        words = in_one_line(error, _MOST_LETTERS)
         if "HF_ALLOW_CODE_EVAL" in str(error) and not runs_code:
             raise _runs_code(name) from None
         if any(map(_is_of_a_download, _chain(error))):

@@ -11,8 +11,11 @@ FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)
 def dmc_classes(family: str) -> tuple[Any, Any]:
     """Configuration and causal language model of a family (the name of a module here)."""
     module = importlib.import_module(f"{__name__}.{family}")
-    named = {name: value for name, value in vars(module).items() if name.startswith("DMC")}
-    (model,) = (x for name, x in named.items() if name.endswith("ForCausalLM") and x.__module__ == module.__name__)
+    # Its bases, which are imported there, have such names too.
+    classes = (
+        x for name, x in vars(module).items() if name.endswith("ForCausalLM") and x.__module__ == module.__name__
+    )
+    (model,) = classes
     return model.config_class, model
 
 
