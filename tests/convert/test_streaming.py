@@ -23,6 +23,7 @@ from megatron_dmc.convert.to_hf import export_hf
 from tests.support.llamas import load_megatron
 from tests.support.processes import ROOT, run
 from tests.support.tensors import assert_same_tensors, checkpoint_tensors
+from tests.support.terminal import read_to_end
 
 # The whole is 20 times the largest parameter, which is the size of the bound without its constant.
 SIZES = [
@@ -117,15 +118,14 @@ def test_one_line_says_what_was_checked(
 
 def test_a_terminal_sees_bytes_and_bytes_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = pty.openpty()
-    with os.fdopen(reader, "rb", buffering=0) as terminal:
-        with os.fdopen(writer, "w") as stream:
-            monkeypatch.setattr(sys, "stderr", stream)
-            monkeypatch.setenv("TERM", "xterm")
-            monkeypatch.setenv("COLUMNS", "120")
-            with progress("writing x[y]", 2_000_000) as advance:
-                advance(500_000)
-                advance(1_500_000)
-        seen = terminal.read(100_000).decode()
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        with progress("writing x[y]", 2_000_000) as advance:
+            advance(500_000)
+            advance(1_500_000)
+    seen = read_to_end(reader)
     for part in ("writing x[y]", "2.0/2.0 MB", "/s"):
         assert part in seen
 

@@ -17,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from megatron_dmc.config import ConfigError
 from megatron_dmc.training.monitor import Monitor, StepRecord, measure_memory_bytes, memory_kind, render_heatmap
 from megatron_dmc.training.progress import TrainingProgress, format_duration
+from tests.support.terminal import read_to_end
 from tests.support.texts import full_disk
 
 LAYERS, KV_HEADS = 3, 2
@@ -292,15 +293,9 @@ def test_bar_on_a_terminal(monkeypatch, columns):
         for step in (24001, 25000):
             progress.update(record(step, lm_loss=2.96, distillation_loss=0.03125))
         progress.message("saved [final]")
-    text = b""
-    try:
-        while piece := os.read(reader, 65536):
-            text += piece
-    except OSError:  # Linux' answer at the end of a pseudo-terminal
-        pass
-    os.close(reader)
-    assert b"\x1b[" in text and b"saved [final]" in text
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode()).replace("\r", "\n").splitlines()
+    text = read_to_end(reader)
+    assert "\x1b[" in text and "saved [final]" in text
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
     assert any("starting 24000/25000" in line for line in lines)
     assert any(re.fullmatch(r"compress 25000/25000 \S+ 12.3k tok/s  ETA 0:00:00", line) for line in lines), lines
     assert "loss 2.9600  KL 0.0312  CR 1.50 (target 2.00)" in lines
@@ -325,8 +320,7 @@ def test_dumb_terminal_gets_lines(monkeypatch):
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as terminal, TrainingProgress(2, stream=terminal) as progress:
         progress.update(record(1))
-    text = os.read(reader, 65536).decode()
-    os.close(reader)
+    text = read_to_end(reader)
     assert text.startswith("compress | step 1/2 |") and "\x1b" not in text
 
 
