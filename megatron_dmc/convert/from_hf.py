@@ -3,11 +3,9 @@
 import logging
 from pathlib import Path
 
-import torch
-
 from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
-from megatron_dmc.convert.hf_config import read_config, write_config
+from megatron_dmc.convert.hf_config import check_exportable, read_config
 from megatron_dmc.convert.progress import Written
 from megatron_dmc.convert.single_process import single_process
 from megatron_dmc.convert.to_checkpoint import check_multiple, write_model
@@ -41,7 +39,7 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     check_multiple(pad_vocab_to_multiple_of)
     model, dmc = read_config(folder)
     check_head_dim(model, dmc)
-    write_config(model, dmc, dtype=torch.float32, special_tokens={})  # raises where an export would
+    check_exportable(model)
     weights = Weights.of(folder, model, dmc)
     check_companions(folder)
     if (folder / "tokenizer.json").is_file():

@@ -13,7 +13,7 @@ from megatron_dmc.checkpoint import copy_tokenizer
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
 from megatron_dmc.convert.from_hf import warn_without_tokenizer
-from megatron_dmc.convert.hf_config import write_config
+from megatron_dmc.convert.hf_config import check_exportable
 from megatron_dmc.convert.megatron_arguments import differences, parse_arguments
 from megatron_dmc.convert.megatron_file import FILE, MegatronFile
 from megatron_dmc.convert.megatron_names import is_weight, join, shape_of_rank, spellings
@@ -62,7 +62,7 @@ def import_megatron(
     try:
         model, dmc = parse_arguments(first.arguments)
         check_head_dim(model, dmc)
-        write_config(model, dmc, dtype=torch.float32, special_tokens={})  # raises where an export would
+        check_exportable(model)
         ranks = first.arguments.get("tensor_model_parallel_size", 1)
         if type(ranks) is not int or ranks != len(files):
             raise ConfigError(

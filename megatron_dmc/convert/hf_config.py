@@ -103,6 +103,17 @@ def parse_config(config: dict[str, Any]) -> tuple[ModelConfig, DMCConfig | None]
     return model, _dmc(config) if merges else None
 
 
+def check_exportable(model: ModelConfig) -> None:
+    """Raises ConfigError for sizes that transformers refuses."""
+    family = FAMILIES[model.family]
+    if family.head_divides and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"model.hidden_size ({model.hidden_size}) is not divisible by model.num_attention_heads "
+            f"({model.num_attention_heads}), which transformers' {family.architecture} requires; as a mistral (model.family), "
+            "which is the same otherwise, it could be exported"
+        )
+
+
 def write_config(
     model: ModelConfig, dmc: DMCConfig | None, *, dtype: torch.dtype, special_tokens: dict[str, Any]
 ) -> dict[str, Any]:
@@ -116,13 +127,8 @@ def write_config(
     Raises:
         ConfigError: sizes that transformers refuses.
     """
+    check_exportable(model)
     family = FAMILIES[model.family]
-    if family.head_divides and model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
-            f"model.hidden_size ({model.hidden_size}) is not divisible by model.num_attention_heads "
-            f"({model.num_attention_heads}), which transformers' {family.architecture} requires; as a mistral (model.family), "
-            "which is the same otherwise, it could be exported"
-        )
     rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
     if model.rotary_scaling_factor is not None:
         rotary |= {"rope_type": "llama3", "factor": model.rotary_scaling_factor, **_LLAMA3_SCALING}
