@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc.files import CHECKPOINT_MARK
+
 # Weights, optimizer states and datasets, in any library's form.
 _DATA_SUFFIXES = frozenset(
     (
@@ -24,7 +26,7 @@ _DATA_SUFFIXES = frozenset(
 # Of the model, and written anew for every form of it; of its base's form; of a training run.
 _OTHERS = frozenset(
     (
-        *("config.json", "adapter_config.json", "dmc.json", "metadata.json", "latest"),
+        *("config.json", "adapter_config.json", CHECKPOINT_MARK, "metadata.json", "latest"),
         *("trainer_state.json", "training_args.json", "all_results.json", "train_results.json", "eval_results.json"),
     )
 )
@@ -32,7 +34,7 @@ _OTHER_NAMES = re.compile(r".*\.index\.json|events\.out\.tfevents\..*|.*\.conver
 # Code that transformers runs in place of a model's own generate().
 _OTHER_FOLDERS = frozenset({"custom_generate", "__pycache__"})
 # A folder that holds one of these is a model, a checkpoint or a dataset of its own.
-_OWN = frozenset({"config.json", "dmc.json", "trainer_state.json"})
+_OWN = frozenset({"config.json", CHECKPOINT_MARK, "trainer_state.json"})
 # The largest vocabularies have about 40 MB.
 _LARGEST = 128 * 1024 * 1024
 # Read by name when a tokenizer is loaded: a folder may share them with another one by links.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dmc.errors import DMCError, is_too_long_number
-from megatron_dmc.files import ABSENT, LOCK, why_no_checkpoint, why_no_file
+from megatron_dmc.files import ABSENT, CHECKPOINT_MARK, LOCK, why_no_checkpoint, why_no_file
 
 FORMAT_VERSION = 1
 # More tokens than any batch holds.
@@ -59,7 +59,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     """``dmc.json`` of a checkpoint; raises CheckpointError for anything but a description this version understands."""
     if (problem := why_no_checkpoint(folder)) is not None:
         raise CheckpointError(problem)
-    path = folder / "dmc.json"
+    path = folder / CHECKPOINT_MARK
     values = read_json(path)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
@@ -179,7 +179,7 @@ def update_latest(root: str | Path, name: str) -> None:
     """
     root = Path(root)
     latest, temporary = root / _LATEST, root / _NEXT_LATEST
-    if not (root / name / "dmc.json").is_file():
+    if not (root / name / CHECKPOINT_MARK).is_file():
         raise CheckpointError(f"{latest} cannot name {name!r}: {root / name} is not a whole checkpoint")
     try:
         temporary.write_text(name + "\n", encoding="utf-8")

@@ -44,6 +44,7 @@ from megatron_dmc.checkpoint.folder import (
     update_latest,
 )
 from megatron_dmc.checkpoint.writer import OnDemand, OnDemandPlanner, OneByOneWriter, Writer
+from megatron_dmc.files import CHECKPOINT_MARK
 
 # metadata.json of every checkpoint written here: the backends that dist_checkpointing.load is to use. megatron-core < 0.17
 # writes all four entries and newer ones the first two; each reads the other's.
@@ -236,7 +237,7 @@ def _write(
                     )
                 copy_tokenizer(Path(tokenizer_folder), temporary / "tokenizer")
             text = json.dumps({"format_version": FORMAT_VERSION, **asdict(info)}, indent=2)
-            (temporary / "dmc.json").write_text(text + "\n", encoding="utf-8")
+            (temporary / CHECKPOINT_MARK).write_text(text + "\n", encoding="utf-8")
             for path in (*temporary.rglob("*"), temporary):
                 flush_to_disk(path)
 

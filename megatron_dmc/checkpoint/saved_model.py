@@ -18,6 +18,7 @@ from megatron_dmc.checkpoint.load import Stored, check_files, load_tensors, must
 from megatron_dmc.checkpoint.vocabulary import fill_added_rows
 from megatron_dmc.checkpoint.weights import adapter_may_lack, is_decision, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError, DMCConfig
+from megatron_dmc.files import CHECKPOINT_MARK
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.recipe.base import added_tokens
@@ -164,7 +165,7 @@ class SavedModel:
         digest = hashlib.sha256()
         with on_all_ranks(f"cannot read {self.folder}"):
             if dist.get_rank() == 0:
-                files = self.folder / "dmc.json", self.folder / ".metadata", *self.folder.glob("*.distcp")
+                files = self.folder / CHECKPOINT_MARK, self.folder / ".metadata", *self.folder.glob("*.distcp")
                 for path in sorted(files):
                     size = path.stat().st_size
                     digest.update(f"{path.name} {size}\n".encode())
@@ -324,13 +325,13 @@ def _recipe(folder: Path, info: CheckpointInfo) -> Recipe:
         recipe = recipe_from_dict(info.recipe)
     except ConfigError as error:
         raise CheckpointError(
-            f"{folder}/dmc.json holds a recipe that this version of megatron_dmc does not understand: {error}"
+            f"{folder}/{CHECKPOINT_MARK} holds a recipe that this version of megatron_dmc does not understand: {error}"
         ) from None
     # Where only weights are saved, the step tells how long they were trained, and nothing goes on from there.
     goes_on_beyond = info.kind == "full" and info.step > recipe.total_steps
     if goes_on_beyond or info.phase >= len(recipe.phases):
         raise CheckpointError(
-            f"{folder}/dmc.json is damaged: step {info.step} of {recipe.total_steps}, in phase {info.phase} of "
+            f"{folder}/{CHECKPOINT_MARK} is damaged: step {info.step} of {recipe.total_steps}, in phase {info.phase} of "
             f"{len(recipe.phases)} (counted from 0)"
         )
     return recipe

@@ -19,7 +19,7 @@ from megatron_dmc.data import iter_documents, standard_library_documents
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.errors import DMCError
 from megatron_dmc.evaluation.cache_size import CacheSize, measure_cache
-from megatron_dmc.files import checkpoints_in
+from megatron_dmc.files import CHECKPOINT_MARK, checkpoints_in
 from megatron_dmc.inference.loading import load_model
 from megatron_dmc.recipe import Recipe, recipe_from_dict
 from megatron_dmc.training.messages import REACHED
@@ -70,7 +70,7 @@ def checkpoints_below(folder: str | Path) -> list[dict[str, Any]]:
         target_at_step (see :func:`target_at_step`) and target_compression_ratio of the run.
     """
     folder = Path(folder)
-    if (folder / "dmc.json").exists():
+    if (folder / CHECKPOINT_MARK).exists():
         return []
     whole, damaged = [], []
     # A checkpoint that has lost its description is one by its tensors' names.
@@ -88,7 +88,7 @@ def _row(folder: Path) -> dict[str, Any]:
     try:
         recipe = recipe_from_dict(info.recipe)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / 'dmc.json'} is damaged, its recipe cannot be read: {error}") from None
+        raise CheckpointError(f"{folder / CHECKPOINT_MARK} is damaged, its recipe cannot be read: {error}") from None
     return {
         "name": folder.name,
         "kind": info.kind,

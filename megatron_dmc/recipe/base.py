@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError, is_same_setting
 from megatron_dmc.errors import is_too_long_number
+from megatron_dmc.files import CHECKPOINT_MARK
 from megatron_dmc.model.model_config import ModelConfig
 from megatron_dmc.recipe.values import SectionReader, shown
 
@@ -21,7 +22,7 @@ SHOWN_DIFFERENCES = 3
 
 def has_base(folder: str) -> bool:
     """Whether a base's description is on this machine."""
-    return (Path(folder) / "dmc.json").is_file()
+    return (Path(folder) / CHECKPOINT_MARK).is_file()
 
 
 def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
@@ -34,7 +35,7 @@ def model_of_base(folder: str, typed: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: ``dmc.json`` is damaged, or the recipe's model is another than the base's.
     """
-    path = Path(folder) / "dmc.json"
+    path = Path(folder) / CHECKPOINT_MARK
     values, _ = _description(path)
     reader = SectionReader(from_person=False)
     try:
@@ -71,7 +72,7 @@ def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def vocabulary_of_base(folder: str) -> int:
     """Tokens that a base knows, without the rows that pad its embedding; of a recipe that was read with it."""
-    model, values = _description(Path(folder) / "dmc.json")
+    model, values = _description(Path(folder) / CHECKPOINT_MARK)
     known = values.get("vocabulary")
     # A damaged one is refused when the weights are loaded.
     return known if type(known) is int and known > 0 else int(model["vocab_size"])

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dmc.config import ConfigError, saved_dmc_settings
 from megatron_dmc.errors import is_too_long_number
-from megatron_dmc.files import why_no_checkpoint
+from megatron_dmc.files import CHECKPOINT_MARK, why_no_checkpoint
 from megatron_dmc.model.model_config import MISSING
 from megatron_dmc.recipe.base import model_of_base
 from megatron_dmc.recipe.checks import check_recipe
@@ -74,7 +74,7 @@ def _where_from(missing: Sequence[str], base: str | None) -> str:
     if base is None:
         return "; or name a base in checkpoint.load_base: the model section is taken from there"
     return (
-        f"; the model section is taken from checkpoint.load_base, but {Path(base) / 'dmc.json'} is not on this machine: "
+        f"; the model section is taken from checkpoint.load_base, but {Path(base) / CHECKPOINT_MARK} is not on this machine: "
         "write the section, or run where the base is"
     )
 

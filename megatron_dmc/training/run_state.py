@@ -25,7 +25,7 @@ from megatron_dmc.checkpoint.vocabulary import known_tokens
 from megatron_dmc.checkpoint.weights import adapter_may_lack, model_state, only_decisions, set_model_state
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data.indexed_dataset import content_digest
-from megatron_dmc.files import Claim, why_in_a_checkpoint, why_nothing_new
+from megatron_dmc.files import CHECKPOINT_MARK, Claim, why_in_a_checkpoint, why_nothing_new
 from megatron_dmc.model.decision_projection import is_buffer
 from megatron_dmc.recipe import Recipe
 from megatron_dmc.recipe.base import model_differences
@@ -73,7 +73,7 @@ def check_outputs(recipe: Recipe) -> None:
         raise ConfigError(f"data.cache {cache}: {problem}; name another folder")
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         is_empty = path.is_dir() and not any(path.iterdir())
-        if is_checkpoint_name(path.name) and not is_empty and not (path / "dmc.json").exists():
+        if is_checkpoint_name(path.name) and not is_empty and not (path / CHECKPOINT_MARK).exists():
             raise ConfigError(
                 f"{path} is no checkpoint, and this run would replace it with one; move it away, or name another "
                 "checkpoint.directory"

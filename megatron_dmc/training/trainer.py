@@ -15,6 +15,7 @@ from megatron_dmc.data import Repeats, SampleDataset, build_datasets, check_reac
 from megatron_dmc.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_dmc.distributed.world import seed_weights
 from megatron_dmc.errors import DMCError
+from megatron_dmc.files import CHECKPOINT_MARK
 from megatron_dmc.recipe import Recipe, check_batch
 from megatron_dmc.training.build import check_machine
 from megatron_dmc.training.monitor import StepRecord
@@ -113,7 +114,7 @@ class Trainer(StepRunner):
         """Of a finished run, the result that somebody has removed."""
         final = self.store.root / "final"
         # What rank 0 sees: another node may still see the folder as it was before.
-        if from_first_rank(not (final / "dmc.json").exists()):
+        if from_first_rank(not (final / CHECKPOINT_MARK).exists()):
             ratio = 1 / (1 - self.merge_fraction) if self.recipe.merges else None
             with self.store.claimed(), self.store:
                 self.store.save_weights("final", self.step, len(self.recipe.phases) - 1, ratio)

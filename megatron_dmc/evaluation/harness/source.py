@@ -10,6 +10,7 @@ from typing import Any
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_config, read_json
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_checkpoint, why_no_folder
+from megatron_dmc.hf.adapter import ADAPTER_FILE
 
 # Names of a model's length in config.json, in lm-eval's order.
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -65,7 +66,7 @@ def open_source(folder: Path) -> Source:
 
 def _hugging_face(folder: Path) -> Source:
     config: dict[str, Any] = read_json(folder / "config.json")
-    if (folder / "adapter.safetensors").exists():
+    if (folder / ADAPTER_FILE).exists():
         raise ConfigError(
             f"{folder} is an adapter without its base; evaluate the checkpoint that it was exported from, or export that "
             "without --adapter"
