@@ -29,3 +29,19 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     return (rotate(x.to(wide), cos, -sin) / (cos * cos + sin * sin)).to(x.dtype)
+
+
+def rotation_matrix(cos: Tensor, sin: Tensor) -> Tensor:
+    """The matrix M with x @ M = rotate(x): one operation where a few vectors share a position.
+
+    Args:
+        cos, sin: [batch, head_dim].
+
+    Returns:
+        [batch, head_dim, head_dim]
+    """
+    unit = torch.eye(cos.shape[-1], dtype=cos.dtype, device=cos.device)
+    half = cos.shape[-1] // 2
+    swap = unit.roll(half, 1)
+    swap[half:].neg_()
+    return unit * cos[:, None] + swap * sin[:, None]

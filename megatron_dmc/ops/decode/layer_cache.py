@@ -1,17 +1,20 @@
 """The compressed cache of one layer, and attention through it."""
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.attention.flash import flash_forward
-from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, Operation, join
-from megatron_dmc.ops.decode.ring import Ring
-from megatron_dmc.ops.decode.slots import AbsorbedTokens, KeptTokens, MergedSlots, Slots
-from megatron_dmc.ops.rotary import rotate, unrotate
-from megatron_dmc.ops.tokens import Tokens, take
+from megatron_dmc.ops.attention.types import Operation
+from megatron_dmc.ops.decode.chunk import take_in_chunk
+from megatron_dmc.ops.decode.layout import Layout
+from megatron_dmc.ops.decode.rows import AHEAD, Rows
+from megatron_dmc.ops.decode.sequences import Sequences, Step
+from megatron_dmc.ops.decode.torch import step
+from megatron_dmc.ops.rotary import rotate
+from megatron_dmc.ops.tokens import Tokens
 
 
 class LayerCache:
@@ -24,6 +27,8 @@ class LayerCache:
         clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
+        shared: what the caches of a model's layers know together, by device; an empty dict that all of them are given.
+            Every one of them must then take in the same tokens. None: this cache stands alone.
     """
 
     def __init__(
@@ -34,31 +39,27 @@ class LayerCache:
         *,
         clears_last_channel: bool = False,
         page_size: int = 16,
+        shared: dict[torch.device, Sequences] | None = None,
     ):
-        self.local_window, self.operation, self.window_size = local_window, operation, window_size
-        self.clears_last_channel, self.page_size = clears_last_channel, page_size
+        self.layout = Layout(local_window, operation, window_size, clears_last_channel, page_size)
+        self.stands_alone = shared is None
+        self.shared = {} if shared is None else shared
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and frees its memory."""
-        self.ring: Ring | None = None
-        self.kept: Slots | None = None
-
-    def _start(self, like: Tokens) -> Slots:
-        if self.local_window:
-            self.ring = Ring(like, self.local_window)
-        if self.operation == "evict":
-            return KeptTokens(like, self.page_size)
-        if self.operation == "absorb":
-            return AbsorbedTokens(like, self.page_size)
-        return MergedSlots(like, self.page_size, self.window_size, self.clears_last_channel)
+        self.rows: Rows | None = None
+        self.sequences: Sequences | None = None
+        self.calls = 0
+        if self.stands_alone:
+            self.shared.clear()
 
     @property
     def tokens(self) -> Tensor:
         """Tokens seen of each sequence, int64 [batch]; empty before the first call."""
-        if self.ring is not None:
-            return self.ring.tokens
-        return torch.zeros(0, dtype=torch.long) if self.kept is None else self.kept.tokens
+        if self.sequences is None or self.sequences.tokens is None:
+            return torch.zeros(0, dtype=torch.long)
+        return self.sequences.tokens
 
     def attend(
         self,
@@ -98,63 +99,60 @@ class LayerCache:
             raise ValueError("the compressed cache gives no gradients: use torch.no_grad(), or attend without a cache")
         if key.shape[1] == 0:
             raise ValueError("the compressed cache takes in at least one token, got none")
-        cos, sin = (x.expand(len(key), -1, -1, -1) for x in (cos, sin))
-        new = Tokens(key, value, alpha, omega, cos, sin)
-        if self.kept is None:
-            self.kept = self._start(new)
-        if self.tokens.is_inference() and not torch.is_inference_mode_enabled():
-            # Nothing can be written to such tensors here. Selecting every sequence copies all of them.
-            self.select(torch.arange(len(self.tokens)))
-        if len(key) != len(self.tokens):
-            raise ValueError(f"the cache holds {len(self.tokens)} sequences, got {len(key)}; reorder or reset it first")
+        if self.rows is not None and len(key) != self.rows.batch:
+            raise ValueError(f"the cache holds {self.rows.batch} sequences, got {len(key)}; reorder or reset it first")
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-        query = rotate(query, cos, sin)
-        if self.clears_last_channel:
-            query[..., -1] = 0
-        if self.ring is not None:
-            # Its last channel is not cleared: the rotation must be undone, and the query's is zero.
-            new = new._replace(key=rotate(key, cos, sin))
-        if key.shape[1] == 1 and lengths is None:
-            return self._step(query, new, self.kept, scale)
-        if lengths is None:
-            lengths = torch.full_like(self.tokens, key.shape[1])
-        return self._chunk(query, new, self.kept, lengths, scale)
+        device = query.device.type
+        # Autocast would turn float32 into bf16.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._attend(query, Tokens(key, value, alpha, omega, cos, sin), lengths, scale)
+        return self._attend(query, Tokens(key, value, alpha, omega, cos, sin), lengths, scale)
 
-    def _step(self, query: Tensor, new: Tokens, kept: Slots, scale: float) -> Tensor:
-        """One token of every row."""
-        if self.ring is None:
-            kept.step(new, None)
+    def _attend(self, query: Tensor, new: Tokens, lengths: Tensor | None, scale: float) -> Tensor:
+        if self.rows is None:
+            batch, _, kv_heads, head_dim = new.key.shape
+            self.rows = Rows(self.layout, batch, kv_heads, head_dim, like=new.key)
+            self.sequences = self.shared.setdefault(new.key.device, Sequences(self.layout))
+        rows, sequences = self.rows, self.sequences
+        assert sequences is not None
+        if not torch.is_inference_mode_enabled():
+            _thaw(rows, rows.cells, sequences)
+        call = sequences.call
+        if self.calls == sequences.calls:
+            call = sequences.begin(new.cos, new.sin, lengths, rows.batch)
+        elif self.calls != sequences.calls - 1 or call is None:
+            raise ValueError("a call of the model did not reach all layers; the cache is of no use any more: reset it")
+        self.calls = sequences.calls
+        if isinstance(call, Step):
+            if not rows.steps:
+                assert sequences.tokens is not None
+                rows.make_room(sequences.tokens - 1, AHEAD)
+            rows.steps -= 1
+            at_once = Tokens(*(x[:, 0] for x in new))
+            out = step(query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
         else:
-            oldest, exists = self.ring.exchange(new)
-            kept.step(self._as_kept(oldest), exists)
-        nearby = kept.open() + ([] if self.ring is None else [self.ring.nearby()])
-        grouped = query[:, 0].unflatten(1, (new.key.shape[2], -1)).flatten(0, 1)
-        return kept.pages.attend(grouped, nearby, scale).to(query.dtype).view_as(query)
+            assert call is not None
+            query = rotate(query, new.cos, new.sin)
+            if self.layout.clears_last_channel:
+                query[..., -1] = 0
+            if self.layout.local_window:
+                # Its last channel is not cleared: the rotation must be undone, and the query's is zero.
+                new = new._replace(key=rotate(new.key, new.cos, new.sin))
+            out = take_in_chunk(query, new._replace(cos=call.cos, sin=call.sin), rows, call, scale)
+        if self.stands_alone:
+            sequences.finish()
+        return out
 
-    def _chunk(self, query: Tensor, new: Tokens, kept: Slots, lengths: Tensor, scale: float) -> Tensor:
-        """Many tokens at once, in parallel."""
-        settings = KernelSettings(scale, bias_channel=-1 if self.clears_last_channel else None)
-        if self.ring is None:
-            return kept.chunk(query, new, lengths, settings).out
-        window = self.local_window
-        both, held = self.ring.extend(new, lengths)
-        # A query takes its own token's column. Any query fills the columns before; their outputs are not read.
-        seq, columns = query.shape[1], both.key.shape[1]
-        query = take(query, (torch.arange(columns, device=held.device) - held[:, None]).clamp(0, seq - 1))
-        out, lse = flash_forward(query, BiasedKeys(both.key, both.value, None), replace(settings, window=window))
-        if columns > window:
-            # A query's token pushes out the token one window earlier.
-            leaving = self._as_kept(Tokens(*(x[:, : columns - window] for x in both)))
-            count = (held + lengths - window).clamp(min=0)
-            far = kept.chunk(query[:, window:], leaving, count, settings)
-            out[:, window:] = join(Attended(out[:, window:], lse[:, window:]), far).out
-        return take(out, held[:, None] + torch.arange(seq, device=held.device))
+    def reserve(self, tokens: int) -> None:
+        """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.
 
-    def _as_kept(self, leaving: Tokens) -> Tokens:
-        """Merging happens before rotary embedding."""
-        if self.operation != "merge":
-            return leaving
-        return leaving._replace(key=unrotate(leaving.key, leaving.cos, leaving.sin))
+        Raises:
+            ValueError: the cache is empty.
+        """
+        if self.rows is None or self.sequences is None or self.sequences.tokens is None:
+            raise ValueError("the cache is empty: take the prompt in first")
+        self.rows.make_room(self.sequences.tokens, tokens)
 
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequences[i] was. For beam search, repetition, and to free finished sequences.
@@ -162,26 +160,41 @@ class LayerCache:
         Args:
             sequences: [new batch], int64.
         """
-        if self.kept is None or len(sequences) == 0:
+        if self.rows is None or len(sequences) == 0:
             return self.reset()
         sequences = sequences.to(self.tokens.device)
-        self.kept.select(sequences)
-        if self.ring is not None:
-            self.ring.select(sequences)
+        self.rows.select(sequences)
+        if self.stands_alone and self.sequences is not None:
+            self.sequences.select(sequences)
 
     @property
     def slots(self) -> Tensor:
         """Slots in use; open and residual ones and the ring's tokens count: int64 [batch, kv_heads]."""
-        if self.kept is None:
+        if self.rows is None:
             return torch.zeros(0, 1, dtype=torch.long)
-        if self.ring is None:
-            return self.kept.count
-        return self.kept.count + self.tokens.clamp(max=self.local_window)[:, None]
+        slots = self.rows.count + self.tokens.clamp(max=self.layout.local_window)[:, None]
+        return slots + (self.rows.residual_state.mass > 0) if self.layout.absorbs else slots
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: pages with their unused slots and tables, open and residual slots and their sums, the ring."""
-        held = [] if self.kept is None else self.kept.tensors()
-        held += [] if self.ring is None else self.ring.tensors()
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in held}
-        return sum(storage.nbytes() for storage in storages.values())
+        """Bytes held: cells with their unused slots and tables, sums, decisions; what layers share only if it stands
+        alone."""
+        if self.rows is None or self.sequences is None:
+            return 0
+        holders = [self.rows, self.rows.cells] + ([self.sequences] if self.stands_alone else [])
+        storages = [x.untyped_storage() for holder in holders for _, x in _tensors(holder)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _tensors(holder: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, x in list(vars(holder).items()):
+        if isinstance(x, Tensor):
+            yield name, x
+
+
+def _thaw(*holders: Any) -> None:
+    """Nothing can be written to tensors of the inference mode outside it: they are copied."""
+    for holder in holders:
+        for name, x in _tensors(holder):
+            if x.is_inference():
+                setattr(holder, name, x.clone())

@@ -1,0 +1,45 @@
+"""How a row of the cache is laid out. A row is one sequence and KV head."""
+
+from dataclasses import dataclass
+
+from megatron_dmc.ops.attention.types import Operation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row is one list of slots, cut into pages; a slot holds a key and a value, side by side.
+
+        [0, local_window)      the ring: the last tokens, rotated. Position p has place p mod local_window.
+        [local_window, base)   reserved: with ``absorb`` the residual slot; with a ``window_size`` the last tokens of the
+                               open slot, not rotated, which attention does not see.
+        [base, base + kept)    what is kept of the tokens that left the ring, the open slot last: rotated.
+
+    Attributes:
+        local_window, operation, window_size: see DMCConfig.
+        clears_last_channel: the last channel of queries and keys is zero after the rotation (the ``neuron`` source).
+        page_size: slots of a page.
+    """
+
+    local_window: int = 0
+    operation: Operation = "merge"
+    window_size: int | None = None
+    clears_last_channel: bool = False
+    page_size: int = 16
+
+    @property
+    def base(self) -> int:
+        """The first place in the list that is neither the ring's nor reserved."""
+        return self.local_window + (self.window_size or 0 if self.merges else int(self.absorbs))
+
+    @property
+    def merges(self) -> bool:
+        return self.operation == "merge"
+
+    @property
+    def absorbs(self) -> bool:
+        return self.operation == "absorb"
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether a row has running sums: of its open slot, or of its residual slot."""
+        return self.absorbs or (self.merges and self.window_size is None)
