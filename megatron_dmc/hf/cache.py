@@ -1,5 +1,6 @@
 """The compressed cache as transformers' generate() handles one."""
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from megatron_dmc.ops.decode import LayerCache
+from megatron_dmc.ops.decode import LayerCache, Sequences, bytes_of
 
 # What models' arguments and outputs call their cache: transformers 5.24 renamed it.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -31,8 +32,16 @@ class DMCCache(Cache):
         # Cache.__init__ is not called: all that it sets up is for layers that hold one dense tensor each.
         dmc = config.dmc
         clears = dmc["decision_source"] == "neuron"
+        # What the layers know together.
+        self.shared: dict[torch.device, Sequences] = {}
         self.layers: Any = [
-            LayerCache(dmc["local_window"], dmc["operation"], dmc["window_size"], clears_last_channel=clears)
+            LayerCache(
+                dmc["local_window"],
+                dmc["operation"],
+                dmc["window_size"],
+                clears_last_channel=clears,
+                shared=self.shared,
+            )
             for _ in range(config.num_hidden_layers)
         ]
         self.offloading = False
@@ -65,7 +74,8 @@ class DMCCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held, unused slots of pages included."""
-        return sum(layer.nbytes for layer in self.layers) + (0 if self.real is None else self.real.nbytes)
+        layers = sum(layer.nbytes for layer in self.layers) + bytes_of(*self.shared.values())
+        return layers + (0 if self.real is None else self.real.nbytes)
 
     @property
     def batch_size(self) -> int:
@@ -88,6 +98,7 @@ class DMCCache(Cache):
         return -1
 
     def reset(self) -> None:
+        self.shared.clear()
         for layer in self.layers:
             layer.reset()
         self.columns = 0
@@ -103,9 +114,15 @@ class DMCCache(Cache):
             )
             self.real = torch.cat([before, new], dim=1)
         self.columns += seq
+        for sequences in self.shared.values():
+            sequences.finish()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what beam_idx[i] was."""
+        if len(beam_idx) == 0:
+            return self.reset()
+        for device, sequences in self.shared.items():
+            sequences.select(beam_idx.to(device))
         for layer in self.layers:
             layer.select(beam_idx)
         if self.real is not None:
@@ -116,6 +133,40 @@ class DMCCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def to(self, device: torch.device | str) -> "DMCCache":
+        """Moves everything to a device, and returns itself."""
+        for layer in self.layers:
+            layer.to(device)
+        for left in set(self.shared) - {layer.tokens.device for layer in self.layers}:
+            del self.shared[left]
+        self.real = None if self.real is None else self.real.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors, numbers and strings: what torch.save writes and torch.load reads with weights_only."""
+        return {"columns": self.columns, "real": self.real, "layers": [layer.state_dict() for layer in self.layers]}
+
+    @classmethod
+    def from_state_dict(cls, config: Any, state: Mapping[str, Any]) -> "DMCCache":
+        """The cache that :meth:`state_dict` was asked of.
+
+        Args:
+            config: of the same model.
+
+        Raises:
+            ValueError: it is another model's, or damaged.
+        """
+        cache = cls(config)
+        try:
+            cache.columns, cache.real, layers = int(state["columns"]), state["real"], list(state["layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no saved DMCCache ({error!r}); save its state_dict()") from None
+        if len(layers) != len(cache):
+            raise ValueError(f"the saved cache has {len(layers)} layers, the model {len(cache)}; load the model's own")
+        for layer, saved in zip(cache.layers, layers, strict=True):
+            layer.load_state_dict(saved)
+        return cache
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a DMCCache takes tokens in by attention; another model's update() cannot fill it")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.ops.decode import LayerCache
+from megatron_dmc.ops.decode import LayerCache, Sequences, bytes_of
 from megatron_dmc.ops.rotary import rotation
 
 
@@ -24,6 +24,9 @@ class DMCInferenceContext:
         self.dmc = dmc
         self.max_sequence_length = max_sequence_length
         self.layers: dict[int, LayerCache] = {}
+        # What they know together, and the tokens of every sequence that each has taken in.
+        self.shared: dict[torch.device, Sequences] = {}
+        self.taken: dict[int, int] = {}
         # What megatron-core asks of a context; its base class changed between 0.16 and 0.17, these names did not.
         self.sequence_len_offset = 0
         self.materialize_only_last_token_logits = only_last_logits
@@ -66,18 +69,20 @@ class DMCInferenceContext:
             ValueError: the text is longer than max_sequence_length.
         """
         if layer_number not in self.layers:
-            self.layers[layer_number] = LayerCache(**self.dmc.cache_settings())
-        cache = self.layers[layer_number]
-        begun = cache.tokens if len(cache.tokens) else torch.zeros(len(key), dtype=torch.long, device=key.device)
-        positions = begun[:, None] + torch.arange(key.shape[1], device=key.device)
-        if int(begun.max()) + key.shape[1] > self.max_sequence_length:
+            self.layers[layer_number] = LayerCache(**self.dmc.cache_settings(), shared=self.shared)
+            self.taken[layer_number] = 0
+        first, seq = self.taken[layer_number], key.shape[1]
+        if first + seq > self.max_sequence_length:
             raise ValueError(f"the text is longer than max_sequence_length ({self.max_sequence_length})")
-        return cache.attend(query, key, value, decision_logits > 0, omega, *rotation(angles[0, positions], query.dtype))
+        cos, sin = rotation(angles[:, first : first + seq], query.dtype)
+        out = self.layers[layer_number].attend(query, key, value, decision_logits > 0, omega, cos, sin)
+        self.taken[layer_number] = first + seq
+        return out
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all of this rank's layers."""
-        return sum(layer.nbytes for layer in self.layers.values())
+        return bytes_of(*self.shared.values()) + sum(layer.nbytes for layer in self.layers.values())
 
     @property
     def slots(self) -> Tensor:

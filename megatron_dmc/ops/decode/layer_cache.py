@@ -1,7 +1,8 @@
 """The compressed cache of one layer, and attention through it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.rows import AHEAD, Rows
 from megatron_dmc.ops.decode.sequences import Sequences, Step
+from megatron_dmc.ops.decode.state import bytes_of, change_tensors, restored, tensors
 from megatron_dmc.ops.decode.torch import step
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
@@ -182,19 +184,57 @@ class LayerCache:
         if self.rows is None or self.sequences is None:
             return 0
         holders = [self.rows, self.rows.cells] + ([self.sequences] if self.stands_alone else [])
-        storages = [x.untyped_storage() for holder in holders for _, x in _tensors(holder)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return bytes_of(*holders)
 
+    def to(self, device: torch.device | str) -> "LayerCache":
+        """Moves everything to a device, what layers share with the first of them, and returns itself."""
+        if self.rows is not None and self.sequences is not None:
+            self.rows.settle()
+            for holder in (self.rows, self.rows.cells):
+                change_tensors(holder, lambda x: x.to(device))
+            self._share(self.rows.kept.device, tensors(self.sequences))
+        return self
 
-def _tensors(holder: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, x in list(vars(holder).items()):
-        if isinstance(x, Tensor):
-            yield name, x
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors, numbers and strings: what torch.save writes and torch.load reads with weights_only.
+
+        The tensors are the cache's own; an empty cache has its layout only.
+        """
+        state: dict[str, Any] = {"layout": asdict(self.layout)}
+        if self.rows is not None and self.sequences is not None:
+            self.rows.settle()
+            state["kv_heads"], state["head_dim"] = self.rows.kv_heads, self.rows.head_dim
+            for name, holder in (("rows", self.rows), ("cells", self.rows.cells), ("sequences", self.sequences)):
+                state[name] = tensors(holder)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Becomes what :meth:`state_dict` gave; on the device where the tensors are.
+
+        Raises:
+            ValueError: it is of another layout, or damaged.
+        """
+        if state.get("layout") != asdict(self.layout):
+            raise ValueError(f"the saved cache has another layout: {state.get('layout')}, here {asdict(self.layout)}")
+        self.reset()
+        if "rows" in state:
+            self.rows = restored(self.layout, state)
+            self._share(self.rows.kept.device, state["sequences"])
+
+    def _share(self, device: torch.device, saved: Mapping[str, Tensor]) -> None:
+        """What layers know together on this device, made of ``saved`` unless another layer has brought it."""
+        if self.stands_alone:
+            self.shared.clear()
+        if device not in self.shared:
+            self.shared[device] = Sequences(self.layout)
+            for name, x in saved.items():
+                setattr(self.shared[device], name, x.to(device))
+        self.sequences = self.shared[device]
+        self.calls = self.sequences.calls
 
 
 def _thaw(*holders: Any) -> None:
     """Nothing can be written to tensors of the inference mode outside it: they are copied."""
     for holder in holders:
-        for name, x in _tensors(holder):
-            if x.is_inference():
-                setattr(holder, name, x.clone())
+        if any(x.is_inference() for x in tensors(holder).values()):
+            change_tensors(holder, Tensor.clone)

@@ -33,8 +33,18 @@ class Step:
 
     @cached_property
     def sign(self) -> Tensor:
-        """What a decision to merge is multiplied with, float [batch, 1]: a sequence's first token has nothing to merge into."""
+        """The sign of a decision to merge, float [batch, 1]: a sequence's first token has nothing to merge into."""
         return torch.where(self.first, -1.0, 1.0)
+
+    @cached_property
+    def appends(self) -> Tensor:
+        """The sign of the other decision."""
+        return self.cos.new_full((), -1.0, dtype=torch.float32)
+
+    @cached_property
+    def one(self) -> Tensor:
+        """A token's weight in units of itself, [1, 1, 1]; float32 or wider."""
+        return self.cos.new_ones(1, 1, 1, dtype=torch.promote_types(self.cos.dtype, torch.float32))
 
     @cached_property
     def key_rotation(self) -> Tensor:

@@ -37,17 +37,18 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> None:
     """
     layout, slots, d = rows.layout, rows.cells.slots, rows.head_dim
     heads = (rows.batch, rows.kv_heads)
+    one = call.one.expand(*heads, 1)
     column = rows.column.unflatten(0, heads)
     if layout.local_window:
         assert rows.decisions is not None
         decisions, place = rows.decisions.unflatten(0, heads), call.place[..., None].expand(*heads, 1)
-        decided = torch.copysign(new.omega.to(decisions.dtype), torch.where(new.alpha, call.sign, -1.0))
+        decided = torch.copysign(new.omega.to(decisions.dtype), torch.where(new.alpha, call.sign, call.appends))
         leaving = decisions.gather(-1, place)[..., 0]
         decisions.scatter_(-1, place, decided[..., None])
         appends, weight = leaving.signbit(), leaving.abs()
         column[..., 1].copy_(call.place)
     else:
-        appends = torch.where(new.alpha, call.first, True)
+        appends = call.first >= new.alpha
         weight = new.omega.to(torch.promote_types(new.key.dtype, torch.float32))
     if rows.recent is not None:
         column[..., -1].copy_(call.recent + layout.local_window)
@@ -58,7 +59,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> None:
         entering = torch.baddbmm(call.unit, old, call.entrance) if layout.merges else old
         ring = (torch.bmm(new.key, call.key_rotation), new.value)
     else:
-        entering, ring = torch.cat([new.key, new.value, torch.ones_like(weight[..., None])], dim=-1), ()
+        entering, ring = torch.cat([new.key, new.value, one], dim=-1), ()
 
     if not layout.merges:
         # A token that is not kept is written nowhere.
@@ -71,7 +72,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> None:
             sums.masked_fill_(appends[..., None], 0)
         else:
             weight = weight.masked_fill_(appends, 0)
-            entering = torch.cat([entering, torch.ones_like(weight[..., None])], dim=-1)
+            entering = torch.cat([entering, one], dim=-1)
         sums.addcmul_(entering, weight[..., None])
         total = sums[..., -1:] if layout.merges else sums[..., -1:].clamp(min=LEAST_MASS)
         means = sums[..., :-1] / total
@@ -115,26 +116,27 @@ def attend(query: Tensor, cells: Cells, softmax_scale: float, *, reserved: tuple
         [rows, group, head_dim], float32 or wider.
     """
     (rows, group, d), width, pages = query.shape, cells.table.shape[1], cells.pages
-    scores = _products(pages[..., :d], query.index_select(0, cells.owner).mT, softmax_scale)  # [cells, page_size, group]
+    query = query.index_select(0, cells.owner)
+    if pages.device.type == "cpu" and pages.dtype in (torch.bfloat16, torch.float16):
+        pages, query = pages.float(), query.float()
+    scores = _products(pages[..., :d], query.mT, softmax_scale)  # [cells, page_size, group]
     scores.masked_fill_(cells.hidden_pages[..., None], float("-inf"))
     # The scores of a row side by side. They are small beside keys and values, also where rows differ in length.
     lists = scores.new_full((rows * width, *scores.shape[1:]), float("-inf")).index_copy_(0, cells.inverse, scores)
     lists = lists.view(rows, -1, group)
     place, bias = reserved
     if bias is not None and place < lists.shape[1]:
-        lists[:, place] += bias[:, None]
+        lists[:, place].add_(bias[:, None])
     weights = lists.softmax(1).view(-1, *scores.shape[1:]).index_select(0, cells.inverse)
     parts = _products(weights.mT.to(pages.dtype), pages[..., d:])
-    return parts.new_zeros(query.shape).index_add_(0, cells.owner, parts)
+    return parts.new_zeros(rows, group, d).index_add_(0, cells.owner, parts)
 
 
 def _products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale a @ b of matrices in float32 or wider. Scores rounded to bf16 would be off by much more than the keys are."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if a.dtype in (torch.bfloat16, torch.float16):
         products = torch.bmm(a, b, out_dtype=torch.float32)
         return products if scale == 1.0 else products.mul_(scale)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    a, b = a.to(wide), b.to(wide)
     if scale == 1.0:
         return torch.bmm(a, b)
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
