@@ -1,5 +1,6 @@
 """The compressed cache of one layer, and attention through it."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -192,7 +193,9 @@ class LayerCache:
             self.rows.settle()
             for holder in (self.rows, self.rows.cells):
                 change_tensors(holder, lambda x: x.to(device))
-            self._share(self.rows.kept.device, tensors(self.sequences))
+            moved = copy.copy(self.sequences)
+            change_tensors(moved, lambda x: x.to(device))
+            self._share(moved)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,18 +221,14 @@ class LayerCache:
             raise ValueError(f"the saved cache has another layout: {state.get('layout')}, here {asdict(self.layout)}")
         self.reset()
         if "rows" in state:
-            self.rows = restored(self.layout, state)
-            self._share(self.rows.kept.device, state["sequences"])
+            self.rows, sequences = restored(self.layout, state)
+            self._share(sequences)
 
-    def _share(self, device: torch.device, saved: Mapping[str, Tensor]) -> None:
-        """What layers know together on this device, made of ``saved`` unless another layer has brought it."""
+    def _share(self, sequences: Sequences) -> None:
+        """The layers on a device know these together, or those that the first of them has brought."""
         if self.stands_alone:
             self.shared.clear()
-        if device not in self.shared:
-            self.shared[device] = Sequences(self.layout)
-            for name, x in saved.items():
-                setattr(self.shared[device], name, x.to(device))
-        self.sequences = self.shared[device]
+        self.sequences = self.shared.setdefault(sequences.tokens.device, sequences)
         self.calls = self.sequences.calls
 
 

@@ -188,12 +188,10 @@ class Sequences:
         """The next call of all layers: cos, sin [batch or 1, seq, 1, head_dim] of the new tokens' positions; lengths
         [batch], how many of a row's are real (None: all)."""
         seq = cos.shape[1]
-        if self.tokens is None:
-            self.tokens = torch.zeros(batch, dtype=torch.long, device=cos.device)
-            if self.layout.local_window and self.layout.merges:
-                half = cos.new_ones(batch, self.layout.local_window, cos.shape[-1] // 2)
-                self.angles = torch.cat([half, torch.zeros_like(half)], dim=-1)
         cos, sin = (x.expand(batch, -1, -1, -1) for x in (cos, sin))
+        if self.tokens is None:
+            self.start(cos)
+            assert self.tokens is not None
         self.calls += 1
         if seq == 1 and lengths is None:
             self.call = self._step(cos[:, 0, 0], sin[:, 0, 0])
@@ -202,6 +200,14 @@ class Sequences:
             self.call = self._chunk(cos, sin, lengths)
             self.tokens.add_(self.call.lengths)
         return self.call
+
+    def start(self, cos: Tensor) -> None:
+        """No token yet of any sequence; cos [batch, seq, 1, head_dim] says what will come."""
+        batch, window = len(cos), self.layout.local_window
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=cos.device)
+        if window and self.layout.merges:
+            half = cos.new_ones(batch, window, cos.shape[-1] // 2)
+            self.angles = torch.cat([half, torch.zeros_like(half)], dim=-1)
 
     def _step(self, cos: Tensor, sin: Tensor) -> Step:
         assert self.tokens is not None
