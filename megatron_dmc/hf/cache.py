@@ -166,6 +166,12 @@ class DMCCache(Cache):
             raise ValueError(f"the saved cache has {len(layers)} layers, the model {len(cache)}; load the model's own")
         for layer, saved in zip(cache.layers, layers, strict=True):
             layer.load_state_dict(saved)
+        real, shape = cache.real, (cache.batch_size, cache.columns)
+        fits = real is None or (isinstance(real, Tensor) and real.dtype == torch.bool and real.shape == shape)
+        if not fits or cache.columns < 0:
+            raise ValueError(
+                "this is no saved DMCCache, or a damaged one: its columns and real ones do not fit; save it again"
+            )
         return cache
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:

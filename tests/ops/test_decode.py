@@ -232,7 +232,19 @@ def test_bytes_follow_the_sum_of_lengths(kind, dtype, cuts):
 class Operations(TorchDispatchMode):
     """Notes what is run, but for views and empty tensors."""
 
-    FREE = ("view", "select", "slice", "transpose", "expand", "unsqueeze", "alias", "empty", "permute", "detach", "split")
+    FREE = (
+        "view",
+        "select",
+        "slice",
+        "transpose",
+        "expand",
+        "unsqueeze",
+        "alias",
+        "empty",
+        "permute",
+        "detach",
+        "split",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,6 +431,9 @@ def test_clear_errors():
         cache.attend(*(x[:1] for x in tokens), *rotation(torch.arange(4)[None], 8))  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="at least one token"):
         cache.attend(*tokens.cut(4, 4), *rotation(torch.zeros(2, 0), 8))
+    narrow = Tokens(*(x[:, :, :1] for x in tokens))
+    with pytest.raises(ValueError, match=r"another model's: it holds \[KV heads, head_dim\] \[2, 8\], got \[1, 8\]"):
+        cache.attend(*narrow, *rotation(torch.arange(4)[None], 8))
     for x in (tokens.query, tokens.omega):
         x.requires_grad_()
         with pytest.raises(ValueError, match="no gradients"):

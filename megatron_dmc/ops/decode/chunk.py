@@ -152,12 +152,15 @@ def _pooled(
     return key, value, None
 
 
-def _pooled_recent(
-    new: Tokens, alpha: Tensor, rows: Rows, call: Chunk
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def _pooled_recent(new: Tokens, alpha: Tensor, rows: Rows, call: Chunk) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """With a window_size: the last tokens are taken in again before the new ones."""
     assert rows.recent is not None and rows.layout.window_size
-    size, window, d, heads = rows.layout.window_size, rows.layout.local_window, rows.head_dim, (rows.batch, rows.kv_heads)
+    size, window, d, heads = (
+        rows.layout.window_size,
+        rows.layout.local_window,
+        rows.head_dim,
+        (rows.batch, rows.kv_heads),
+    )
     # Tokens that had left the ring before; token p of them lies at p mod size.
     left = (call.tokens - window).clamp(min=0)
     place = (left[:, None] + torch.arange(size, device=left.device)) % size
@@ -184,16 +187,14 @@ def _keep(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: KernelS
     """Evict and absorb. Keys are rotated."""
     before = rows.kept.unflatten(0, (rows.batch, rows.kv_heads))
     position = torch.arange(new.key.shape[1], device=before.device)
-    first = ((before == 0)[:, None] & (position == 0)[:, None])
+    first = (before == 0)[:, None] & (position == 0)[:, None]
     kept = ~new.alpha | first
     real = (position < call.leaving[:, None])[..., None]
     bias = torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, HIDDEN)
     attended = flash_forward(query, BiasedKeys(new.key, new.value, bias), settings)
     attended = _with_past(query, settings, attended, rows, call, rows.kept)
     if rows.layout.absorbs:
-        after_each, state = residual(
-            new.key, new.value, new.omega * (~kept & real), initial_state=rows.residual_state
-        )
+        after_each, state = residual(new.key, new.value, new.omega * (~kept & real), initial_state=rows.residual_state)
         for held, after in zip(rows.residual_state, state, strict=True):
             held.copy_(after)
         attended = join_one_key(query, attended, OneKey(*after_each), settings.softmax_scale)

@@ -96,7 +96,7 @@ class LayerCache:
             [batch, seq, heads, head_dim] in query's dtype.
 
         Raises:
-            ValueError: the batch is not the cache's, there is no token, or gradients are wanted.
+            ValueError: the batch or the heads are not the cache's, there is no token, or gradients are wanted.
         """
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, omega)):
             raise ValueError("the compressed cache gives no gradients: use torch.no_grad(), or attend without a cache")
@@ -104,6 +104,9 @@ class LayerCache:
             raise ValueError("the compressed cache takes in at least one token, got none")
         if self.rows is not None and len(key) != self.rows.batch:
             raise ValueError(f"the cache holds {self.rows.batch} sequences, got {len(key)}; reorder or reset it first")
+        if self.rows is not None and key.shape[2:] != (self.rows.kv_heads, self.rows.head_dim):
+            held, given = [self.rows.kv_heads, self.rows.head_dim], list(key.shape[2:])
+            raise ValueError(f"the cache is another model's: it holds [KV heads, head_dim] {held}, got {given}")
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
         device = query.device.type
         # Autocast would turn float32 into bf16.
@@ -228,7 +231,8 @@ class LayerCache:
         """The layers on a device know these together, or those that the first of them has brought."""
         if self.stands_alone:
             self.shared.clear()
-        self.sequences = self.shared.setdefault(sequences.tokens.device, sequences)
+        assert self.rows is not None
+        self.sequences = self.shared.setdefault(self.rows.kept.device, sequences)
         self.calls = self.sequences.calls
 
 

@@ -1,4 +1,4 @@
-"""What all layers of a model know of the sequences, computed once for all of them: positions, rotations, what a call brings."""
+"""What all layers of a model know together, computed once for all of them: positions, rotations, what a call brings."""
 
 from functools import cached_property
 
@@ -96,6 +96,9 @@ class Chunk:
         left_before: a token of some sequence had left its ring before.
         cos, sin: of the columns' positions, [batch, columns, 1, head_dim].
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, layout: Layout, tokens: Tensor, lengths: Tensor | None, seq: int):
         self.window, self.seq = layout.local_window, seq

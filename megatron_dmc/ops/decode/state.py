@@ -80,4 +80,3 @@ def _check(rows: Rows, sequences: Sequences) -> None:
 
 def _within(x: Tensor | None, end: int) -> bool:
     return x is None or x.numel() == 0 or bool(((x >= 0) & (x < end)).all())
-

@@ -57,9 +57,9 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> None:
     if layout.local_window:
         old = slots.index_select(0, target[..., 1].flatten()).unflatten(0, heads).to(weight.dtype)
         entering = torch.baddbmm(call.unit, old, call.entrance) if layout.merges else old
-        ring = (torch.bmm(new.key, call.key_rotation), new.value)
+        ring = [torch.bmm(new.key, call.key_rotation), new.value]
     else:
-        entering, ring = torch.cat([new.key, new.value, one], dim=-1), ()
+        entering, ring = torch.cat([new.key, new.value, one], dim=-1), []
 
     if not layout.merges:
         # A token that is not kept is written nowhere.
