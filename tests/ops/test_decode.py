@@ -357,7 +357,7 @@ def test_an_empty_cache_can_be_saved():
         lambda state: state["cells"]["table"].add_(1000),
         lambda state: state["cells"]["table"].sub_(1),
         lambda state: state["cells"]["owner"].add_(2),
-        lambda state: state["cells"]["inverse"].add_(100),
+        lambda state: state["cells"]["place"].add_(100),
         lambda state: state["cells"]["taken"].add_(50),
         lambda state: state["rows"]["kept"].add_(5000),
         lambda state: state["rows"].update(kept=state["rows"]["kept"][:1]),

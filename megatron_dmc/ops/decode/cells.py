@@ -1,7 +1,28 @@
 """The memory of a layer's cache: one pool of cells, each a page of one row. Memory follows the sum of the rows' lengths."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Pages(NamedTuple):
+    """Pages as one step reads them, in any order.
+
+    Attributes:
+        content: [pages, page_size, 2 * head_dim], keys and values side by side.
+        hidden: bool [pages, page_size], slots that attention does not see.
+        owner: int32 [pages], each page's row.
+        place: int64 [pages], where in its row each stands: row * width + number.
+        width: more than any number.
+    """
+
+    content: Tensor
+    hidden: Tensor
+    owner: Tensor
+    place: Tensor
+    width: int
+
 
 # The pool grows by a 64th at least: a balance of unused memory and copies.
 GROWTH = 64
@@ -18,7 +39,7 @@ class Cells:
         table: int32 [rows, most pages of a row], cells; only the first ``taken`` of a row count.
         taken: int64 [rows], pages.
         owner: int32 [cells in use], the row.
-        inverse: int64 [cells in use], where the table names the cell, counted through all rows.
+        place: int64 [cells in use], where the table names the cell, counted through all rows.
         used: cells in use: the first ones.
     """
 
@@ -31,22 +52,25 @@ class Cells:
         self.table = torch.zeros(rows, 0, dtype=torch.int32, device=like.device)
         self.taken = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.owner = torch.zeros(0, dtype=torch.int32, device=like.device)
-        self.inverse = torch.zeros(0, dtype=torch.long, device=like.device)
+        self.place = torch.zeros(0, dtype=torch.long, device=like.device)
 
     @property
     def nowhere(self) -> int:
         """The slot that takes what nobody reads."""
         return len(self.slots) - 1
 
-    @property
-    def pages(self) -> Tensor:
-        """[cells in use, page_size, 2 * head_dim]"""
-        return self.slots[: self.used * self.page_size].unflatten(0, (-1, self.page_size))
+    def pages(self) -> Pages:
+        """All that are in use, as they lie in memory."""
+        content, hidden = (
+            x[: self.used * self.page_size].unflatten(0, (-1, self.page_size)) for x in (self.slots, self.hidden)
+        )
+        return Pages(content, hidden, self.owner, self.place, self.table.shape[1])
 
-    @property
-    def hidden_pages(self) -> Tensor:
-        """bool [cells in use, page_size]"""
-        return self.hidden[: self.used * self.page_size].unflatten(0, (-1, self.page_size))
+    def write(self, slot: Tensor, content: Tensor, *, visible: bool = True) -> None:
+        """content [n, 2 * head_dim] in any dtype becomes that of slots [n], which attention sees from now on."""
+        self.slots.index_copy_(0, slot, content.to(self.slots.dtype))
+        if visible:
+            self.hidden.index_fill_(0, slot, False)
 
     def make_room(self, length: Tensor) -> None:
         """Gives every row the cells for a list of ``length`` slots, int64 [rows]. Waits for the device."""
@@ -67,7 +91,7 @@ class Cells:
         self.table[row, self.taken[row] + rank - (end - fresh)[row]] = (before + rank).int()
         self.owner = torch.cat([self.owner, row.int()])
         self.taken = self.taken + fresh
-        self._invert()
+        self._find_places()
 
     def places(self, index: Tensor) -> Tensor:
         """Slots of the places ``index`` of the rows' lists, int64 [rows, n]; nowhere, where a row has no cell."""
@@ -81,7 +105,7 @@ class Cells:
     def dense(self, pages: int) -> Tensor:
         """The first pages of every row's list as a temporary, [rows, pages * page_size, 2 * head_dim]; any slot's content
         where a row has fewer."""
-        return self.pages[self.table[:, :pages]].flatten(1, 2)
+        return self.pages().content[self.table[:, :pages]].flatten(1, 2)
 
     def select(self, row: Tensor) -> None:
         """Row i becomes what row[i] was; the cells of rows that are not named are freed."""
@@ -92,13 +116,13 @@ class Cells:
         rank = torch.arange(used, device=row.device)
         page = rank - (end - taken)[owner]
         cell = self.table[row[owner], page]
-        pages, hidden = self.pages[cell], self.hidden_pages[cell]
+        pages, hidden = (x[cell] for x in self.pages()[:2])
         self.slots = torch.cat([pages.flatten(0, 1), self.slots[-1:]])
         self.hidden = torch.cat([hidden.flatten(), self.hidden[-1:]])
         self.table = self.table.new_zeros(len(row), most)
         self.table[owner, page] = rank.int()
         self.owner, self.taken, self.used = owner.int(), taken, used
-        self._invert()
+        self._find_places()
 
     def _grow(self) -> None:
         needed, capacity = self.used * self.page_size, len(self.slots) - 1
@@ -112,10 +136,10 @@ class Cells:
         self.slots[capacity] = 0
         self.hidden[capacity] = True
 
-    def _invert(self) -> None:
+    def _find_places(self) -> None:
         width = self.table.shape[1]
         page = torch.arange(width, device=self.table.device)
         exists = page < self.taken[:, None]
         where = torch.arange(exists.numel(), device=page.device).view_as(exists)
-        self.inverse = torch.empty(self.used, dtype=torch.long, device=page.device)
-        self.inverse[self.table[exists].long()] = where[exists]
+        self.place = torch.empty(self.used, dtype=torch.long, device=page.device)
+        self.place[self.table[exists].long()] = where[exists]

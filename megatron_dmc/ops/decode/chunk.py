@@ -87,15 +87,12 @@ def _write_ring(both: Tokens, rows: Rows, call: Chunk) -> None:
     # Where there is none yet, any token lies, hidden.
     slot = rows.cells.places(place.expand(len(exists), -1))
     slot = torch.where(exists, slot, rows.cells.nowhere)
-    rows.cells.slots[slot] = torch.cat([key, value], dim=-1)
-    rows.cells.hidden[slot] = False
+    rows.cells.write(slot.flatten(), torch.cat([key, value], dim=-1).flatten(0, 1))
 
 
 def _make_room(rows: Rows, call: Chunk, kept: Tensor) -> None:
     """For ``kept`` [rows] slots, or for the rings of those that keep none."""
-    seen = (call.tokens + call.lengths).repeat_interleave(rows.kv_heads)
-    window = rows.layout.local_window
-    rows.cells.make_room(torch.where(kept > 0, rows.layout.base + kept, seen.clamp(max=window)))
+    rows.cells.make_room(rows.lengths(kept, call.tokens + call.lengths))
     rows.kept = kept
 
 
@@ -126,8 +123,8 @@ def _merge(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: Kernel
     last = real & ~F.pad(real[:, 1:] & alpha[:, 1:], (0, 0, 0, 1))
     _write(rows, last, ordinal, key, value)
     if recent is not None:
-        slot, tokens = rows.cells.places(rows.layout.local_window + recent[0]), recent[1]
-        rows.cells.slots[slot] = tokens
+        slot = rows.cells.places(rows.layout.local_window + recent[0])
+        rows.cells.write(slot.flatten(), recent[1].flatten(0, 1), visible=False)
     return attended
 
 
@@ -206,9 +203,7 @@ def _keep(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: KernelS
         state = rows.residual_state
         mean = torch.cat([state.key_sum, state.value_sum], dim=-1) / state.mass.clamp(min=LEAST_MASS)[..., None]
         place = torch.full_like(rows.kept, rows.layout.local_window)[:, None]
-        slot = rows.cells.places(place)
-        rows.cells.slots[slot[:, 0]] = mean.flatten(0, 1).to(rows.cells.slots.dtype)
-        rows.cells.hidden[slot] = False
+        rows.cells.write(rows.cells.places(place)[:, 0], mean.flatten(0, 1))
     return attended
 
 
@@ -219,9 +214,7 @@ def _write(rows: Rows, chosen: Tensor, ordinal: Tensor, key: Tensor, value: Tens
     cells, layout = rows.cells, rows.layout
     place = layout.base + ordinal[sequence, position, head]
     slot = cells.table[row, place // layout.page_size].long() * layout.page_size + place % layout.page_size
-    cells.slots[slot, : rows.head_dim] = key[sequence, position, head]
-    cells.slots[slot, rows.head_dim :] = value[sequence, position, head]
-    cells.hidden[slot] = False
+    cells.write(slot, torch.cat([x[sequence, position, head] for x in (key, value)], dim=-1))
 
 
 def _with_past(

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.cells import Cells
+from megatron_dmc.ops.decode.cells import Cells, Pages
 from megatron_dmc.ops.decode.layout import Layout
+from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.pooling import PoolState
 from megatron_dmc.ops.residual import ResidualState
 
@@ -56,19 +57,22 @@ class Rows:
     def make_room(self, tokens: Tensor, steps: int) -> None:
         """For that many more tokens of every row, of which ``tokens`` [batch] were seen. Waits for the device."""
         self.settle()
-        window, base = self.layout.local_window, self.layout.base
-        seen = tokens.repeat_interleave(self.kv_heads)
-        kept = self.kept + (seen + steps - window).clamp(0, steps)
-        self.cells.make_room(torch.where(kept > 0, base + kept, (seen + steps).clamp(max=window)))
-        ahead = torch.arange(base + 1 + steps, device=tokens.device).expand(len(seen), -1)
-        slot = base + self.kept[:, None] - 1 + ahead - base
+        window = self.layout.local_window
+        kept = self.kept + (tokens + steps - window).clamp(0, steps).repeat_interleave(self.kv_heads)
+        self.cells.make_room(self.lengths(kept, tokens + steps))
+        self.look_ahead(steps)
+        self.steps = steps
+
+    def look_ahead(self, steps: int) -> None:
+        """Finds the slots that the next steps may write to."""
+        base = self.layout.base
+        ahead = torch.arange(base + 1 + steps, device=self.kept.device).expand(len(self.kept), -1)
         # Of a row that has kept nothing yet, there is no last one.
-        slot = torch.where(slot < base, -1, slot)
-        self.ahead = self.cells.places(torch.where(ahead < base, ahead, slot))
+        kept = torch.where((ahead > base) | (self.kept > 0)[:, None], self.kept[:, None] + ahead - 1, -1)
+        self.ahead = self.cells.places(torch.where(ahead < base, ahead, kept))
         self.column[:, 0] = base
         if self.layout.absorbs:
-            self.column[:, -1] = window
-        self.steps = steps
+            self.column[:, -1] = self.layout.local_window
 
     @property
     def count(self) -> Tensor:
@@ -77,6 +81,18 @@ class Rows:
         if self.ahead.shape[1]:
             kept = kept + self.column[:, 0] - self.layout.base
         return kept.unflatten(0, (self.batch, self.kv_heads))
+
+    def open_pages(self, appends: Tensor, call: Step) -> None:
+        """Before a step's token takes its place: appends, bool [batch, kv_heads]. Every row has its cells already."""
+
+    def pages(self, call: Step) -> Pages:
+        """What a step's queries see."""
+        return self.cells.pages()
+
+    def lengths(self, kept: Tensor, seen: Tensor) -> Tensor:
+        """Of the rows' lists, if ``seen`` tokens were and ``kept`` [rows] slots are, int64 [rows]; seen: [batch]."""
+        ring = seen.clamp(max=self.layout.local_window).repeat_interleave(self.kv_heads)
+        return torch.where(kept > 0, self.layout.base + kept, ring)
 
     @property
     def pool_state(self) -> PoolState:

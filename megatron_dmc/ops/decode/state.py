@@ -64,7 +64,7 @@ def _check(rows: Rows, sequences: Sequences) -> None:
     bounds = {
         "slots": cells.slots.shape[1] == 2 * rows.head_dim and len(cells.slots) > places,
         "hidden": len(cells.hidden) == len(cells.slots),
-        "inverse": len(cells.inverse) == cells.used and _within(cells.inverse, count * width),
+        "place": len(cells.place) == cells.used and _within(cells.place, count * width),
         "owner": _within(cells.owner, count),
         "table": _within(cells.table, max(cells.used, 1)),
         "taken": _within(cells.taken, width + 1),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.cells import Cells
+from megatron_dmc.ops.decode.cells import Pages
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.residual.torch import LEAST_MASS
@@ -26,7 +26,7 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: Step, softmax_scale: floa
     take_in(new, rows, call)
     grouped = torch.bmm(query, call.query_rotation).unflatten(1, (rows.kv_heads, -1)).flatten(0, 1)
     log_mass = rows.residual_state.mass.flatten().log() if rows.layout.absorbs else None
-    out = attend(grouped, rows.cells, softmax_scale, reserved=(rows.layout.local_window, log_mass))
+    out = attend(grouped, rows.pages(call), softmax_scale, reserved=(rows.layout.local_window, log_mass))
     return out.view_as(query)
 
 
@@ -52,6 +52,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> None:
         weight = new.omega.to(torch.promote_types(new.key.dtype, torch.float32))
     if rows.recent is not None:
         column[..., -1].copy_(call.recent + layout.local_window)
+    rows.open_pages(appends, call)
     column[..., 0].add_(appends)
     target = rows.ahead.gather(1, rows.column).unflatten(0, heads)
     if layout.local_window:
@@ -81,9 +82,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> None:
         target = target[..., : 1 + bool(ring)]
     else:
         written = [entering[..., : 2 * d], *ring, *([means] if layout.absorbs else [])]
-    target = target.flatten()
-    slots.index_copy_(0, target, torch.cat(written, dim=-1).view(-1, 2 * d).to(slots.dtype))
-    rows.cells.hidden.index_fill_(0, target, False)
+    rows.cells.write(target.flatten(), torch.cat(written, dim=-1).view(-1, 2 * d))
 
 
 def _mean_of_recent(entering: Tensor, weight: Tensor, appends: Tensor, rows: Rows, target: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ def _mean_of_recent(entering: Tensor, weight: Tensor, appends: Tensor, rows: Row
     assert rows.recent is not None and rows.layout.window_size
     slots, window = rows.cells.slots, rows.layout.local_window
     reserved = slice(window, rows.layout.base)
-    slots.index_copy_(0, target.flatten(), entering[..., :-1].flatten(0, 1).to(slots.dtype))
+    rows.cells.write(target.flatten(), entering[..., :-1].flatten(0, 1), visible=False)
     rows.recent.masked_fill_(appends.reshape(-1, 1), 0)
     rows.recent.scatter_(1, rows.column[:, -1:] - window, weight.reshape(-1, 1))
     tokens = slots.index_select(0, rows.ahead[:, reserved].flatten()).view(len(rows.kept), -1, 2 * rows.head_dim)
@@ -105,8 +104,8 @@ def _mean_of_recent(entering: Tensor, weight: Tensor, appends: Tensor, rows: Row
     return mean.view(*appends.shape, -1)
 
 
-def attend(query: Tensor, cells: Cells, softmax_scale: float, *, reserved: tuple[int, Tensor | None]) -> Tensor:
-    """One query per head over its row's slots; the cells are read in the order in which they lie in memory.
+def attend(query: Tensor, pages: Pages, softmax_scale: float, *, reserved: tuple[int, Tensor | None]) -> Tensor:
+    """One query per head over its row's slots; the pages are read in the order in which they lie in memory.
 
     Args:
         query: [rows, group, head_dim], rotated.
@@ -115,21 +114,21 @@ def attend(query: Tensor, cells: Cells, softmax_scale: float, *, reserved: tuple
     Returns:
         [rows, group, head_dim], float32 or wider.
     """
-    (rows, group, d), width, pages = query.shape, cells.table.shape[1], cells.pages
-    query = query.index_select(0, cells.owner)
-    if pages.device.type == "cpu" and pages.dtype in (torch.bfloat16, torch.float16):
-        pages, query = pages.float(), query.float()
-    scores = _products(pages[..., :d], query.mT, softmax_scale)  # [cells, page_size, group]
-    scores.masked_fill_(cells.hidden_pages[..., None], float("-inf"))
+    (rows, group, d), content = query.shape, pages.content
+    query = query.index_select(0, pages.owner)
+    if content.device.type == "cpu" and content.dtype in (torch.bfloat16, torch.float16):
+        content, query = content.float(), query.float()
+    scores = _products(content[..., :d], query.mT, softmax_scale)  # [pages, page_size, group]
+    scores.masked_fill_(pages.hidden[..., None], float("-inf"))
     # The scores of a row side by side. They are small beside keys and values, also where rows differ in length.
-    lists = scores.new_full((rows * width, *scores.shape[1:]), float("-inf")).index_copy_(0, cells.inverse, scores)
-    lists = lists.view(rows, -1, group)
+    lists = scores.new_full((rows * pages.width, *scores.shape[1:]), float("-inf"))
+    lists = lists.index_copy_(0, pages.place, scores).view(rows, -1, group)
     place, bias = reserved
     if bias is not None and place < lists.shape[1]:
         lists[:, place].add_(bias[:, None])
-    weights = lists.softmax(1).view(-1, *scores.shape[1:]).index_select(0, cells.inverse)
-    parts = _products(weights.mT.to(pages.dtype), pages[..., d:])
-    return parts.new_zeros(rows, group, d).index_add_(0, cells.owner, parts)
+    weights = lists.softmax(1).view(-1, *scores.shape[1:]).index_select(0, pages.place)
+    parts = _products(weights.mT.to(content.dtype), content[..., d:])
+    return parts.new_zeros(rows, group, d).index_add_(0, pages.owner, parts)
 
 
 def _products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
