@@ -71,8 +71,12 @@ class DMCImpl(AttentionImpl):
     ) -> Tensor:
         """Called by vLLM's operator with what CompressedAttention gave it; fills ``output`` [tokens, heads, head_dim]."""
         output.zero_()
-        if attn_metadata is None or layer.cache is None:
-            return output  # vLLM measures memory, or warms up
+        if attn_metadata is None:
+            return output  # vLLM measures memory
+        if layer.cache is None:
+            raise RuntimeError(
+                f"megatron-dmc: {layer.layer_name} was given no cache; report this as an error of the plugin"
+            )
         width = query.shape[-1]
         decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
         new = NewTokens(query, key[..., :width], value, decision < 0, decision.abs())

@@ -94,6 +94,11 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Of a worker.
     def register_kv_caches(self, kv_caches: Any) -> None:
+        if hasattr(self, "cache"):
+            raise RuntimeError(
+                "megatron-dmc: a process can hold one engine with DMC, because vLLM gives all engines of a process the first "
+                "one's connector; start another one in a process of its own"
+            )
         self.cache = WorkerCache(kv_caches)
         layers = self._vllm_config.compilation_config.static_forward_context
         for name in kv_caches:
