@@ -24,7 +24,7 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
         cache: the worker's; None until vLLM has allocated it, while it measures memory.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, rotary: nn.Module, dmc: dict[str, Any], prefix: str):
+    def __init__(self, kv_heads: int, head_dim: int, rotary: Any, dmc: dict[str, Any], prefix: str):
         super().__init__()
         config = get_current_vllm_config()
         self.layer_name = prefix

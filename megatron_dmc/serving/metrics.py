@@ -16,6 +16,8 @@ GAUGES = {
 class DMCStats(KVConnectorStats):
     """The newest figures; ``data`` has the keys of GAUGES, or is empty."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         self.data = {}
 

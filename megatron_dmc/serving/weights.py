@@ -16,7 +16,7 @@ class Checked:
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or hidden // heads
         self.layers = config.num_hidden_layers
-        self.shapes = {
+        self.shapes: dict[str, tuple[int, ...]] = {
             "q_proj.weight": (heads * width, hidden),
             "k_proj.weight": (kv_heads * width, hidden),
             "v_proj.weight": (kv_heads * width, hidden),
