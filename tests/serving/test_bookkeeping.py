@@ -27,7 +27,10 @@ class Worker:
         for first, (kept, new) in changes.items():
             if kept == 0:
                 self.slots[first] = [0] * ROWS
+            own = self.granted.get(first, [])[: self.blocks(first)]
+            assert all(self.owner[block] == first for block in own), "another request has written to a block"
             self.granted[first] = self.granted.get(first, [])[:kept] + new
+            assert self.granted[first][: len(own)] == own, "a block with slots was taken away"
             # Often the most that there can be.
             added = [max(0, tokens[first] - self.chance.choice([0, 0, 1, 40])) for _ in range(ROWS)]
             self.slots[first] = [count + more for count, more in zip(self.slots[first], added, strict=True)]
@@ -35,10 +38,6 @@ class Worker:
             assert used <= len(self.granted[first]), "more cells than were granted"
             self.owner |= dict.fromkeys(self.granted[first][:used], first)
             reports[first] = Report(used, sum(self.slots[first]))
-        # What another request has written to since, nobody else may hold.
-        for first in changes:
-            own = self.granted[first][: self.blocks(first)]
-            assert all(self.owner[block] == first for block in own), "a block has two owners"
         return reports
 
 
