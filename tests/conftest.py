@@ -10,8 +10,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 import torch
 
-from megatron_dmc.convert.single_process import single_process
-
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
@@ -28,5 +26,8 @@ def ctrl_c_interrupts() -> None:
 @pytest.fixture(scope="session")
 def one_process() -> Iterator[None]:
     """torch.distributed and megatron-core's parallel state, a world of one."""
+    # Here, because tests/serving runs where megatron-core is not installed.
+    from megatron_dmc.convert.single_process import single_process
+
     with single_process():
         yield

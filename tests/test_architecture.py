@@ -38,6 +38,8 @@ ALLOWED = {
 # Modules below it are what exports start from, one per family.
 EXPORTED = "megatron_dmc.hf.families."
 # safetensors is no further need: transformers requires it.
+# What serving imports of this package.
+MAY_BE_SERVED = {"serving", "hf", "ops", "config", "errors"}
 EXPORT_NEEDS = {"torch", "transformers", "safetensors"}
 # Benchmarks import the modules of their own folder: one function adds that folder for a test, as Python does.
 # A stand-in for Transformer Engine, which is not on a machine without a GPU, must be found as a package.
@@ -91,6 +93,16 @@ def imports_of_ops(package: Modules) -> Iterator[str]:
         other_room = is_ours(found.name) and room(found.name) != "ops"
         if found.name.split(".")[0] == "megatron" or other_room:
             yield f"{found.place}: ops imports {found.name}"
+
+
+def imports_of_serving(package: Modules) -> Iterator[str]:
+    """The engine's environment has torch and transformers, and no Megatron."""
+    for found in package.all_imports():
+        if room(found.module) != "serving":
+            continue
+        is_other_room = is_ours(found.name) and room(found.name) not in MAY_BE_SERVED
+        if found.name.split(".")[0] == "megatron" or is_other_room:
+            yield f"{found.place}: serving imports {found.name}"
 
 
 def imports_of_an_export(package: Modules) -> Iterator[str]:
@@ -173,7 +185,9 @@ def tests() -> Modules:
 
 
 @pytest.mark.parametrize(
-    "rule", [imports_that_go_up, imports_of_ops, imports_of_an_export, long_calls], ids=lambda rule: rule.__name__
+    "rule",
+    [imports_that_go_up, imports_of_ops, imports_of_serving, imports_of_an_export, long_calls],
+    ids=lambda rule: rule.__name__,
 )
 def test_the_package_keeps(package: Modules, rule: Callable[[Modules], Iterator[str]]) -> None:
     problems = list(rule(package))
@@ -297,6 +311,17 @@ def test_what_ops_may_not_import_is_found(tmp_path: Path, text: str) -> None:
     package = made_up(tmp_path, {"megatron_dmc/ops/good.py": allowed, "megatron_dmc/ops/pooling/a.py": text})
     (found,) = imports_of_ops(package)
     assert found.startswith("megatron_dmc/ops/pooling/a.py:")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import megatron.core", "from megatron_dmc.recipe import base", "def f():\n    import megatron_dmc.model.gpt"],
+)
+def test_what_serving_may_not_import_is_found(tmp_path: Path, text: str) -> None:
+    allowed = "import vllm\nfrom megatron_dmc.hf import x\nfrom megatron_dmc.serving.b import y\n"
+    package = made_up(tmp_path, {"megatron_dmc/serving/good.py": allowed, "megatron_dmc/serving/a.py": text})
+    (found,) = imports_of_serving(package)
+    assert found.startswith("megatron_dmc/serving/a.py:")
 
 
 def test_what_an_export_may_not_need_is_found_however_far(tmp_path: Path) -> None:

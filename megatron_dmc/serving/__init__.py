@@ -1,0 +1,5 @@
+"""A plugin for vLLM that serves exports: ``pip install megatron-dmc[vllm]``, then ``vllm serve EXPORT``."""
+
+from megatron_dmc.serving.plugin import register
+
+__all__ = ["register"]

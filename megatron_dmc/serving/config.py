@@ -1,0 +1,119 @@
+"""What a DMC model changes in vLLM's settings, and which of them it cannot be served with."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from megatron_dmc.hf.adapter import ADAPTER_FILE, lacks_its_base
+from megatron_dmc.serving.plugin import logger
+
+# Every row fills a page of its own: half a page per head is lost, so pages are small.
+BLOCK_SIZE = 16
+
+
+class Refused(NamedTuple):
+    """A setting that a DMC model cannot be served with; printed as one line."""
+
+    setting: str
+    value: Any
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.setting} cannot be {self.value!r} for a model with DMC: {self.remedy}"
+
+
+class DMCSettings(VerifyAndUpdateConfig):
+    """vLLM calls it once for each configuration that it builds for one of our architectures.
+
+    Both functions raise ValueError, one line, for what is refused.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        _refuse(_of_the_model(model_config))
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        from vllm.config import KVTransferConfig
+
+        _refuse(_of_the_engine(vllm_config))
+        cache = vllm_config.cache_config
+        if cache.enable_prefix_caching:
+            logger.warning(
+                "megatron-dmc: prefix caching is switched off: a slot of several tokens is no prefix's alone"
+            )
+            cache.enable_prefix_caching = False
+        if not cache.user_specified_block_size:
+            # As if it were asked for, or the platform would choose another one afterwards.
+            cache.block_size, cache.user_specified_block_size = BLOCK_SIZE, True
+        # kv_producer: with kv_both vLLM keeps every freed block back for a step when it schedules asynchronously.
+        vllm_config.kv_transfer_config = KVTransferConfig(
+            kv_connector="DMCConnector",
+            kv_connector_module_path="megatron_dmc.serving.connector",
+            kv_role="kv_producer",
+        )
+
+
+def _refuse(found: Iterator[Refused]) -> None:
+    for refused in found:
+        raise ValueError(str(refused))
+
+
+def _of_the_model(model: Any) -> Iterator[Refused]:
+    dmc = model.hf_config.dmc
+    if lacks_its_base(model.model):
+        yield Refused(
+            "model",
+            model.model,
+            f"{ADAPTER_FILE} holds the decisions only; load it with base= and save_pretrained both",
+        )
+    # These two are the worker's cache's, and go when it has them.
+    if dmc["operation"] != "merge":
+        yield Refused("operation", dmc["operation"], "only merge is served so far; use the export's own generate()")
+    if dmc["window_size"] is not None:
+        yield Refused("window_size", dmc["window_size"], "only null is served so far; use the export's own generate()")
+    if model.runner_type != "generate":
+        yield Refused(
+            "--runner", model.runner_type, "it was retrofitted to generate text; leave --runner and --convert out"
+        )
+    if model.quantization is not None:
+        yield Refused(
+            "--quantization", model.quantization, "its decisions were learned on the exported weights; leave it out"
+        )
+    if model.enable_sleep_mode:
+        yield Refused("--enable-sleep-mode", True, "requests' slots would be lost in sleep; leave it out")
+
+
+def _of_the_engine(config: Any) -> Iterator[Refused]:
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if config.speculative_config is not None:
+        method = config.speculative_config.method
+        reason = "a rejected token that was merged cannot be taken out of its slot; leave it out"
+        yield Refused("--speculative-config", method, reason)
+    # Before the connector: offloading would be set up as one.
+    if cache.kv_offloading_size is not None:
+        yield Refused("--kv-offloading-size", cache.kv_offloading_size, "slots stay where they are; leave it out")
+    if config.kv_transfer_config is not None:
+        connector = config.kv_transfer_config.kv_connector
+        yield Refused(
+            "--kv-transfer-config",
+            connector,
+            "its place is taken: it tells vLLM what requests really hold; leave it out",
+        )
+    for name in ("decode", "prefill"):
+        size = getattr(parallel, f"{name}_context_parallel_size")
+        if size > 1:
+            yield Refused(
+                f"--{name}-context-parallel-size", size, "a slot lies on one rank; use --tensor-parallel-size"
+            )
+    if parallel.use_ubatching:
+        yield Refused("--enable-dbo", True, "a step's tokens are taken in together; leave it and --ubatch-size out")
+    kv_heads, ranks = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
+    if kv_heads % ranks:
+        yield Refused("--tensor-parallel-size", ranks, f"it must divide the model's {kv_heads} KV heads")
+    own = str(model.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", own):
+        yield Refused("--kv-cache-dtype", cache.cache_dtype, f"slots are kept in the model's {own}; leave it out")
+    if config.lora_config is not None:
+        yield Refused("--enable-lora", True, "its decisions were learned without; merge the LoRA before the retrofit")

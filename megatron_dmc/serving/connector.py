@@ -1,0 +1,143 @@
+"""The way between scheduler and workers: new blocks go there, real use comes back. No key or value is transferred."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from megatron_dmc.serving.metrics import DMCPromMetrics, DMCStats
+from megatron_dmc.serving.plugin import logger
+from megatron_dmc.serving.spec import Changes, DMCManager, Report
+from megatron_dmc.serving.worker_cache import WorkerCache
+
+
+@dataclass
+class Step(KVConnectorMetadata):
+    """Down, before a step."""
+
+    number: int
+    changes: Changes
+
+
+@dataclass
+class Used(KVConnectorWorkerMetadata):
+    """Up, after a step. rows: layers times KV heads of those who report; reports: by requests' first blocks."""
+
+    step: int
+    rows: int
+    reports: dict[int, Report]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Used":
+        """Ranks hold other heads or layers in the same blocks. A late rank's report of an earlier step is dropped."""
+        assert isinstance(other, Used)
+        if self.step != other.step:
+            return max(self, other, key=lambda used: used.step)
+        reports = {
+            first: Report(max(mine.blocks, other.reports[first].blocks), mine.slots + other.reports[first].slots)
+            for first, mine in self.reports.items()
+        }
+        return Used(self.step, self.rows + other.rows, reports)
+
+
+class DMCConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM makes one for the scheduler and one in each worker."""
+
+    # Or a request's output would be held back when it is preempted.
+    requires_kv_delivery = False
+    manager: DMCManager
+    cache: WorkerCache
+    step: Step | None = None
+
+    # Of the scheduler.
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        (self.manager,) = kv_cache_manager.coordinator.single_type_managers
+        self._say_how_many_fit()
+
+    def _say_how_many_fit(self) -> None:
+        """vLLM's own line speaks of requests that merge nothing, which is the least."""
+        model = self._vllm_config.model_config
+        spec, ratio = self.manager.spec, float(model.hf_config.dmc["target_compression_ratio"])
+        blocks = self.manager.block_pool.num_gpu_blocks - 1
+        logger.info(
+            "megatron-dmc: %s blocks of %d slots per KV head: %.2f requests of %s tokens at once without merging, about %.2f "
+            "at the model's compression ratio of %g",
+            *(f"{blocks:,}", spec.block_size, blocks / spec.blocks_of_a_request(1.0), f"{spec.longest:,}"),
+            *(blocks / spec.blocks_of_a_request(ratio), ratio),
+        )
+
+    def build_connector_meta(self, scheduler_output: Any) -> Step:
+        return Step(*self.manager.start_step(list(scheduler_output.num_scheduled_tokens)))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        used = connector_output.kv_connector_worker_meta
+        if used is not None:
+            self.manager.end_step(used.step, used.rows, used.reports)
+
+    def has_pending_block_frees(self) -> bool:
+        """Asked before a running request is preempted for want of blocks."""
+        return self.manager.waits_for_reports
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        return False, None
+
+    # Of a worker.
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        if hasattr(self, "cache"):
+            raise RuntimeError(
+                "megatron-dmc: a process can hold one engine with DMC, because vLLM gives all engines of a process the first "
+                "one's connector; start another one in a process of its own"
+            )
+        self.cache = WorkerCache(kv_caches)
+        layers = self._vllm_config.compilation_config.static_forward_context
+        for name in kv_caches:
+            layers[name].cache = self.cache
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Before the forward pass: start_load_kv may come after it."""
+        assert isinstance(connector_metadata, Step)
+        super().bind_connector_metadata(connector_metadata)
+        self.step = connector_metadata
+        self.cache.grant(connector_metadata.changes)
+
+    def build_connector_worker_meta(self) -> Used | None:
+        step, self.step = self.step, None
+        if step is None or not step.changes:
+            return None
+        held = self.cache.held(step.changes)
+        return Used(step.number, self.cache.rows, {first: Report(*each) for first, each in held.items()})
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    # For people.
+    def get_kv_connector_stats(self) -> DMCStats | None:
+        return DMCStats(self.manager.figures()._asdict()) if hasattr(self, "manager") else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> DMCStats:
+        return DMCStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> DMCPromMetrics:
+        return DMCPromMetrics(*args, **kwargs)

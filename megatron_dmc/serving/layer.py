@@ -1,0 +1,82 @@
+"""The attention layer as vLLM sees it: where its cache lies, and how a call of it reaches the backend."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import attention  # noqa: F401  (its operator)
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backend import AttentionBackend
+
+from megatron_dmc.serving.backend import DMCBackend, DMCImpl
+from megatron_dmc.serving.spec import DMCSpec
+from megatron_dmc.serving.worker_cache import Header, Rows, WorkerCache
+
+
+class CompressedAttention(nn.Module, AttentionLayerBase):
+    """Takes tokens in and lets them attend to their requests' slots.
+
+    Attributes:
+        rotary: vLLM's, whose table has the cosine and sine of every position.
+        cache: the worker's; None until vLLM has allocated it, while it measures memory.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, rotary: Any, dmc: dict[str, Any], prefix: str):
+        super().__init__()
+        config = get_current_vllm_config()
+        self.layer_name = prefix
+        self.rotary = rotary
+        self.clears_last_channel = dmc["decision_source"] == "neuron"
+        self.header = Header(head_dim, min(dmc["local_window"], config.model_config.max_model_len))
+        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, config.model_config.dtype
+        self.impl = DMCImpl()
+        self.cache: WorkerCache | None = None
+        # vLLM binds its view of this layer's part here; the cache has one view of all layers.
+        self.kv_cache = torch.tensor([])
+        config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.header, self.clears_last_channel, self.rotary.cos_sin_cache)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return DMCBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> DMCSpec:
+        block_size = vllm_config.cache_config.block_size
+        longest = vllm_config.model_config.max_model_len
+        cell_words = block_size * 2 * self.head_dim * self.dtype.itemsize // 4
+        return DMCSpec(
+            block_size=block_size,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_dim,
+            dtype=self.dtype,
+            header_blocks=self.header.blocks(cdiv(longest, block_size), cell_words),
+            most_tokens_at_once=vllm_config.scheduler_config.max_num_batched_tokens,
+            longest=longest,
+        )
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
+        """Attention of several requests' new tokens, which the backend tells apart.
+
+        The call goes through vLLM's own attention operator, at which it splits graphs. That operator takes three tensors:
+        omega, negative where the token merges, lies behind the key as one float32 per head, in as many channels as that is.
+
+        Args:
+            query: [tokens, heads, head_dim], before rotary embedding.
+            key, value: [tokens, kv_heads, head_dim], before rotary embedding.
+            alpha: bool [tokens, kv_heads].
+            omega: float32 [tokens, kv_heads], above 0.
+
+        Returns:
+            As query.
+        """
+        decision = torch.where(alpha, -omega, omega).unsqueeze(-1).contiguous().view(key.dtype)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        torch.ops.vllm.unified_attention_with_output(
+            query, torch.cat([key, decision], dim=-1), value, out, _encode_layer_name(self.layer_name)
+        )
+        return out

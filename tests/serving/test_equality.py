@@ -1,0 +1,111 @@
+"""Token for token what the export's own generate() gives, in every form of a model, and all blocks free afterwards."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.engines import engine
+from tests.support.served import Served, random_prompts, save, served_model
+
+# Family, its DMC settings, other values of its configuration.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "window-0": ("llama", {}, {}),
+    "window-4": ("llama", {"local_window": 4}, {}),
+    "window-16": ("llama", {"local_window": 16}, {}),
+    "neuron": ("llama", {"decision_source": "neuron"}, {}),
+    "neuron-window-4": ("llama", {"decision_source": "neuron", "local_window": 4}, {}),
+    "multi-head": ("llama", {"local_window": 4}, {"num_key_value_heads": 4}),
+    "one-kv-head": ("llama", {"decision_source": "neuron"}, {"num_key_value_heads": 1}),
+    "per-layer-tied": ("llama", {"per_layer": True}, {"tie_word_embeddings": True}),
+    "other-numbers": (
+        "llama",
+        {"local_window": 4, "decision_scale": 2.0, "decision_bias": 9.0, "omega_floor": 2.0**-3},
+        {"head_dim": 32},
+    ),
+    "scaled-rotary": (
+        "llama",
+        {"local_window": 4},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "mistral": ("mistral", {"local_window": 4}, {"head_dim": 32}),
+    "qwen2": ("qwen2", {"local_window": 4}, {"head_dim": 32}),
+    "qwen2-neuron": ("qwen2", {"decision_source": "neuron"}, {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"local_window": 4}, {}),
+    "qwen3-neuron": ("qwen3", {"decision_source": "neuron", "local_window": 4}, {"head_dim": 32}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_outputs_are_the_exports_own(export: Callable[..., Served], case: str) -> None:
+    family, dmc, config = CASES[case]
+    expected = export(dmc, family, **config)
+    assert min(expected.ratios[1:]) > 1.3 and min(len(set(x)) for x in expected.outputs) > 5
+    with engine(expected) as running:
+        assert running.generate(expected.prompts) == expected.outputs
+        assert running.is_as_at_first()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "most_tokens", "case"),
+    [(8, 8, "window-4"), (8, 100, "window-16"), (24, 11, "neuron"), (128, 48, "window-0"), (1, 48, "window-4")],
+    ids=lambda value: str(value),
+)
+def test_pages_and_chunks_of_any_size(
+    export: Callable[..., Served], block_size: int, most_tokens: int, case: str
+) -> None:
+    """Chunks smaller than a page and larger; of one token, a page is full at once and headers are many blocks."""
+    family, dmc, config = CASES[case]
+    expected = export(dmc, family, **config)
+    options = {"block_size": block_size, "max_num_batched_tokens": most_tokens, "num_gpu_blocks_override": 5000}
+    with engine(expected, **options) as running:
+        assert running.manager.spec.header_blocks > 1 or block_size > 1
+        assert running.generate(expected.prompts) == expected.outputs
+        assert running.is_as_at_first()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.08), (torch.float16, 0.01)], ids=str)
+@pytest.mark.parametrize("source", ["projection", "neuron"])
+def test_half_precision_gives_the_exports_probabilities(
+    tmp_path: Path, source: str, dtype: torch.dtype, close: float
+) -> None:
+    """With decisions that rounding cannot turn: one head merges every token, the other none."""
+    model = served_model({"decision_source": source, "local_window": 4}, "qwen2", merge_bias=0.0)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        if source == "projection":
+            attention.decision.weight.data.zero_()
+            attention.decision.bias.data = torch.tensor([1000.0, 0.5, -1000.0, 0.5])
+        else:
+            attention.k_proj.weight.data.view(2, 16, -1)[:, -1] = 0
+            attention.k_proj.bias.data.view(2, 16)[:, -1] = torch.tensor([1000.0, -1000.0])
+    model = model.to(dtype)
+    save(model, tmp_path)
+    (prompt,) = random_prompts((70,))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]), use_cache=False).logits[0].float()
+    expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    with engine(Served(tmp_path, [], [], []), dtype=str(dtype).removeprefix("torch.")) as running:
+        (out,) = running.outputs([prompt], max_tokens=1, prompt_logprobs=0)
+    pairs = zip(prompt[1:], out.prompt_logprobs[1:], strict=True)
+    found = torch.tensor([each[token].logprob for token, each in pairs])
+    assert float((found - expected).abs().mean()) < close and float(expected.std()) > 1
+
+
+def test_without_eager_mode_outputs_are_the_same(export: Callable[..., Served]) -> None:
+    """torch.compile over the model, split at the attention operator."""
+    expected = export({"local_window": 4})
+    with engine(expected, enforce_eager=False) as running:
+        assert running.generate(expected.prompts[:4]) == expected.outputs[:4]
+        assert running.is_as_at_first()
