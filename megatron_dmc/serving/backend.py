@@ -1,4 +1,4 @@
-"""The attention backend: which rows of a batch are whose, and attention request by request."""
+"""The attention backend: which rows of a batch are whose, and attention group by group."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,30 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from megatron_dmc.serving.worker_cache import NewTokens, Request
+from megatron_dmc.serving.worker_cache import Group, NewTokens, WorkerCache
 
 
 @dataclass
 class DMCMetadata(AttentionMetadata):
-    """Of one step: each request that has new tokens, and their rows."""
+    """Of one step: each request that has new tokens, as its rows, the blocks of its state, and the tokens seen before."""
 
-    requests: list[tuple[slice, Request]]
+    requests: list[tuple[range, list[int], int]]
+    _groups: list[Group] | None = None
+
+    def groups(self, cache: WorkerCache) -> list[Group]:
+        """The same for all layers. Requests that were granted nothing are left out: so vLLM warms up."""
+        if self._groups is None:
+            known = [each for each in self.requests if each[1][0] in cache.granted]
+            single = [each for each in known if len(each[0]) == 1]
+            self._groups = [
+                Group(slice(rows.start, rows.stop), [blocks], [seen], len(rows))
+                for rows, blocks, seen in known
+                if len(rows) > 1
+            ]
+            if single:
+                rows = torch.tensor([each[0].start for each in single])
+                self._groups.append(Group(rows, [each[1] for each in single], [each[2] for each in single]))
+        return self._groups
 
 
 class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
@@ -28,9 +44,7 @@ class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
         lengths = common.seq_lens.tolist()
         headers = common.block_table_tensor[:, : self.kv_cache_spec.header_blocks].tolist()
         spans = zip(starts, starts[1:], lengths, headers, strict=False)  # padded to the sizes of captured graphs
-        return DMCMetadata(
-            [(slice(a, b), Request(header, length - (b - a))) for a, b, length, header in spans if b > a]
-        )
+        return DMCMetadata([(range(a, b), header, length - (b - a)) for a, b, length, header in spans if b > a])
 
 
 class DMCBackend(AttentionBackend):
@@ -80,6 +94,9 @@ class DMCImpl(AttentionImpl):
         width = query.shape[-1]
         decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
         new = NewTokens(query, key[..., :width], value, decision < 0, decision.abs())
-        for rows, request in attn_metadata.requests:
-            output[rows] = layer.cache.attend(layer.layer_name, layer.rows, request, NewTokens(*(x[rows] for x in new)))
+        with query.device:
+            for group in attn_metadata.groups(layer.cache):
+                part = NewTokens(*(x[group.rows] for x in new))
+                out = layer.cache.attend(layer.layer_name, group, part, layer.rotary.cos_sin_cache)
+                output[group.rows] = out.to(output.dtype)
         return output

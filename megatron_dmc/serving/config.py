@@ -61,18 +61,12 @@ def _refuse(found: Iterator[Refused]) -> None:
 
 
 def _of_the_model(model: Any) -> Iterator[Refused]:
-    dmc = model.hf_config.dmc
     if lacks_its_base(model.model):
         yield Refused(
             "model",
             model.model,
             f"{ADAPTER_FILE} holds the decisions only; load it with base= and save_pretrained both",
         )
-    # These two are the worker's cache's, and go when it has them.
-    if dmc["operation"] != "merge":
-        yield Refused("operation", dmc["operation"], "only merge is served so far; use the export's own generate()")
-    if dmc["window_size"] is not None:
-        yield Refused("window_size", dmc["window_size"], "only null is served so far; use the export's own generate()")
     if model.runner_type != "generate":
         yield Refused(
             "--runner", model.runner_type, "it was retrofitted to generate text; leave --runner and --convert out"

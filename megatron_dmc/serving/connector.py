@@ -99,8 +99,8 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
                 "megatron-dmc: a process can hold one engine with DMC, because vLLM gives all engines of a process the first "
                 "one's connector; start another one in a process of its own"
             )
-        self.cache = WorkerCache(kv_caches)
         layers = self._vllm_config.compilation_config.static_forward_context
+        self.cache = WorkerCache(kv_caches, layers[next(iter(kv_caches))].header)
         for name in kv_caches:
             layers[name].cache = self.cache
 

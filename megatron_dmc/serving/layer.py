@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import attention  # noqa: F401  (its operator)
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
+from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.serving.backend import DMCBackend, DMCImpl
+from megatron_dmc.serving.header import Header
 from megatron_dmc.serving.spec import DMCSpec
-from megatron_dmc.serving.worker_cache import Header, Rows, WorkerCache
+from megatron_dmc.serving.worker_cache import WorkerCache
 
 
 class CompressedAttention(nn.Module, AttentionLayerBase):
@@ -29,18 +30,20 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
         config = get_current_vllm_config()
         self.layer_name = prefix
         self.rotary = rotary
-        self.clears_last_channel = dmc["decision_source"] == "neuron"
-        self.header = Header(head_dim, min(dmc["local_window"], config.model_config.max_model_len))
+        layout = Layout(
+            min(dmc["local_window"], config.model_config.max_model_len),
+            dmc["operation"],
+            dmc["window_size"],
+            clears_last_channel=dmc["decision_source"] == "neuron",
+            page_size=config.cache_config.block_size,
+        )
+        self.header = Header(layout, head_dim)
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, config.model_config.dtype
         self.impl = DMCImpl()
         self.cache: WorkerCache | None = None
         # vLLM binds its view of this layer's part here; the cache has one view of all layers.
         self.kv_cache = torch.tensor([])
         config.compilation_config.static_forward_context[prefix] = self
-
-    @property
-    def rows(self) -> Rows:
-        return Rows(self.header, self.clears_last_channel, self.rotary.cos_sin_cache)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DMCBackend
@@ -54,7 +57,9 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
             num_kv_heads=self.kv_heads,
             head_size=self.head_dim,
             dtype=self.dtype,
-            header_blocks=self.header.blocks(cdiv(longest, block_size), cell_words),
+            header_blocks=self.header.blocks(longest, cell_words),
+            reserved_slots=self.header.reserved_slots,
+            local_window=self.header.layout.local_window,
             most_tokens_at_once=vllm_config.scheduler_config.max_num_batched_tokens,
             longest=longest,
         )

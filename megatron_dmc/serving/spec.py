@@ -86,7 +86,8 @@ class DMCManager(SingleTypeKVCacheManager):
     def _needed(self, use: Use, num_tokens: int) -> int:
         """Blocks for ``num_tokens`` in all: n more of them open at most ceil(n / block_size) pages per head, however full its
         last page is."""
-        begins = 0 if use.tokens else cdiv(self.spec.reserved_slots, self.block_size)
+        # They come with the first token that leaves the ring.
+        begins = cdiv(self.spec.reserved_slots, self.block_size) if use.tokens <= self.spec.local_window else 0
         return use.blocks + begins + cdiv(max(num_tokens - use.tokens, 0), self.block_size)
 
     def get_num_blocks_to_allocate(
@@ -199,13 +200,15 @@ class DMCSpec(FullAttentionSpec):
 
     Attributes:
         header_blocks: a request's first blocks, which hold its state.
-        reserved_slots: slots at the beginning of every head's list, taken with its first token.
+        reserved_slots: slots of every head's list that are no token's, taken with the first token that leaves the ring.
+        local_window: tokens in the ring.
         most_tokens_at_once: that a step may bring.
         longest: max_model_len.
     """
 
     header_blocks: int = 1
     reserved_slots: int = 0
+    local_window: int = 0
     most_tokens_at_once: int = 0
     longest: int = 0
 

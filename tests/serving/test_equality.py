@@ -39,6 +39,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             }
         },
     ),
+    "evict": ("llama", {"operation": "evict", "local_window": 4}, {}),
+    "evict-neuron-window-16": ("llama", {"operation": "evict", "local_window": 16, "decision_source": "neuron"}, {}),
+    "absorb": ("qwen2", {"operation": "absorb", "local_window": 4}, {}),
+    "absorb-neuron-window-16": ("qwen3", {"operation": "absorb", "local_window": 16, "decision_source": "neuron"}, {}),
+    "window-size-12": ("llama", {"window_size": 12}, {}),
+    "window-4-window-size-3": ("llama", {"local_window": 4, "window_size": 3}, {}),
     "mistral": ("mistral", {"local_window": 4}, {"head_dim": 32}),
     "qwen2": ("qwen2", {"local_window": 4}, {"head_dim": 32}),
     "qwen2-neuron": ("qwen2", {"decision_source": "neuron"}, {"tie_word_embeddings": True}),
@@ -59,7 +65,7 @@ def test_greedy_outputs_are_the_exports_own(export: Callable[..., Served], case:
 
 @pytest.mark.parametrize(
     ("block_size", "most_tokens", "case"),
-    [(8, 8, "window-4"), (8, 100, "window-16"), (24, 11, "neuron"), (128, 48, "window-0"), (1, 48, "window-4")],
+    [(8, 8, "window-4"), (8, 100, "window-16"), (24, 11, "neuron"), (128, 48, "window-0"), (1, 48, "window-4"), (8, 11, "absorb"), (1, 20, "window-4-window-size-3")],
     ids=lambda value: str(value),
 )
 def test_pages_and_chunks_of_any_size(

@@ -90,9 +90,6 @@ def test_prefix_caching_is_switched_off_with_one_warning(folder: Path, caplog: p
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "evict": ({"operation": "evict", "local_window": 8}, "operation cannot be 'evict' for a model with DMC"),
-    "absorb": ({"operation": "absorb", "local_window": 8}, "operation cannot be 'absorb' for a model with DMC"),
-    "window": ({"window_size": 12}, "window_size cannot be 12 for a model with DMC: only null is served so far"),
     "unknown": ({"decision_temperature": 1}, "unknown DMC setting decision_temperature"),
     "value": ({"local_window": -1}, "local_window must be >= 0, got -1"),
     "source": ({"decision_source": "oracle"}, "decision_source must be one of neuron, projection, got 'oracle'"),

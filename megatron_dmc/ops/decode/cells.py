@@ -80,17 +80,26 @@ class Cells:
         total, most = torch.stack([end[-1], pages.amax()]).tolist()
         if total == 0:
             return
-        before, self.used = self.used, self.used + total
-        self._grow()
+        cell = self._take(fresh, total)
         if most > self.table.shape[1]:
             wider = self.table.new_zeros(len(self.table), most)
             wider[:, : self.table.shape[1]] = self.table
             self.table = wider
         row = torch.repeat_interleave(fresh, output_size=total)
         rank = torch.arange(total, device=row.device)
-        self.table[row, self.taken[row] + rank - (end - fresh)[row]] = (before + rank).int()
-        self.owner = torch.cat([self.owner, row.int()])
+        self.table[row, self.taken[row] + rank - (end - fresh)[row]] = cell.int()
         self.taken = self.taken + fresh
+        self._given_to(row)
+
+    def _take(self, fresh: Tensor, total: int) -> Tensor:
+        """The next cells, one row's after another's: fresh [rows] of them, ``total`` in all."""
+        before, self.used = self.used, self.used + total
+        self._grow()
+        return torch.arange(before, self.used, device=fresh.device)
+
+    def _given_to(self, row: Tensor) -> None:
+        """The cells that were taken last are these rows'."""
+        self.owner = torch.cat([self.owner, row.int()])
         self._find_places()
 
     def places(self, index: Tensor) -> Tensor:
@@ -102,10 +111,9 @@ class Cells:
         cell = self.table.gather(1, page.clamp(0, self.table.shape[1] - 1)).long()
         return torch.where(exists, cell * self.page_size + index % self.page_size, self.nowhere)
 
-    def dense(self, pages: int) -> Tensor:
-        """The first pages of every row's list as a temporary, [rows, pages * page_size, 2 * head_dim]; any slot's content
-        where a row has fewer."""
-        return self.pages().content[self.table[:, :pages]].flatten(1, 2)
+    def dense(self) -> Tensor:
+        """The rows' lists as a temporary, [rows, slots, 2 * head_dim]; any slot's content where a row has fewer."""
+        return self.slots[: self.nowhere].unflatten(0, (-1, self.page_size))[self.table].flatten(1, 2)
 
     def select(self, row: Tensor) -> None:
         """Row i becomes what row[i] was; the cells of rows that are not named are freed."""

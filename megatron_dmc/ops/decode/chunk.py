@@ -224,7 +224,7 @@ def _with_past(
     if not call.left_before:
         return chunk
     cells, d = rows.cells, rows.head_dim
-    past = cells.dense(cells.table.shape[1]).unflatten(0, (rows.batch, rows.kv_heads)).transpose(1, 2)
+    past = cells.dense().unflatten(0, (rows.batch, rows.kv_heads)).transpose(1, 2)
     place = torch.arange(past.shape[1], device=visible.device)
     sees = (place >= rows.layout.base) & (place < (rows.layout.base + visible)[:, None])
     bias = torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, HIDDEN)
