@@ -282,7 +282,9 @@ def splits_for(rows: int, capacity: int, processors: int) -> int:
 def block_for(head_dim: int, element_size: int) -> int:
     """Slots that an iteration of attend takes: 64, or fewer where they are large."""
     bytes_of_slot = 2 * power_of_two(head_dim, 16) * element_size
-    return max(min(64, BLOCK_BYTES // bytes_of_slot), 16)
+    # float32 has no tensor cores here: its products are made in registers, and there are not so many.
+    most = BLOCK_BYTES if element_size == 2 else BLOCK_BYTES // 2
+    return max(min(64, most // bytes_of_slot), 16)
 
 
 def _placed(memory: Memory, layout: Layout) -> dict[str, object]:

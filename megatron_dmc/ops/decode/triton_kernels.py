@@ -403,10 +403,10 @@ def join(
     total = 0.0
     acc = tl.full([D_PADDED], 0.0, tl.float32)
     for first in range(0, shares, rows):
-        s = first + tl.arange(0, rows)
-        weights = tl.exp2(tl.load(weight + at + s * GROUP, mask=s < shares, other=float("-inf")) - highest)
-        read = (s < shares)[:, None] & (c < D)[None, :]
-        parts = tl.load(part + (at + s * GROUP)[:, None] * D + c[None, :], mask=read, other=0.0)
+        few = first + tl.arange(0, rows)
+        weights = tl.exp2(tl.load(weight + at + few * GROUP, mask=few < shares, other=float("-inf")) - highest)
+        read = (few < shares)[:, None] & (c < D)[None, :]
+        parts = tl.load(part + (at + few * GROUP)[:, None] * D + c[None, :], mask=read, other=0.0)
         acc += tl.sum(weights[:, None] * parts, 0)
         total += tl.sum(weights, 0)
     acc = acc / tl.where(total > 0, total, 1.0)
