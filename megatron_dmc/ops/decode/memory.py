@@ -12,17 +12,29 @@ class Grants(NamedTuple):
 
     Attributes:
         blocks: int32 [places, most], cell = block * cells_per_block + i; in the order in which they are used up.
-        count: int32 [places], blocks that are granted.
+        granted: int32 [places], how many of them may be used.
         cursor: int32 [places], cells that are taken. Every row of the sequence counts it up.
         overflow: int32 [places], becomes 1 when a cell was wanted and none was left: the write is dropped then.
-        cells_per_block: how many.
+        cells_per_block: cells of a block.
     """
 
     blocks: Tensor
-    count: Tensor
+    granted: Tensor
     cursor: Tensor
     overflow: Tensor
     cells_per_block: int
+
+    @property
+    def stride(self) -> int:
+        """From one sequence's numbers to the next one's.
+
+        Raises:
+            ValueError: there is no such one.
+        """
+        strides = {x.stride(0) for x in (self.granted, self.cursor, self.overflow)}
+        if len(strides) > 1:
+            raise ValueError(f"granted, cursor and overflow must have one stride, got {sorted(strides)}")
+        return strides.pop()
 
 
 class Memory(NamedTuple):

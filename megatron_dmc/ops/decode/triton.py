@@ -1,20 +1,21 @@
 """One decoding step with a layer's cache as three Triton kernels, and what a chunk of a prompt leaves as one.
 
-A step reads nothing back, allocates its output and a small workspace only, and asks the host for no length: it can be captured in
-a CUDA graph. What its kernels are made for:
+A step reads nothing back, allocates its output and a small workspace only, and needs no length on the host: it can be captured
+in a CUDA graph. How its kernels are made (numbers are sizes and counts; no time was measured):
 
-- *advance*, a program of one warp per row: the new token, its decision, the sums. Every load is issued before the first store, so
-  what it costs is the chain of dependent loads (count, table, slot), not their bytes.
-- *attend*, a program per row and share of its list. The query heads of a KV head are one program, so a slot is read once, and the
-  tensor cores take them as the 16 rows that they need anyway. The query is rotated here: rotating it for every share is cheaper
-  than a launch. Keys and values of a slot lie side by side; a page of 16 slots is 8 KB in one piece at head_dim 128 in bf16.
-  The shares follow the list's length on the device: all rows have as many programs, each takes its part of what there is, and
-  those of a short row that have nothing to do return at once. 8 rows of 8192 slots on 132 processors give 512 programs. With two
-  blocks of 32 KB under way in each, a processor has far more bytes in flight than the memory's latency asks for.
-- *join*: the shares' log-sum-exps, one program per query head. A list that cannot be longer than one share needs none.
+- *advance*, a program of one warp per row: the new token, its decision, the sums. It moves about a kilobyte per row; what it
+  costs is its chain of dependent loads (count, table, slot), so it issues all loads before its first store.
+- *attend*, a program per row and share of its list. All query heads of a KV head are in one program, so that a slot is read
+  once, and the tensor cores take them as the 16 rows that they need anyway. The query is rotated in every share, which is
+  cheaper than a launch. A page of 16 slots is 8 KB in one piece at head_dim 128 in bf16, keys and values side by side.
+  A list is shared out on the device: each of a row's programs takes its part of what there is, and those of a short row that
+  have nothing to do return at once. So a captured graph keeps its balance while the lists grow. With 8 rows of 8192 slots on
+  132 processors 512 programs have work. Two blocks of 32 KB are under way in each, and three programs fit on a processor of an
+  H100: more bytes in flight than bandwidth times latency asks for.
+- *join*: the shares by their log-sum-exps, a program per query head. Lists that fit into one share need none.
 
 Visibility follows from the counts: of the ring what has been written, of the reserved places the residual slot if it holds
-something, of the rest what is kept. ``cells.hidden``, which the form for any device reads, is written and not read.
+something, of the rest what is kept. ``cells.hidden``, which the form for any device reads, is written here and not read.
 """
 
 import functools
@@ -95,9 +96,7 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: OneToken, softmax_scale: 
     return step_in(Memory.of(rows), query, new, rows.layout, call, softmax_scale)
 
 
-def step_in(
-    memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: OneToken, softmax_scale: float
-) -> Tensor:
+def step_in(memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: OneToken, softmax_scale: float) -> Tensor:
     """:func:`step` for rows that lie anywhere."""
     length, advances = advance(memory, new, layout, call)
     out, attends = attend(memory, query, length, layout, call, softmax_scale)
@@ -172,11 +171,12 @@ def advance(memory: Memory, new: Tokens, layout: Layout, call: OneToken) -> tupl
         "sums": memory.sums,
         "decisions": memory.decisions,
         "granted": None if grants is None else grants.blocks,
-        "granted_count": None if grants is None else grants.count,
+        "granted_count": None if grants is None else grants.granted,
         "cursor": None if grants is None else grants.cursor,
         "overflow": None if grants is None else grants.overflow,
         "granted_sequence": 0 if grants is None else grants.blocks.stride(0),
         "granted_most": 0 if grants is None else grants.blocks.shape[1],
+        "count_sequence": 0 if grants is None else grants.stride,
         "length": length,
         "cos_sequence": cos.stride(0),
         "leaving_sequence": leaving_cos.stride(0),
@@ -232,7 +232,7 @@ def attend(
     if splits > 1:
         part = query.new_empty(rows, splits, group, head_dim, dtype=torch.float32)
         weight = part.new_empty(part.shape[:-1])
-    sizes = {
+    sizes: dict[str, int] = {
         "GROUP": group,
         "D": head_dim,
         "D_PADDED": power_of_two(head_dim, 16),
@@ -260,7 +260,11 @@ def attend(
         "BASE": layout.base,
         "CLEARS_LAST": layout.clears_last_channel,
     }
-    launches = [Launch(triton_kernels.attend, (rows, splits), arguments, warps=4, stages=3)]
+    # The table is read an iteration before the slots that it names: with 3 stages one block of slots is under way, with 5 two.
+    # A large group's accumulators leave no room for two.
+    stages = 5 if group <= 16 else 3
+    warps = 8 if group > 32 else 4
+    launches = [Launch(triton_kernels.attend, (rows, splits), arguments, warps=warps, stages=stages)]
     if splits > 1:
         launches.append(Launch(triton_kernels.join, (rows, group), results | sizes, warps=4))
     return out, launches

@@ -1,17 +1,16 @@
-"""The bodies of the decode kernels: plain functions, so that this module can be imported where there is no Triton.
+"""The bodies of decode's kernels, as plain functions: this module can be imported where there is no Triton.
 
-`triton_launch.py` makes kernels of them when one is first launched. Names in capitals are compiled in. A body calls nothing but
-Triton's own operations: it could only call a function that Triton has already wrapped.
-
-A pointer that may be absent is None, and the code that would use it is left out of the compiled kernel.
+`triton_launch.py` makes kernels of them when they are first launched. Names in capitals are compiled in. A pointer may be
+None; what would use it is then no part of the compiled kernel. A body calls Triton's own operations only: any other function
+would have to be a kernel already when this module is imported.
 """
 
 from __future__ import annotations
 
 try:
     import triton.language as tl
-except ImportError:  # Nothing here is called then; transformers lets an import inside a try block be missing.
-    pass
+except ImportError:  # Nothing here is called then. transformers demands no module that is imported in a try block.
+    tl = None
 
 
 def advance(
@@ -56,6 +55,7 @@ def advance(
     decisions_head,
     granted_sequence,
     granted_most,
+    count_sequence,
     cells,
     pages,
     HEADS: tl.constexpr,
@@ -118,17 +118,19 @@ def advance(
     if cursor is not None:
         opened = (length_before + PAGE - 1) // PAGE
         if length_after > opened * PAGE:
-            limit = tl.minimum(tl.load(granted_count + at).to(tl.int32), granted_most) * CELLS_PER_BLOCK
+            limit = (
+                tl.minimum(tl.load(granted_count + at * count_sequence).to(tl.int32), granted_most) * CELLS_PER_BLOCK
+            )
             limit = tl.where(opened < pages, limit, 0)
-            number = tl.atomic_add(cursor + at, 1)
+            number = tl.atomic_add(cursor + at * count_sequence, 1)
             is_granted = (number >= 0) & (number < limit)
             block = tl.load(granted + at * granted_sequence + number // CELLS_PER_BLOCK, mask=is_granted, other=0)
             new_page = opened
             new_cell = tl.where(is_granted, block.to(tl.int32) * CELLS_PER_BLOCK + number % CELLS_PER_BLOCK, -1)
             if new_cell < 0:
                 # Taken back. The cursor never was below the limit since, so nobody else was refused by it.
-                tl.atomic_add(cursor + at, -1)
-                tl.store(overflow + at, 1)
+                tl.atomic_add(cursor + at * count_sequence, -1)
+                tl.store(overflow + at * count_sequence, 1)
 
     i = tl.arange(0, LANES)
     half: tl.constexpr = D // 2
@@ -144,6 +146,8 @@ def advance(
     # [0, half) and [half, D) of what takes effect.
     entering_low, entering_high, entering_value_low, entering_value_high = key_low, key_high, value_low, value_high
     if WINDOW > 0:
+        new_cos = tl.load(cos + sequence_at * cos_sequence + i, mask=inside, other=1.0).to(tl.float32)
+        new_sin = tl.load(sin + sequence_at * cos_sequence + i, mask=inside, other=0.0).to(tl.float32)
         ring_page = ring // PAGE
         ring_cell = tl.load(table + ring_page, mask=ring_page < pages, other=-1).to(tl.int32)
         ring_cell = tl.where(ring_page == new_page, new_cell, ring_cell)
@@ -186,6 +190,12 @@ def advance(
     last_cell = tl.where(last_page == new_page, new_cell, last_cell)
     last_slot = last_cell.to(tl.int64) * PAGE + last % PAGE
     last_exists = leaves & (last_cell >= 0) & (last_cell < cells)
+    if ABSORBS:
+        residual_page: tl.constexpr = WINDOW // PAGE
+        residual_cell = tl.load(table + residual_page, mask=leaves & (residual_page < pages), other=-1).to(tl.int32)
+        residual_cell = tl.where(residual_page == new_page, new_cell, residual_cell)
+        residual_slot = residual_cell.to(tl.int64) * PAGE + WINDOW % PAGE
+        residual_exists = leaves & (residual_cell >= 0) & (residual_cell < cells)
 
     # All has been read that is overwritten below, maybe by another thread.
     tl.debug_barrier()
@@ -237,11 +247,6 @@ def advance(
         tl.store(hidden + last_slot, 0, mask=last_exists)
 
     if ABSORBS:
-        residual_page: tl.constexpr = WINDOW // PAGE
-        residual_cell = tl.load(table + residual_page, mask=leaves & (residual_page < pages), other=-1).to(tl.int32)
-        residual_cell = tl.where(residual_page == new_page, new_cell, residual_cell)
-        residual_slot = residual_cell.to(tl.int64) * PAGE + WINDOW % PAGE
-        residual_exists = leaves & (residual_cell >= 0) & (residual_cell < cells)
         to = slots + residual_slot * (2 * D)
         written = i < tl.where(residual_exists, half, 0)
         tl.store(to + i, mean_low.to(out_type), mask=written)
@@ -252,8 +257,6 @@ def advance(
             tl.store(hidden + residual_slot, 0, mask=residual_exists)
 
     if WINDOW > 0:
-        new_cos = tl.load(cos + sequence_at * cos_sequence + i, mask=inside, other=1.0).to(tl.float32)
-        new_sin = tl.load(sin + sequence_at * cos_sequence + i, mask=inside, other=0.0).to(tl.float32)
         written = i < tl.where(ring_exists, half, 0)
         tl.store(old + i, (key_low * new_cos - key_high * new_sin).to(out_type), mask=written)
         tl.store(old + half + i, (key_high * new_cos + key_low * new_sin).to(out_type), mask=written)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 try:
     import triton
-except ImportError:  # transformers lets an import inside a try block be missing where an exported model runs.
+except ImportError:  # transformers demands no module that an exported model imports in a try block.
     AVAILABLE = False
 else:
     AVAILABLE = True

@@ -1,5 +1,6 @@
-"""Triton kernels compiled for GPUs that are not here, and what the compiler says of them."""
+"""Triton kernels: which functions are some, and what the compiler makes of them for GPUs that are not here."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -22,6 +23,12 @@ TYPES = {
 }
 
 
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A kernel is launched by its arguments' names, and Triton takes pointers, strides and sizes one by one."""
+    annotations = [x.annotation for x in function.args.args if x.annotation]
+    return any(ast.unparse(annotation) == "tl.constexpr" for annotation in annotations)
+
+
 class Compiled(NamedTuple):
     """What became of a launch.
 
@@ -39,6 +46,20 @@ class Compiled(NamedTuple):
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
+
+    def summary(self) -> dict[str, int]:
+        """Numbers by name; of instructions, how many stand in the assembly."""
+        copies, wide = self.count(r"cp\.async\.c[ag]\."), self.count(r"cp\.async\.cg\.[^\n]*0x10,")
+        return {
+            "registers": self.registers,
+            "local": self.local,
+            "shared": self.shared,
+            "tensor cores": self.count(r"mma\.sync|wgmma\.mma|tcgen05\.mma"),
+            "copies of 16 bytes": wide,
+            "other copies": copies - wide - self.count(r"cp\.async\.ca\.[^\n]*0x4,"),
+            "loads of 16 bytes": self.count(r"ld\.global[^\n]*\.v4\.b32"),
+            "stores of 16 bytes": self.count(r"st\.global[^\n]*\.v4\.b32"),
+        }
 
 
 def compiled(launch: Launch, architecture: int) -> Compiled:
