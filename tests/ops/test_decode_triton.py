@@ -18,7 +18,7 @@ from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Grants, Memory
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
-from megatron_dmc.ops.decode.triton_launch import AVAILABLE
+from megatron_dmc.ops.decode.triton_launch import AVAILABLE, CHANGING
 from megatron_dmc.ops.tokens import Tokens
 from tests.support.decoding import Stream, draw_stream, oracle, rotation
 from tests.support.oracle import Draw, Shape
@@ -467,6 +467,7 @@ def fake_launches(case: Case, dtype: torch.dtype, *, grants: bool = False, split
     heads, d = (case.batch, case.kv_heads), case.head_dim
     cells, i32 = 64, torch.int32
     empty = torch.empty
+    numbers = empty(3, case.batch, dtype=i32).unbind()
     memory = Memory(
         slots=empty(cells * case.page_size, 2 * d, dtype=dtype),
         cells=cells,
@@ -476,11 +477,11 @@ def fake_launches(case: Case, dtype: torch.dtype, *, grants: bool = False, split
         decisions=empty(*heads, case.window) if case.window else None,
         place=empty(case.batch, dtype=i32) if grants else None,
         hidden=None if grants else empty(cells * case.page_size, dtype=torch.bool),
-        grants=Grants(empty(case.batch, 9, dtype=i32), *empty(3, case.batch, dtype=i32), 16) if grants else None,
+        grants=Grants(empty(case.batch, 9, dtype=i32), *numbers, cells_per_block=16) if grants else None,
     )
     query = empty(case.batch, case.heads, d, dtype=dtype)
-    key = empty(2, *heads, d, dtype=dtype)
-    new = Tokens(*key, empty(heads, dtype=torch.bool), empty(heads), query, query)
+    key, value = empty(2, *heads, d, dtype=dtype)
+    new = Tokens(key, value, empty(heads, dtype=torch.bool), empty(heads), query, query)
     at = empty(4, case.batch, d, dtype=dtype)
     call = Call(empty(case.batch, dtype=torch.int64), *at)
     length, advances = triton_form.advance(memory, new, layout, call)
@@ -495,6 +496,16 @@ def test_a_step_is_three_launches_and_reads_nothing_back():
     with FakeTensorMode():
         launches = fake_launches(Case(1, 32, 8, 128, 16, "merge"), torch.bfloat16)
     assert [x.body.__name__ for x in launches] == ["advance", "attend", "join", "write"]
+
+
+def test_numbers_that_change_are_numbers_of_the_kernels():
+    with FakeTensorMode():
+        launches = fake_launches(Case(1, 4, 2, 64, 16, "absorb"), torch.bfloat16, grants=True, splits=4)
+    assert CHANGING <= {name for launch in launches for name in launch.arguments}
+    numbers = {name for x in launches for name, value in x.arguments.items() if type(value) is int and name.islower()}
+    assert {
+        name for name in numbers if not name.startswith(("query_", "key_", "value_", "cos_", "leaving_"))
+    } == CHANGING
 
 
 def test_what_this_form_cannot_do_is_named():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.triton_launch import Launch
+from megatron_dmc.ops.decode.triton_launch import CHANGING, Launch
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -76,11 +76,12 @@ def compiled(launch: Launch, architecture: int) -> Compiled:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for number, (name, parameter) in enumerate(inspect.signature(launch.body).parameters.items()):
         x = launch.arguments[name]
-        if "constexpr" in str(parameter.annotation) or x is None or (isinstance(x, int) and x == 1):
+        is_fixed = name not in CHANGING
+        if "constexpr" in str(parameter.annotation) or x is None or (is_fixed and isinstance(x, int) and x == 1):
             signature[name], constants[name] = "constexpr", x
             continue
         signature[name] = TYPES[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"
-        if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):
+        if isinstance(x, Tensor) or (is_fixed and isinstance(x, int) and x % 16 == 0):
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(triton.jit(launch.body), signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}

@@ -271,15 +271,16 @@ def attend(
 
 
 def splits_for(rows: int, capacity: int, processors: int) -> int:
-    """Shares of a list: a power of two, since every number of them is compiled on its own.
+    """Shares of a list: of a few powers of two, since every number of them is compiled on its own.
 
     Args:
         rows: of the call.
         capacity: slots that a list has at most.
         processors: of the GPU.
     """
-    wanted = max(PER_PROCESSOR * processors // rows, FEWEST_SPLITS)
-    wanted = min(wanted, MOST_SPLITS, max(-(-capacity // LEAST_SHARE), 1))
+    if capacity <= LEAST_SHARE:
+        return 1
+    wanted = min(max(PER_PROCESSOR * processors // rows, FEWEST_SPLITS), MOST_SPLITS)
     return 1 << (wanted.bit_length() - 1)
 
 

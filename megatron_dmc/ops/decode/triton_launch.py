@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,18 @@ except ImportError:  # transformers demands no module that an exported model imp
     AVAILABLE = False
 else:
     AVAILABLE = True
+
+
+# Numbers that change while a model runs, or between sessions. Triton would compile a kernel again where one of them is 1 or a
+# multiple of 16; these only find single numbers in memory, and are of no use to the compiler.
+CHANGING = frozenset(
+    {"cells", "pages", "seq", "granted_sequence", "granted_most", "count_sequence"}
+    | {
+        f"{name}_{part}"
+        for name in ("table", "kept", "sums", "decisions", "alpha", "omega")
+        for part in ("sequence", "head")
+    }
+)
 
 
 class Launch(NamedTuple):
@@ -43,7 +56,8 @@ class Launch(NamedTuple):
 @functools.cache
 def kernel(body: Callable[..., None]) -> Any:
     """A function as a kernel; interpreted on the CPU where TRITON_INTERPRET is set when this is first called."""
-    return triton.jit(body)
+    names = inspect.signature(body).parameters
+    return triton.jit(body, do_not_specialize=[name for name in names if name in CHANGING])
 
 
 def power_of_two(n: int, least: int = 1) -> int:
