@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 # The tests are the CPU's, also where there is a GPU (make gpu-check is the GPU's). Before torch is imported.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Triton's kernels run in its interpreter. It reads this when it is imported, whoever imports it first.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

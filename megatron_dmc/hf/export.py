@@ -15,6 +15,8 @@ from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 PACKAGE = "megatron_dmc"
 # What the copies may import beside each other and the standard library; transformers itself needs safetensors.
 ALLOWED = frozenset({"torch", "transformers", "safetensors"})
+# What they may import in a try block that catches ImportError: they run without it, and transformers does not ask for it.
+OPTIONAL = frozenset({"triton"})
 # Holds one module per family, with all its classes.
 FAMILY_PACKAGE = "megatron_dmc.hf.families"
 DMC_CLASS, CAUSAL_LM = "DMC", "ForCausalLM"
@@ -129,10 +131,13 @@ def _own_imports(source: str, module: str) -> Iterator[tuple[ast.ImportFrom, lis
     Raises:
         ConfigError: an import that an export cannot have.
     """
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    optional = set(_optional(tree))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                _check_foreign(alias.name, module, node)
+                if node not in optional or alias.name.split(".")[0] not in OPTIONAL:
+                    _check_foreign(alias.name, module, node)
                 if _is_own(alias.name):
                     raise _refusal(module, node, f"write it as from {PACKAGE}... import ...")
         elif isinstance(node, ast.ImportFrom):
@@ -142,6 +147,13 @@ def _own_imports(source: str, module: str) -> Iterator[tuple[ast.ImportFrom, lis
                 if any(alias.name == "*" for alias in node.names):
                     raise _refusal(module, node, "name what is imported")
                 yield node, [_resolve(origin, alias.name, alias.asname or alias.name) for alias in node.names]
+
+
+def _optional(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that may raise ImportError."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and any(x.type and ast.unparse(x.type) == "ImportError" for x in node.handlers):
+            yield from node.body
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:

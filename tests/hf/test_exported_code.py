@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.hf import export
@@ -142,6 +143,8 @@ def test_imports_anywhere_in_a_module_count(package):
             "\nfrom megatron.core import x\n",
             "line 2 reads 'from megatron.core import x': an exported model needs torch",
         ),
+        ("try:\n    import numpy\nexcept ImportError:\n    pass\n", "line 2 reads 'import numpy': an exported"),
+        ("try:\n    pass\nexcept ImportError:\n    import triton\n", "line 4 reads 'import triton': an exported"),
         ("def f():\n    import triton.language as tl\n", "line 2 reads 'import triton.language as tl': an exported"),
         ("import megatron_dmc.config\n", "line 1 reads 'import megatron_dmc.config': write it as from megatron_dmc"),
         ("from megatron_dmc.config import *\n", "'from megatron_dmc.config import \\*': name what is imported"),
@@ -154,6 +157,16 @@ def test_what_an_export_cannot_have_is_refused_by_name(package, source, message)
         export.modeling_code(ENTRY)
     assert "megatron_dmc.other cannot be exported" in str(error.value) or "nowhere" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_export_runs_where_triton_is_and_where_it_is_not(package, tmp_path):
+    """transformers, which refuses a module whose imports are missing, does not ask for what is imported in a try block."""
+    text = "try:\n    import triton\n    import triton.language as tl\nexcept ImportError:\n    triton = None\n"
+    package(**{"hf.families.llama": "from megatron_dmc.ops.fast import f\n", "ops.fast": text})
+    code = export.modeling_code(ENTRY)
+    assert code["dmc_ops_fast.py"] == text
+    (tmp_path / "copied.py").write_text(text)
+    assert get_imports(tmp_path / "copied.py") == []
 
 
 def test_two_modules_of_one_name_are_refused(package):

@@ -17,20 +17,9 @@ from megatron_dmc.ops.decode.state import tensors
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
 from megatron_dmc.ops.tokens import Tokens as KeysAndValues
+from tests.support.decoding import Stream as Tokens
+from tests.support.decoding import rotation
 from tests.support.oracle import Draw, Shape, draw_attention
-
-
-class Tokens(NamedTuple):
-    """Queries, keys, values before rotary embedding and their decisions, [batch, seq, ...]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: Tensor
-    omega: Tensor
-
-    def cut(self, start: int, stop: int) -> "Tokens":
-        return Tokens(*(x[:, start:stop] for x in self))
 
 
 def make_tokens(shape: Shape, merge: float = 0.6, dtype: torch.dtype = torch.float64) -> Tokens:
@@ -39,13 +28,6 @@ def make_tokens(shape: Shape, merge: float = 0.6, dtype: torch.dtype = torch.flo
     # Heads merge at different rates, so that their lengths part.
     rate = merge * torch.linspace(0.87, 1.13, shape.kv_heads)
     return Tokens(drawn["query"], drawn["key"], drawn["value"], draw.uniform(*size) < rate, draw.omega(shape).to(dtype))
-
-
-def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions [batch, seq] -> [batch, seq, 1, head_dim]."""
-    frequency = 100.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = positions[..., None, None] * frequency.repeat(2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 class Kind(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import megatron_dmc.ops
+from tests.support.kernels import is_kernel
 
 OPS = Path(megatron_dmc.ops.__file__).parent
 FOLDERS = sorted(path.parent for path in OPS.glob("*/__init__.py"))
@@ -15,7 +16,8 @@ MOST = 6
 
 
 def long_signatures(tree: ast.AST, owner: str = "", forced: bool = False) -> list[str]:
-    """Functions with more than MOST positional arguments, self not counted; autograd forces forward and backward."""
+    """Functions with more than MOST positional arguments, self not counted; autograd forces forward and backward, and
+    Triton its kernels."""
     found = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
@@ -23,7 +25,8 @@ def long_signatures(tree: ast.AST, owner: str = "", forced: bool = False) -> lis
             found += long_signatures(node, f"{node.name}.", "torch.autograd.Function" in bases)
         elif isinstance(node, ast.FunctionDef):
             names = [x.arg for x in (*node.args.posonlyargs, *node.args.args) if x.arg not in ("self", "cls")]
-            if len(names) > MOST and not (forced and node.name in ("forward", "backward")):
+            chosen = not (forced and node.name in ("forward", "backward")) and not is_kernel(node)
+            if len(names) > MOST and chosen:
                 found.append(owner + node.name)
             found += long_signatures(node, owner + node.name + ".")
         else:

@@ -65,7 +65,15 @@ def test_greedy_outputs_are_the_exports_own(export: Callable[..., Served], case:
 
 @pytest.mark.parametrize(
     ("block_size", "most_tokens", "case"),
-    [(8, 8, "window-4"), (8, 100, "window-16"), (24, 11, "neuron"), (128, 48, "window-0"), (1, 48, "window-4"), (8, 11, "absorb"), (1, 20, "window-4-window-size-3")],
+    [
+        (8, 8, "window-4"),
+        (8, 100, "window-16"),
+        (24, 11, "neuron"),
+        (128, 48, "window-0"),
+        (1, 48, "window-4"),
+        (8, 11, "absorb"),
+        (1, 20, "window-4-window-size-3"),
+    ],
     ids=lambda value: str(value),
 )
 def test_pages_and_chunks_of_any_size(

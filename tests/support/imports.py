@@ -14,11 +14,25 @@ class Import:
         place: the importing file and line, for messages.
         module: the importing module, with dots.
         name: the module that is imported; of ``from a import b`` it is ``a.b`` where that is a module of the tree, else ``a``.
+        may_fail: it stands in a try block that catches ImportError.
     """
 
     place: str
     module: str
     name: str
+    may_fail: bool = False
+
+
+def imports_that_may_fail(tree: ast.AST) -> set[ast.AST]:
+    """What stands in the first part of a try block that catches ImportError."""
+    return {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.Try)
+        and any(handler.type and ast.unparse(handler.type) == "ImportError" for handler in block.handlers)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
 
 
 class Modules:
@@ -43,7 +57,9 @@ class Modules:
         return ast.parse(self.paths[module].read_text(encoding="utf-8"))
 
     def imports(self, module: str) -> Iterator[Import]:
-        for node in ast.walk(self.tree(module)):
+        tree = self.tree(module)
+        may_fail = imports_that_may_fail(tree)
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -55,7 +71,7 @@ class Modules:
             else:
                 continue
             for name in dict.fromkeys(names):
-                yield Import(self.place(module, node.lineno), module, name)
+                yield Import(self.place(module, node.lineno), module, name, node in may_fail)
 
     def _origin(self, module: str, node: ast.ImportFrom) -> str:
         """``a.b`` of ``from a.b import``, and of ``from ..b import`` in a module of ``a.c``."""

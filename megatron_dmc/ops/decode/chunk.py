@@ -12,6 +12,7 @@ from megatron_dmc.ops.attention.flash import HIDDEN, flash_forward
 from megatron_dmc.ops.attention.one_key import OneKey, join_one_key
 from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
 from megatron_dmc.ops.decisions import hard_merge_logits
+from megatron_dmc.ops.decode import triton
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Chunk
 from megatron_dmc.ops.pooling import pool
@@ -209,6 +210,8 @@ def _keep(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: KernelS
 
 def _write(rows: Rows, chosen: Tensor, ordinal: Tensor, key: Tensor, value: Tensor) -> None:
     """Tokens ``chosen``, bool [batch, seq, kv_heads], become the slots that ``ordinal`` counts."""
+    if key.is_cuda and triton.unsupported(rows.layout, key) is None:
+        return triton.write(rows, chosen, ordinal, key, value)
     sequence, position, head = chosen.nonzero(as_tuple=True)
     row = sequence * rows.kv_heads + head
     cells, layout = rows.cells, rows.layout

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention.types import Operation
+from megatron_dmc.ops.backend import choose
+from megatron_dmc.ops.decode import triton
 from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.rows import AHEAD, Rows
 from megatron_dmc.ops.decode.sequences import Sequences, Step
 from megatron_dmc.ops.decode.state import bytes_of, change_tensors, restored, tensors
-from megatron_dmc.ops.decode.torch import step
+from megatron_dmc.ops.decode.torch import step as torch_step
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
+
+FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "torch": torch_step}
 
 
 class LayerCache:
@@ -30,6 +34,7 @@ class LayerCache:
         clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
+        backend: what a single step runs on: "triton", "torch", or "auto", which is Triton on a GPU where it can be.
         shared: what the caches of a model's layers know together, by device; an empty dict that all of them are given.
             Every one of them must then take in the same tokens. None: this cache stands alone.
     """
@@ -42,9 +47,12 @@ class LayerCache:
         *,
         clears_last_channel: bool = False,
         page_size: int = 16,
+        backend: str = "auto",
         shared: dict[torch.device, Sequences] | None = None,
     ):
         self.layout = Layout(local_window, operation, window_size, clears_last_channel, page_size)
+        choose(backend, FORMS)
+        self.backend = backend
         self.stands_alone = shared is None
         self.shared = {} if shared is None else shared
         self.reset()
@@ -136,7 +144,7 @@ class LayerCache:
                 rows.make_room(sequences.tokens - 1, AHEAD)
             rows.steps -= 1
             at_once = Tokens(*(x[:, 0] for x in new))
-            out = step(query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
+            out = self._form(new.key)(query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
         else:
             assert call is not None
             query = rotate(query, new.cos, new.sin)
@@ -149,6 +157,12 @@ class LayerCache:
         if self.stands_alone:
             sequences.finish()
         return out
+
+    def _form(self, key: Tensor) -> Callable[..., Tensor]:
+        if self.backend != "auto":
+            return FORMS[self.backend]
+        can_be_triton = key.is_cuda and triton.unsupported(self.layout, key) is None
+        return FORMS["triton" if can_be_triton else "torch"]
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.

@@ -13,6 +13,7 @@ class Step:
     """One token of every sequence.
 
     Attributes:
+        tokens: int64 [batch], seen. Whoever counts them adds the new one to this tensor.
         place: int64 [batch, 1], the new token's in the ring, where the token that leaves it lies.
         recent: int64 [batch, 1], where the token that leaves the ring goes among the reserved ones, with a ``window_size``.
         first: bool [batch, 1], the new token is its sequence's first.
@@ -22,6 +23,7 @@ class Step:
 
     def __init__(self, layout: Layout, tokens: Tensor, new: tuple[Tensor, Tensor], leaving: tuple[Tensor, Tensor]):
         """tokens: seen before, int64 [batch]."""
+        self.tokens = tokens
         self.clears_last_channel = layout.clears_last_channel
         self.first = (tokens == 0)[:, None]
         if layout.local_window:

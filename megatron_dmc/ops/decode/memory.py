@@ -1,0 +1,89 @@
+"""Where a kernel finds the rows of a layer: in this package's own tensors, or in the memory of a serving engine."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_dmc.ops.decode.rows import Rows
+
+
+class Grants(NamedTuple):
+    """Cells that a sequence may take by itself, by way of blocks of them; indexed by the sequence's place.
+
+    Attributes:
+        blocks: int32 [places, most], cell = block * cells_per_block + i; in the order in which they are used up.
+        granted: int32 [places], how many of them may be used.
+        cursor: int32 [places], cells that are taken. Every row of the sequence counts it up.
+        overflow: int32 [places], becomes 1 when a cell was wanted and none was left: the write is dropped then.
+        cells_per_block: cells of a block.
+    """
+
+    blocks: Tensor
+    granted: Tensor
+    cursor: Tensor
+    overflow: Tensor
+    cells_per_block: int
+
+    @property
+    def stride(self) -> int:
+        """From one sequence's numbers to the next one's.
+
+        Raises:
+            ValueError: there is no such one.
+        """
+        strides = {x.stride(0) for x in (self.granted, self.cursor, self.overflow)}
+        if len(strides) > 1:
+            raise ValueError(f"granted, cursor and overflow must have one stride, got {sorted(strides)}")
+        return strides.pop()
+
+
+class Memory(NamedTuple):
+    """Slots and state of all rows. Any strides will do, if the last dimension is dense.
+
+    The state of sequence i and KV head h lies at [place[i], h]. A serving engine's state, 32-bit words inside blocks of its
+    pool, is such tensors too: views of the words as int32 and float32 with the strides of blocks and heads.
+
+    Attributes:
+        slots: [slots, 2 * head_dim], keys and values side by side; slot i of cell c is c * page_size + i.
+        cells: how many; a kernel leaves alone what a table names beyond them.
+        table: int32 [places, kv_heads, pages], cells; -1 is none.
+        kept: int32 or int64 [places, kv_heads], see Rows; always up to date.
+        sums: float32 [places, kv_heads, 2 * head_dim + 1], see Rows; None: the layout has none.
+        decisions: float32 [places, kv_heads, local_window], see Rows; None: there is no ring.
+        place: int32 or int64 [batch]; None: sequence i's is i.
+        hidden: bool [slots], see Cells; None: nobody reads it.
+        grants: None: every row has all cells that it will need.
+    """
+
+    slots: Tensor
+    cells: int
+    table: Tensor
+    kept: Tensor
+    sums: Tensor | None = None
+    decisions: Tensor | None = None
+    place: Tensor | None = None
+    hidden: Tensor | None = None
+    grants: Grants | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.slots.shape[1] // 2
+
+    @classmethod
+    def of(cls, rows: Rows) -> "Memory":
+        """This package's own."""
+        heads = (rows.batch, rows.kv_heads)
+        cells = rows.cells
+        return cls(
+            slots=cells.slots,
+            cells=cells.used,
+            table=cells.table.unflatten(0, heads),
+            kept=rows.kept.unflatten(0, heads),
+            sums=None if rows.sums is None else rows.sums.unflatten(0, heads),
+            decisions=None if rows.decisions is None else rows.decisions.unflatten(0, heads),
+            hidden=cells.hidden,
+        )
