@@ -33,13 +33,20 @@ class Used(KVConnectorWorkerMetadata):
     reports: dict[int, Report]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Used":
-        """Ranks hold other heads or layers in the same blocks. A late rank's report of an earlier step is dropped."""
+        """Ranks hold other heads or layers in the same blocks.
+
+        vLLM may deliver a rank's report of a step with the others' of the next one. Then nothing is said of either: what
+        one rank alone has used says too little to free a block, and what is not reported stays reserved.
+        """
         assert isinstance(other, Used)
         if self.step != other.step:
-            return max(self, other, key=lambda used: used.step)
+            return Used(max(self.step, other.step), 0, {})
         reports = {
-            first: Report(max(mine.blocks, other.reports[first].blocks), mine.slots + other.reports[first].slots)
-            for first, mine in self.reports.items()
+            first: Report(
+                max(self.reports[first].blocks, other.reports[first].blocks),
+                self.reports[first].slots + other.reports[first].slots,
+            )
+            for first in self.reports.keys() & other.reports.keys()
         }
         return Used(self.step, self.rows + other.rows, reports)
 

@@ -153,8 +153,11 @@ class DMCManager(SingleTypeKVCacheManager):
         """
         while self.in_flight and self.in_flight[0][0] < step:
             self.in_flight.popleft()  # without scheduled tokens there is no report
+        if not self.in_flight or self.in_flight[0][0] != step:
+            return  # said already, or never begun
         _, records = self.in_flight.popleft()
-        self.rows = rows
+        if reports:
+            self.rows = rows
         tokens = slots = 0
         for first, report in reports.items():
             request_id, use, reached = records[first]

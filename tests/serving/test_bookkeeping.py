@@ -103,3 +103,22 @@ def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
         manager.free(name)
     assert scheduled > 200 and freed > 10
     assert pool.get_num_free_blocks() == at_first and not manager.use and not manager.waits_for_reports
+
+
+def test_ranks_reports_are_one() -> None:
+    from megatron_dmc.serving.connector import Used
+    from megatron_dmc.serving.spec import Report
+
+    first = Used(7, 6, {3: Report(2, 90), 9: Report(1, 5)})
+    second = Used(7, 4, {3: Report(4, 60), 9: Report(1, 6)})
+    assert first.aggregate(second) == Used(7, 10, {3: Report(4, 150), 9: Report(1, 11)})
+
+
+def test_a_late_ranks_report_is_no_reason_to_free_blocks() -> None:
+    from megatron_dmc.serving.connector import Used
+    from megatron_dmc.serving.spec import Report
+
+    ranks = [Used(step, 6, {3: Report(blocks, 9)}) for step, blocks in ((6, 4), (7, 1), (7, 1))]
+    for order in (ranks, ranks[::-1], ranks[1:] + ranks[:1]):
+        found = order[0].aggregate(order[1]).aggregate(order[2])
+        assert (found.step, found.reports) == (7, {})
