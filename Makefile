@@ -99,7 +99,7 @@ test: setup transformers-floor megatron-newest vllm slurm
 # The CPU's, also where there is a GPU.
 bench: setup
 	@set -e; export CUDA_VISIBLE_DEVICES=; \
-	    for name in attention pooling retrofit_step adapter_step calibrate_step prefill; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
+	    for name in attention pooling retrofit_step adapter_step calibrate_step prefill decode; do echo "$$name"; $(BIN)/python benchmarks/$$name.py; done
 
 # An environment that somebody has made for a GPU is taken as it is: setup would bring its own versions.
 ENVIRONMENT := $(if $(wildcard $(STAMP)),setup,$(if $(wildcard $(BIN)/python),,setup))

@@ -74,3 +74,8 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool =
     """Tensors as dmc_attention's. torch picks the kernel, or sdpa_kernel does."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+
+def decode_forms(device: str) -> tuple[str, ...]:
+    """What a decoding step can run on."""
+    return ("triton", "torch") if device == "cuda" else ("torch",)

@@ -11,6 +11,7 @@ from gpu.inputs import (
     ATTENTION_INPUTS,
     attention_forms,
     attention_inputs,
+    decode_forms,
     dmc_form,
     plain_attention,
     pooling_inputs,
@@ -86,21 +87,21 @@ def decode(run: Run) -> None:
     window = max(run.sizes.local_window // 8, 2)
     inputs = _cache_inputs(run)
     pooled = _pooled_on_host(*(x.double() for x in inputs[1:5]))
-    for local_window, operation in ((0, "merge"), (window, "merge"), (window, "evict"), (window, "absorb")):
-        name = f"cache, window {local_window}, {operation}"
-        run.attempt(name, functools.partial(_check_cache, run, name, inputs, pooled, local_window, operation))
+    kinds = ((0, "merge"), (window, "merge"), (window, "evict"), (window, "absorb"))
+    for form, (local_window, operation) in itertools.product(decode_forms(run.device), kinds):
+        name = f"cache, {form}, window {local_window}, {operation}"
+        cache = LayerCache(local_window, operation, backend=form)
+        run.attempt(name, functools.partial(_check_cache, run, name, inputs, pooled, cache))
 
 
 @torch.no_grad()
-def _check_cache(
-    run: Run, name: str, inputs: list[Tensor], pooled: list[Tensor], local_window: int, operation: Any
-) -> None:
+def _check_cache(run: Run, name: str, inputs: list[Tensor], pooled: list[Tensor], cache: LayerCache) -> None:
     query, *tokens = inputs
     seq, stepped = query.shape[1], 8
-    cache = LayerCache(local_window, operation)
     cuts = [0, seq // 2, *range(seq - stepped, seq + 1)]
     got = [cache.attend(*(x[:, begin:end] for x in (query, *tokens))) for begin, end in itertools.pairwise(cuts)]
-    expected = _whole(query, *tokens, pooled, local_window=local_window, operation=operation)
+    options = {"local_window": cache.layout.local_window, "operation": cache.layout.operation}
+    expected = _whole(query, *tokens, pooled, **options)
     parts = {"prefill": slice(0, seq - stepped), "steps": slice(seq - stepped, seq)}
     for label, places in parts.items():
         error = relative_error(torch.cat(got, 1)[:, places], expected[:, places])

@@ -1,5 +1,6 @@
 """Time, kernels and memory: of one layer's operations, and of decoding."""
 
+import copy
 import dataclasses
 import functools
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.inputs import attention_forms, attention_inputs, dmc_form, plain_attention, pooling_inputs
+from gpu.inputs import attention_forms, attention_inputs, decode_forms, dmc_form, plain_attention, pooling_inputs
 from gpu.measure import Call, backpropagation, error_of, interleaved, time_rows
 from gpu.run import Run
 from gpu.sizes import DTYPE
@@ -74,10 +75,11 @@ def _time_decoding(run: Run, batch: int, context: int, local_window: int, operat
     prefilled = interleaved({"prefill": prefill}, 3, run.device)["prefill"].medians()["ms"]
     compressed, plain_bytes = cache.nbytes, sum(x.nbytes for x in prompt[1:3])
     query, key, value = token[0], *prompt[1:3]
-    functions = {
-        "plain": lambda: plain_attention(query, key, value, causal=False),
-        "cache": lambda: cache.attend(*token),
-    }
+    functions: dict[str, Call] = {"plain": lambda: plain_attention(query, key, value, causal=False)}
+    for form in decode_forms(run.device):
+        functions[f"cache, {form}"] = functools.partial(_of_form(cache, form).attend, *token)
+        if run.device == "cuda":
+            functions[f"cache, {form}, graph"] = _captured(_of_form(cache, form), token)
     content = {
         "batch": batch,
         "context": context,
@@ -88,6 +90,25 @@ def _time_decoding(run: Run, batch: int, context: int, local_window: int, operat
         "plain_mib": round(plain_bytes / 2**20, 2),
     }
     time_rows(run, functions, ["plain"], **content)
+
+
+def _of_form(cache: LayerCache, form: str) -> LayerCache:
+    """A copy that takes steps in this form, with room for all that will be timed."""
+    copied = copy.deepcopy(cache)
+    copied.backend = form
+    copied.reserve(4096)
+    return copied
+
+
+def _captured(cache: LayerCache, token: list[Tensor]) -> Call:
+    """One step as a CUDA graph: what a serving engine launches."""
+    for _ in range(3):
+        cache.attend(*token)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.attend(*token)
+    return graph.replay
 
 
 def _tokens(run: Run, batch: int, count: int) -> list[Tensor]:

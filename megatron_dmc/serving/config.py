@@ -36,8 +36,13 @@ class DMCSettings(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         from vllm.config import KVTransferConfig
+        from vllm.platforms import current_platform
 
         _refuse(_of_the_engine(vllm_config))
+        if not current_platform.is_cpu():
+            logger.warning(
+                "megatron-dmc: serving has been tried on CPUs only; compare a few answers with the export's own generate()"
+            )
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             logger.warning(
