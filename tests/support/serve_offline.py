@@ -22,7 +22,7 @@ os.environ.update(ENVIRONMENT)
 V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # in vLLM's workers, too, which import this module
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # in vLLM's workers, too, which import this module
     import triton.backends
 
     # vLLM switches Triton off where none of its backends is for the platform: this one is only a name.
