@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from megatron_dmc.ops.decode import LayerCache, Sequences, bytes_of
-from megatron_dmc.ops.decode.layer_cache import INTERRUPTED
+from megatron_dmc.ops.decode.layer_cache import INTERRUPTED, check_numbers
 
 # What models' arguments and outputs call their cache: transformers 5.24 renamed it.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -137,7 +137,8 @@ class DMCCache(Cache):
         self.calls = self._calls_of_layers()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what beam_idx[i] was."""
+        """Sequence i becomes what beam_idx[i] was; raises ValueError for what are no numbers."""
+        check_numbers(beam_idx)
         if len(beam_idx) == 0:
             return self.reset()
         for device, sequences in self.shared.items():
@@ -148,7 +149,8 @@ class DMCCache(Cache):
             self.real = self.real[beam_idx.to(self.real.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+        """indices: numbers, or a mask, which transformers' own caches take as well."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))

@@ -114,6 +114,18 @@ def test_one_state_makes_many_caches(model, prompt):
     assert all(torch.equal(step[0], other) for step in steps for other in step)
 
 
+@pytest.mark.parametrize("chosen", [[True, True, True], [True, False, True]], ids=str)
+def test_sequences_may_be_chosen_by_a_mask(model, prompt, chosen):
+    mask = torch.tensor(chosen)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        other = copy.deepcopy(cache)
+        cache.batch_select_indices(mask)
+        other.batch_select_indices(mask.nonzero()[:, 0])
+        logits = [model(prompt[mask, :1], past_key_values=x).logits for x in (cache, other)]
+    assert torch.equal(*logits)
+
+
 def test_layers_of_different_calls_are_refused(make_model, prompt):
     model = make_model({"local_window": 4})
     with torch.no_grad():

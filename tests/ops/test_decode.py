@@ -15,6 +15,7 @@ from megatron_dmc.ops.decisions import hard_merge_logits
 from megatron_dmc.ops.decode import LayerCache, naive
 from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.state import tensors
+from megatron_dmc.ops.decode.torch import has_wide_products
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
 from megatron_dmc.ops.tokens import Tokens as KeysAndValues
@@ -196,6 +197,28 @@ def test_select_reorders_repeats_and_drops(kind):
     expected, counts = oracle(tokens, kind)
     torch.testing.assert_close(out, expected[:, 30:], rtol=0, atol=1e-10)
     assert torch.equal(cache.slots, counts)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.uint8), torch.ones(3), torch.ones(1, 3).long()],
+    ids=str,
+)
+def test_what_are_no_numbers_of_sequences_is_refused(chosen):
+    tokens = make_tokens(Shape(3, 12, 4, 2, 8))
+    cache = LayerCache(4)
+    through_cache(tokens.cut(0, 10), [10], cache)
+    with pytest.raises(ValueError, match="sequences are chosen by their numbers"):
+        cache.select(chosen)
+    expected = through_cache(tokens, [12], LayerCache(4))[:, 10:]
+    torch.testing.assert_close(through_cache(tokens.cut(10, 12), [2], cache), expected, rtol=0, atol=1e-10)
+
+
+def test_wide_products_are_asked_of_cuda_only(monkeypatch):
+    assert not has_wide_products(torch.device("cpu")) and not has_wide_products(torch.device("mps"))
+    assert has_wide_products(torch.device("cuda"))
+    monkeypatch.setattr(type(torch.ops.aten.bmm), "overloads", lambda self: ["default", "out"])  # torch 2.7's
+    assert not has_wide_products(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("cuts", [[2048], [2000] + [1] * 48, [512] * 4], ids=["prefill", "prefill+steps", "chunks"])

@@ -21,8 +21,16 @@ from megatron_dmc.ops.decode.torch import step as torch_step
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
 
+# What a call says that finds the traces of another one.
 INTERRUPTED = "a call did not reach all layers, or not their end; the cache is of no use any more: reset it"
 FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "torch": torch_step}
+
+
+def check_numbers(sequences: Tensor) -> None:
+    """Raises ValueError if sequences cannot be chosen by these: a mask would be taken for numbers 0 and 1."""
+    if sequences.ndim != 1 or sequences.dtype not in (torch.int64, torch.int32):
+        found = f"{sequences.dtype} {list(sequences.shape)}"
+        raise ValueError(f"sequences are chosen by their numbers, int64 [new batch], got {found}")
 
 
 class LayerCache:
@@ -189,8 +197,12 @@ class LayerCache:
         """Sequence i becomes what sequences[i] was. For beam search, repetition, and to free finished sequences.
 
         Args:
-            sequences: [new batch], int64.
+            sequences: [new batch], int64 or int32.
+
+        Raises:
+            ValueError: they are no such numbers; a mask is none.
         """
+        check_numbers(sequences)
         if self.rows is None or len(sequences) == 0:
             return self.reset()
         sequences = sequences.to(self.tokens.device)
