@@ -24,7 +24,8 @@ class Rows:
         decisions: [rows, local_window], of the ring's tokens: omega, and its sign is negative where alpha is 0. Zero where
             there is none: it merges with weight 0, which changes nothing.
         recent: [rows, window_size], omega of the open slot's last tokens, 0 of others.
-        ahead: int64 [rows, base + 1 + AHEAD], slots of the ring, the reserved ones, the last one kept and those after it.
+        ahead: int64 [rows, base + 1 + n], slots of the ring, the reserved ones, the last one kept and the n after it; n is how
+            many steps room was made for, AHEAD or what was reserved. [rows, 0] where room must be made first.
         column: int64 [rows, slots that a step writes], which of ``ahead``: the last one kept; in the ring; a reserved one.
         steps: tokens that every row can take in before more room must be made.
     """
