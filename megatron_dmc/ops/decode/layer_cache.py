@@ -36,6 +36,8 @@ def check_numbers(sequences: Tensor) -> None:
 class LayerCache:
     """A ring of the last tokens, raw, and the slots of all earlier ones; every head has its own number of slots.
 
+    One thread at a time may use it.
+
     Args:
         local_window: tokens in the ring. A decision takes effect when its token leaves it.
         operation: what becomes of a token with alpha 1 then.
@@ -43,7 +45,8 @@ class LayerCache:
         clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
-        backend: what a single step runs on: "triton", "torch", or "auto", which is Triton on a GPU where it can be.
+        backend: what a single step runs on, and what writes a chunk's slots: "triton", "torch", or "auto", which is Triton
+            on a GPU where it can be.
         shared: what the caches of a model's layers know together, by device; an empty dict that all of them are given.
             Every one of them must then take in the same tokens. None: this cache stands alone.
     """
@@ -153,6 +156,11 @@ class LayerCache:
             call = sequences.begin(new.cos, new.sin, lengths, rows.batch)
         elif self.calls != sequences.calls - 1 or call is None:
             raise ValueError(INTERRUPTED)
+        form = self._form(new.key)
+        if form != rows.form:
+            # What they have counted lies in different places.
+            rows.settle()
+            rows.form = form
         # Until all is done: what raises in the middle leaves a cache that has taken in the tokens partly.
         self.calls = -1
         if isinstance(call, Step):
@@ -161,7 +169,7 @@ class LayerCache:
                 rows.make_room(sequences.tokens - 1, AHEAD)
             rows.steps -= 1
             at_once = Tokens(*(x[:, 0] for x in new))
-            out = self._form(new.key)(query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
+            out = FORMS[form](query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
         else:
             assert call is not None
             query = rotate(query, new.cos, new.sin)
@@ -176,11 +184,10 @@ class LayerCache:
             sequences.finish()
         return out
 
-    def _form(self, key: Tensor) -> Callable[..., Tensor]:
+    def _form(self, key: Tensor) -> str:
         if self.backend != "auto":
-            return FORMS[self.backend]
-        can_be_triton = key.is_cuda and triton.unsupported(self.layout, key) is None
-        return FORMS["triton" if can_be_triton else "torch"]
+            return self.backend
+        return "triton" if key.is_cuda and triton.unsupported(self.layout, key) is None else "torch"
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.
