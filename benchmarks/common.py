@@ -116,11 +116,15 @@ def _resident(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def in_own_process(script: str, arguments: Sequence[str]) -> str:
-    """The last line that ``script`` prints when it is run with ``arguments``."""
-    # glibc keeps large freed blocks once it has seen one; with a fixed threshold a freed tensor is gone at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+# glibc keeps large freed blocks once it has seen one; with a fixed threshold a freed tensor is gone at once.
+FREES_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def in_own_process(script: str, arguments: Sequence[str], environment: Mapping[str, str] = FREES_AT_ONCE) -> str:
+    """The last line that ``script`` prints when it is run with ``arguments``; environment: beside this process's."""
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if done.returncode:
         raise RuntimeError(f"{Path(script).name} {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout.splitlines()[-1]

@@ -29,9 +29,16 @@ class DMCMetadata(AttentionMetadata):
                 if len(rows) > 1
             ]
             if single:
-                rows = torch.tensor([each[0].start for each in single])
+                rows = _chosen([each[0].start for each in single])
                 self._groups.append(Group(rows, [each[1] for each in single], [each[2] for each in single]))
         return self._groups
+
+
+def _chosen(rows: list[int]) -> Tensor | slice:
+    """An index of these rows, ascending; a slice makes views of tensors, not copies."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device="cpu")
 
 
 class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
@@ -94,9 +101,8 @@ class DMCImpl(AttentionImpl):
         width = query.shape[-1]
         decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
         new = NewTokens(query, key[..., :width], value, decision < 0, decision.abs())
-        with query.device:
-            for group in attn_metadata.groups(layer.cache):
-                part = NewTokens(*(x[group.rows] for x in new))
-                out = layer.cache.attend(layer.layer_name, group, part, layer.rotary.cos_sin_cache)
-                output[group.rows] = out.to(output.dtype)
+        for group in attn_metadata.groups(layer.cache):
+            part = NewTokens(*(x[group.rows] for x in new))
+            out = layer.cache.attend(layer.layer_name, group, part, layer.rotary.cos_sin_cache)
+            output[group.rows] = out.to(output.dtype)
         return output

@@ -50,5 +50,8 @@ class Header:
 
     def blocks(self, longest: int, cell_words: int) -> int:
         """A request's first blocks that hold its state, if it has ``longest`` tokens at most and a cell so many words."""
-        pages = cdiv(longest + self.reserved_slots, self.layout.page_size)
-        return cdiv(self.table + pages, cell_words)
+        return cdiv(self.words(longest), cell_words)
+
+    def words(self, longest: int) -> int:
+        """Of one row's state, if its request has ``longest`` tokens at most."""
+        return self.table + cdiv(longest + self.reserved_slots, self.layout.page_size)

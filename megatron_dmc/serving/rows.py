@@ -117,12 +117,13 @@ class EngineRows(Rows):
         width = cells.table.shape[1]
         number = torch.arange(width, device=self.kept.device)
         row, number = (number < cells.taken[:, None]).nonzero(as_tuple=True)
-        content = cells.slots.unflatten(0, (-1, size))[cells.table[row, number]]
+        # Faster by far than indexing: a page is copied as a whole.
+        content = cells.slots.view(-1, size * cells.slots.shape[1]).index_select(0, cells.table[row, number])
         index = number[:, None] * size + torch.arange(size, device=number.device)
         hidden = index >= self.lengths(self.count.flatten(), self.seen + 1)[row][:, None]
         if self.recent is not None:
             hidden |= (index >= self.layout.local_window) & (index < self.layout.base)
-        return Pages(content, hidden, row.int(), row * width + number, width)
+        return Pages(content.view(len(row), size, -1), hidden, row.int(), row * width + number, width)
 
     def finished(self, new: Tensor | int) -> Tensor:
         """The words as they are after ``new`` tokens of every request, [requests, kv_heads, words]."""

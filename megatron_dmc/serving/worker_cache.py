@@ -43,12 +43,14 @@ class Group:
         blocks: int64 [requests, header blocks], those that hold their state.
         seen: int64 [requests], tokens before the new ones; 0: there is no state yet.
         chunk: how many new ones the only request has; None: each of them has one.
+        longest: tokens that a request has at most after the step; None where one is new.
     """
 
     def __init__(self, rows: Tensor | slice, blocks: list[list[int]], seen: list[int], chunk: int | None = None):
         self.rows, self.chunk = rows, chunk
-        self.blocks, self.seen = torch.tensor(blocks), torch.tensor(seen)
+        self.blocks, self.seen = torch.tensor(blocks, device="cpu"), torch.tensor(seen, device="cpu")
         self.firsts = [each[0] for each in blocks]
+        self.longest = max(seen) + (chunk or 1) if min(seen) else None
         self._call: Step | Chunk | None = None
 
     def call(self, layout: Layout, angles: Tensor, dtype: torch.dtype) -> Step | Chunk:
@@ -147,7 +149,10 @@ class WorkerCache:
         """
         call = group.call(self.header.layout, angles, new.query.dtype)
         where = self._header_cells(group.blocks, self.index[layer])
-        words = self.words[where].flatten(2)
+        # Of a header that is one block, only the part in use travels.
+        used = None if group.longest is None or where.shape[-1] > 1 else self.header.words(group.longest)
+        headers = self.words[:, :used]
+        words = headers[where].flatten(2)
         words.masked_fill_((group.seen == 0)[:, None, None], 0)
         grants = [self.granted[first] for first in group.firsts]
         rows = EngineRows(self.header, words, group.seen, self.slots, grants)
@@ -158,7 +163,7 @@ class WorkerCache:
         else:
             out = take_in_chunk(*self._rotated(new, call), rows, call, scale)[0]
         after = rows.finished(group.chunk or 1)
-        self.words[where] = after.unflatten(-1, (where.shape[-1], -1))
+        headers[where] = after.unflatten(-1, (where.shape[-1], -1))
         return out
 
     def _rotated(self, new: NewTokens, call: Chunk) -> tuple[Tensor, Tokens]:
