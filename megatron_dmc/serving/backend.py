@@ -100,7 +100,7 @@ class DMCImpl(AttentionImpl):
             )
         width = query.shape[-1]
         decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
-        new = NewTokens(query, key[..., :width], value, decision < 0, decision.abs())
+        new = NewTokens(query, key[..., :width], value, decision.signbit(), decision.abs())
         for group in attn_metadata.groups(layer.cache):
             part = NewTokens(*(x[group.rows] for x in new))
             out = layer.cache.attend(layer.layer_name, group, part, layer.rotary.cos_sin_cache)

@@ -102,8 +102,7 @@ class EngineRows(Rows):
         size = self.layout.page_size
         taken = (self.lengths(self.kept, seen) + size - 1) // size
         self.cells = EngineCells(slots, self.words[:, header.table :], taken, size, grants)
-        columns = 1 + bool(self.layout.local_window) + (self.layout.base > self.layout.local_window)
-        self.column = self.kept.new_zeros(len(self.kept), columns)
+        self.column = self.kept.new_zeros(len(self.kept), self.layout.written_at_once)
         self.ahead = self.kept.new_zeros(len(self.kept), 0)
         self.steps = 0
 

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "evict": ("llama", {"operation": "evict", "local_window": 4}, {}),
     "evict-neuron-window-16": ("llama", {"operation": "evict", "local_window": 16, "decision_source": "neuron"}, {}),
-    "absorb": ("qwen2", {"operation": "absorb", "local_window": 4}, {}),
+    "absorb": ("llama", {"operation": "absorb", "local_window": 4, "decision_source": "neuron"}, {}),
     "absorb-neuron-window-16": ("qwen3", {"operation": "absorb", "local_window": 16, "decision_source": "neuron"}, {}),
     "window-size-12": ("llama", {"window_size": 12}, {}),
     "window-4-window-size-3": ("llama", {"local_window": 4, "window_size": 3}, {}),

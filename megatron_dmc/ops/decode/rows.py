@@ -31,6 +31,8 @@ class Rows:
         form: what steps run on.
     """
 
+    form = "torch"
+
     def __init__(self, layout: Layout, batch: int, kv_heads: int, head_dim: int, *, like: Tensor):
         self.layout, self.batch, self.kv_heads, self.head_dim = layout, batch, kv_heads, head_dim
         rows = batch * kv_heads
@@ -48,7 +50,6 @@ class Rows:
         self.column = torch.zeros(rows, layout.written_at_once, dtype=torch.long, device=like.device)
         self.ahead = torch.zeros(rows, 0, dtype=torch.long, device=like.device)
         self.steps = 0
-        self.form = "torch"
 
     def settle(self) -> None:
         """Brings ``kept`` up to date. Room must be made before the next step."""
