@@ -78,7 +78,7 @@ def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
                 new = manager.allocate_new_blocks(name, seen[name] + n, seen[name] + n)
                 assert len(new) == (HEADERS if seen[name] == 0 else 0)
                 tokens[name], seen[name] = n, seen[name] + n
-        step, changes = manager.start_step(list(tokens))
+        step, changes, _ = manager.start_step(list(tokens))
         firsts = {manager.req_to_blocks[name][0].block_id: n for name, n in tokens.items()}
         if changes:
             late.append((step, worker.step(changes, firsts)))
