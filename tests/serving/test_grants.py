@@ -93,7 +93,9 @@ def taken_by_any_device(granted: Any, rows: list[int]) -> list[list[int]]:
 
     places = torch.tensor([granted.places[first] for first in (7, 9)])
     table = torch.zeros(6, 3, dtype=torch.int32)
-    cells = EngineCells(torch.zeros(BLOCKS * ROWS * 8, 4), table, torch.zeros(6, dtype=torch.long), 8, granted.lists, places)
+    cells = EngineCells(
+        torch.zeros(BLOCKS * ROWS * 8, 4), table, torch.zeros(6, dtype=torch.long), 8, granted.lists, places
+    )
     opens = torch.tensor([[row < count for row in range(3)] for count in rows])
     cells.make_room(opens.flatten() * 8)
     return [table[3 * i : 3 * i + count, 0].tolist() for i, count in enumerate(rows)]
