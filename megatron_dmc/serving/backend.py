@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -110,6 +111,11 @@ class DMCBackend(AttentionBackend):
         return (KVCacheLayout.BLHNC,)  # a block's cells of all layers side by side: one pool for all of them
 
 
+def _is_a_step() -> bool:
+    """Whether there are requests, and not what vLLM runs for itself."""
+    return has_kv_transfer_group() and get_kv_transfer_group().has_connector_metadata()
+
+
 class DMCImpl(AttentionImpl):
     def __init__(self) -> None:  # abstract in the base class
         pass
@@ -127,12 +133,12 @@ class DMCImpl(AttentionImpl):
         **_: Any,
     ) -> Tensor:
         """Called by vLLM's operator with what CompressedAttention gave it; fills ``output`` [tokens, heads, head_dim]."""
-        if attn_metadata is None:
-            return output.zero_()  # vLLM measures memory
-        if layer.cache is None:
+        if layer.cache is None and _is_a_step():
             raise RuntimeError(
                 f"megatron-dmc: {layer.layer_name} was given no cache; report this as an error of the plugin"
             )
+        if layer.cache is None or attn_metadata is None:
+            return output.zero_()  # vLLM measures memory, of captured graphs too
         width = query.shape[-1]
         decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
         new = NewTokens(query, key[..., :width], value, decision < 0, decision.abs())

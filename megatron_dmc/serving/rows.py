@@ -121,4 +121,6 @@ class EngineRows(Rows):
         """The words as they are after the call, [requests, kv_heads, words]."""
         self.settle()
         self.words[:, KEPT] = self.kept.int()
+        # Read with weight 0 where a row has fewer pages than others: a NaN of one request would become everybody's.
+        self.cells.slots[self.cells.nowhere].zero_()
         return self.words.unflatten(0, (self.batch, self.kv_heads))

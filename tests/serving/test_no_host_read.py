@@ -105,3 +105,17 @@ def test_a_graph_finds_every_step_at_the_same_addresses() -> None:
 def test_a_host_read_would_be_seen(read: Callable[[Tensor], Any]) -> None:
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         read(torch.empty(1, device=DEVICE))
+
+
+def test_a_layer_without_a_cache_is_an_error_in_a_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is one, vLLM captures graphs to measure their memory."""
+    from megatron_dmc.serving import backend
+
+    layer = Layer("merge")
+    layer.cache, out = None, torch.ones(1, 2, WIDTH)
+    metadata = backend.DMCMetadata(None, [])
+    backend.DMCImpl().forward(layer, out, out, out, out, metadata, output=out)
+    assert not out.any()
+    monkeypatch.setattr(backend, "_is_a_step", lambda: True)
+    with pytest.raises(RuntimeError, match=r"layers\.1 was given no cache"):
+        backend.DMCImpl().forward(layer, out, out, out, out, metadata, output=out)
