@@ -1,13 +1,16 @@
 """What all tests share: one thread per process, Ctrl-C as in a terminal, and megatron-core in this one process."""
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
 
 # The tests are the CPU's, also where there is a GPU (make gpu-check is the GPU's). Before torch is imported.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Triton's kernels run in its interpreter. It reads this when it is imported, whoever imports it first.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton's kernels run in its interpreter. It reads this when it is imported, whoever imports it first; vLLM has kernels of its
+# own, which it does not want interpreted.
+if importlib.util.find_spec("vllm") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """The compressed cache as transformers' generate() handles one."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from megatron_dmc.ops.decode import LayerCache, Sequences, bytes_of
+from megatron_dmc.ops.decode.layer_cache import INTERRUPTED, check_numbers
 
 # What models' arguments and outputs call their cache: transformers 5.24 renamed it.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -21,6 +23,8 @@ class DMCCache(Cache):
         layers: the LayerCaches.
         columns: columns of input_ids seen, padding counted. generate() calls this number the cache's length.
         real: bool [batch, columns], false where a column held padding; None: none did.
+        calls: of the layers, by which ``columns`` were counted. They have had more while the model runs, or if it was
+            interrupted.
     """
 
     is_compileable = False
@@ -47,6 +51,7 @@ class DMCCache(Cache):
         self.offloading = False
         self.columns = 0
         self.real: Tensor | None = None
+        self.calls = 0
 
     def __repr__(self) -> str:
         return f"DMCCache(columns={self.columns}, nbytes={self.nbytes})"
@@ -103,6 +108,19 @@ class DMCCache(Cache):
             layer.reset()
         self.columns = 0
         self.real = None
+        self.calls = 0
+
+    def check(self) -> None:
+        """Before the layers take tokens in, and :meth:`take_columns` counts them.
+
+        Raises:
+            ValueError: an earlier call was interrupted.
+        """
+        if self._calls_of_layers() != self.calls:
+            raise ValueError(INTERRUPTED)
+
+    def _calls_of_layers(self) -> int:
+        return max((sequences.calls for sequences in self.shared.values()), default=0)
 
     def take_columns(self, real: Tensor | None, batch: int, seq: int) -> None:
         """Notes ``seq`` new columns, of which ``real`` (bool [batch, seq]; None: all) are no padding."""
@@ -116,9 +134,11 @@ class DMCCache(Cache):
         self.columns += seq
         for sequences in self.shared.values():
             sequences.finish()
+        self.calls = self._calls_of_layers()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what beam_idx[i] was."""
+        """Sequence i becomes what beam_idx[i] was; raises ValueError for what are no numbers."""
+        check_numbers(beam_idx)
         if len(beam_idx) == 0:
             return self.reset()
         for device, sequences in self.shared.items():
@@ -129,7 +149,8 @@ class DMCCache(Cache):
             self.real = self.real[beam_idx.to(self.real.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+        """indices: numbers, or a mask, which transformers' own caches take as well."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
@@ -144,7 +165,12 @@ class DMCCache(Cache):
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors, numbers and strings: what torch.save writes and torch.load reads with weights_only."""
+        """Everything, as tensors, numbers and strings: what torch.save writes and torch.load reads with weights_only.
+
+        Raises:
+            ValueError: a call was interrupted.
+        """
+        self.check()
         return {"columns": self.columns, "real": self.real, "layers": [layer.state_dict() for layer in self.layers]}
 
     @classmethod
@@ -159,20 +185,29 @@ class DMCCache(Cache):
         """
         cache = cls(config)
         try:
-            cache.columns, cache.real, layers = int(state["columns"]), state["real"], list(state["layers"])
+            cache.columns, cache.real, layers = operator.index(state["columns"]), state["real"], list(state["layers"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no saved DMCCache ({error!r}); save its state_dict()") from None
         if len(layers) != len(cache):
             raise ValueError(f"the saved cache has {len(layers)} layers, the model {len(cache)}; load the model's own")
         for layer, saved in zip(cache.layers, layers, strict=True):
             layer.load_state_dict(saved)
-        real, shape = cache.real, (cache.batch_size, cache.columns)
-        fits = real is None or (isinstance(real, Tensor) and real.dtype == torch.bool and real.shape == shape)
-        if not fits or cache.columns < 0:
+        if not cache._columns_fit():
             raise ValueError(
                 "this is no saved DMCCache, or a damaged one: its columns and real ones do not fit; save it again"
             )
         return cache
+
+    def _columns_fit(self) -> bool:
+        """Whether every sequence has as many tokens as columns that are real."""
+        real, tokens = self.real, self.tokens
+        if any(len(layer.tokens) != len(tokens) for layer in self.layers) or not 0 <= self.columns < 2**62:
+            return False
+        if real is None:
+            return bool((tokens == self.columns).all()) if len(tokens) else self.columns == 0
+        if not isinstance(real, Tensor) or real.dtype != torch.bool or real.shape != (len(tokens), self.columns):
+            return False
+        return torch.equal(real.sum(1), tokens.to(real.device))
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a DMCCache takes tokens in by attention; another model's update() cannot fill it")

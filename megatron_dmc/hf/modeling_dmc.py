@@ -154,6 +154,8 @@ class DMCModel(DMCPreTrainedModel):
         if packing is not None:
             hidden = packing.pack(hidden)
         lengths = None if packing is None else packing.lengths
+        if cache is not None:
+            cache.check()
         states = self._run_layers(hidden, first, cache, lengths, keep_states)
         if packing is not None:
             states = [packing.unpack(x) for x in states]

@@ -251,7 +251,14 @@ def test_all_parts_come_to_their_end_at_toy_size(gpu_check: ModuleType, tmp_path
     ]
     checks = {row["check"] for row in summary["checks"]}
     assert checks >= {f"{form}, {kind}" for form in forms for kind in ("soft", "hard", "soft, packed documents")}
-    assert checks >= {"pooling", "plain attention", "noise", "step, base", "step, projection", "cache, torch, window 5, merge"}
+    assert checks >= {
+        "pooling",
+        "plain attention",
+        "noise",
+        "step, base",
+        "step, projection",
+        "cache, torch, window 5, merge",
+    }
     times = {row["name"]: row for row in summary["times"]}
     assert times.keys() >= {*forms, "flash", "torch's choice", "pooling", "base", "projection", "plain", "cache, torch"}
     assert all(row["kernels"] > 0 and row["busy_ms"] > 0 for row in times.values())

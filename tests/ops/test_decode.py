@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import hard_merge_logits
 from megatron_dmc.ops.decode import LayerCache, naive
+from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.state import tensors
+from megatron_dmc.ops.decode.torch import has_wide_products
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
 from megatron_dmc.ops.tokens import Tokens as KeysAndValues
@@ -197,6 +199,28 @@ def test_select_reorders_repeats_and_drops(kind):
     assert torch.equal(cache.slots, counts)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.uint8), torch.ones(3), torch.ones(1, 3).long()],
+    ids=str,
+)
+def test_what_are_no_numbers_of_sequences_is_refused(chosen):
+    tokens = make_tokens(Shape(3, 12, 4, 2, 8))
+    cache = LayerCache(4)
+    through_cache(tokens.cut(0, 10), [10], cache)
+    with pytest.raises(ValueError, match="sequences are chosen by their numbers"):
+        cache.select(chosen)
+    expected = through_cache(tokens, [12], LayerCache(4))[:, 10:]
+    torch.testing.assert_close(through_cache(tokens.cut(10, 12), [2], cache), expected, rtol=0, atol=1e-10)
+
+
+def test_wide_products_are_asked_of_cuda_only(monkeypatch):
+    assert not has_wide_products(torch.device("cpu")) and not has_wide_products(torch.device("mps"))
+    assert has_wide_products(torch.device("cuda"))
+    monkeypatch.setattr(type(torch.ops.aten.bmm), "overloads", lambda self: ["default", "out"])  # torch 2.7's
+    assert not has_wide_products(torch.device("cuda"))
+
+
 @pytest.mark.parametrize("cuts", [[2048], [2000] + [1] * 48, [512] * 4], ids=["prefill", "prefill+steps", "chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["exact", "merge-w16", "evict-w16", "absorb-w16"])
@@ -304,6 +328,46 @@ def test_a_call_that_did_not_reach_all_layers_is_noticed():
         through_cache(tokens.cut(3, 6), [3], second)
 
 
+@pytest.mark.parametrize("size", [1, 5], ids=["step", "chunk"])
+def test_a_call_that_raised_in_the_middle_is_noticed(size, monkeypatch):
+    tokens = make_tokens(Shape(2, 40, 4, 2, 8))
+    cache = LayerCache(4)
+    through_cache(tokens.cut(0, 30), [30], cache)
+    with monkeypatch.context() as patch:
+
+        def fails(*args: Any, **kwargs: Any) -> None:
+            raise MemoryError
+
+        patch.setattr(Cells, "write", fails)
+        with pytest.raises(MemoryError):
+            through_cache(tokens.cut(30, 30 + size), [size], cache)
+    for use in (cache, copy.deepcopy(cache), copy.deepcopy(cache).to("cpu")):
+        with pytest.raises(ValueError, match="reset it"):
+            through_cache(tokens.cut(30, 31), [1], use)
+        with pytest.raises(ValueError, match="reset it"):
+            use.state_dict()
+    cache.reset()
+    torch.testing.assert_close(through_cache(tokens, [40], cache), through_cache(tokens, [40], LayerCache(4)))
+
+
+@pytest.mark.parametrize("size", [1, 5], ids=["step", "chunk"])
+def test_another_dtype_is_refused_and_changes_nothing(size):
+    tokens = make_tokens(Shape(2, 40, 4, 2, 8))
+    narrow = Tokens(*(x.float() if x.is_floating_point() else x for x in tokens))
+    cache = LayerCache(4)
+    through_cache(tokens.cut(0, 30), [30], cache)
+    with pytest.raises(ValueError, match=r"the cache holds torch.float64 on cpu, got torch.float32 on cpu"):
+        through_cache(narrow.cut(30, 30 + size), [size], cache)
+    expected = through_cache(tokens, [40], LayerCache(4))[:, 30:]
+    torch.testing.assert_close(through_cache(tokens.cut(30, 40), [10], cache), expected)
+
+
+@pytest.mark.parametrize("operation", ["evict", "absorb"])
+def test_evicting_without_a_window_is_refused(operation):
+    with pytest.raises(ValueError, match=f"operation {operation} needs local_window >= 1"):
+        LayerCache(0, operation)
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "saved", "moved"])
 @by_kind
 def test_a_cache_can_be_copied_saved_and_moved(kind, way, tmp_path):
@@ -323,6 +387,34 @@ def test_a_cache_can_be_copied_saved_and_moved(kind, way, tmp_path):
     # Neither has a part of the other.
     for each in (other, cache):
         torch.testing.assert_close(through_cache(rest, cuts, each), expected, rtol=0, atol=1e-10)
+
+
+@by_kind
+def test_one_state_makes_many_caches(kind):
+    """And none of them has a part of another, or of the one that was saved."""
+    tokens = make_tokens(Shape(2, 60, 4, 2, 8))
+    cache = LayerCache(*kind)
+    through_cache(tokens.cut(0, 40), [40], cache)
+    others = [LayerCache(*kind) for _ in range(2)]
+    for other in others:
+        other.load_state_dict(cache.state_dict())
+    expected = through_cache(tokens, [60], LayerCache(*kind))[:, 40:]
+    pieces = [
+        [each.attend(*tokens.cut(at, at + 1), *rotation(torch.tensor([[at]]), 8)) for each in (cache, *others)]
+        for at in range(40, 60)
+    ]
+    for out in zip(*pieces, strict=True):
+        torch.testing.assert_close(torch.cat(out, dim=1), expected, rtol=0, atol=1e-10)
+
+
+def test_states_of_different_calls_are_no_model():
+    tokens, shared = make_tokens(Shape(2, 40, 4, 2, 8)), {}
+    first, second = LayerCache(4), LayerCache(4)
+    through_cache(tokens.cut(0, 30), [30], first)
+    through_cache(tokens.cut(0, 20), [20], second)
+    LayerCache(4, shared=shared).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="have seen different tokens"):
+        LayerCache(4, shared=shared).load_state_dict(second.state_dict())
 
 
 def test_an_empty_cache_can_be_saved():
@@ -352,6 +444,17 @@ def test_an_empty_cache_can_be_saved():
         lambda state: state["sequences"].update(angles=state["sequences"]["tokens"]),
         lambda state: state["sequences"].update(angles=None),
         lambda state: state["sequences"]["tokens"].fill_(-7),
+        lambda state: state["sequences"]["tokens"].fill_(0),
+        lambda state: state["sequences"].update(angles=state["sequences"]["angles"].float()),
+        lambda state: state["cells"]["table"].fill_(0),
+        lambda state: state["cells"]["table"].copy_(state["cells"]["table"].flip(0)),
+        lambda state: state["cells"]["taken"].fill_(0),
+        lambda state: state["cells"]["owner"].fill_(0),
+        lambda state: state["cells"].update(hidden=state["cells"]["hidden"].to_sparse()),
+        lambda state: state["rows"]["kept"].fill_(0),
+        lambda state: state["rows"].update(sums=state["rows"]["sums"][:, :3]),
+        lambda state: state["rows"].update(decisions=state["rows"]["decisions"][:, :0]),
+        lambda state: state["rows"].update(column=state["rows"]["column"][:, :1]),
     ],
 )
 def test_a_damaged_state_is_refused(damage):
@@ -361,6 +464,12 @@ def test_a_damaged_state_is_refused(damage):
     state = cache.state_dict()
     damage(state)
     with pytest.raises(ValueError, match="damaged"):
+        LayerCache(4).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, [], 7, "state"], ids=repr)
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="no saved cache"):
         LayerCache(4).load_state_dict(state)
 
 
@@ -394,6 +503,19 @@ def test_inference_mode_may_be_entered_and_left(kind, first):
         start += sum(cuts)
     expected = through_cache(tokens, [30, 1, 1, 17, 1, 20], LayerCache(*kind))
     assert torch.equal(torch.cat(outputs, dim=1), expected)
+
+
+@by_kind
+def test_room_may_be_made_outside_inference_mode(kind):
+    tokens = make_tokens(Shape(2, 40, 4, 2, 8))
+    cache = LayerCache(*kind)
+    with torch.inference_mode():
+        out = [through_cache(tokens.cut(0, 31), [30, 1], cache).clone()]
+    cache.reserve(9)
+    with torch.inference_mode():
+        out.append(through_cache(tokens.cut(31, 40), [1] * 9, cache).clone())
+    expected = through_cache(tokens, [40], LayerCache(*kind))
+    torch.testing.assert_close(torch.cat(out, dim=1), expected, rtol=0, atol=1e-10)
 
 
 @by_kind

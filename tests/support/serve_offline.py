@@ -24,17 +24,17 @@ V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 KERNELS = {"DMC_TEST_KERNELS": "1"}
 
 
-if os.environ.get("DMC_TEST_KERNELS") == "1":
-    from megatron_dmc.serving import kernels
-
-    kernels.DEVICES.add("cpu")
-
-if os.environ.get("TRITON_INTERPRET") == "1":  # in vLLM's workers, too, which import this module
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # in vLLM's workers, too, which import this module
     import triton.backends
 
     # vLLM switches Triton off where none of its backends is for the platform: this one is only a name.
     named = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
     triton.backends.backends["cpu"] = named
+
+if os.environ.get("DMC_TEST_KERNELS") == "1":
+    from megatron_dmc.serving import kernels
+
+    kernels.DEVICES.add("cpu")
 
 
 def main() -> None:

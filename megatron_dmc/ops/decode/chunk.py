@@ -210,7 +210,7 @@ def _keep(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: KernelS
 
 def _write(rows: Rows, chosen: Tensor, ordinal: Tensor, key: Tensor, value: Tensor) -> None:
     """Tokens ``chosen``, bool [batch, seq, kv_heads], become the slots that ``ordinal`` counts."""
-    if key.is_cuda and triton.unsupported(rows.layout, key) is None:
+    if rows.form == "triton":
         return triton.write(rows, chosen, ordinal, key, value)
     sequence, position, head = chosen.nonzero(as_tuple=True)
     row = sequence * rows.kv_heads + head

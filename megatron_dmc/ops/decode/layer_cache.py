@@ -21,11 +21,22 @@ from megatron_dmc.ops.decode.torch import step as torch_step
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
 
+# What a call says that finds the traces of another one.
+INTERRUPTED = "a call did not reach all layers, or not their end; the cache is of no use any more: reset it"
 FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "torch": torch_step}
+
+
+def check_numbers(sequences: Tensor) -> None:
+    """Raises ValueError if sequences cannot be chosen by these: a mask would be taken for numbers 0 and 1."""
+    if sequences.ndim != 1 or sequences.dtype not in (torch.int64, torch.int32):
+        found = f"{sequences.dtype} {list(sequences.shape)}"
+        raise ValueError(f"sequences are chosen by their numbers, int64 [new batch], got {found}")
 
 
 class LayerCache:
     """A ring of the last tokens, raw, and the slots of all earlier ones; every head has its own number of slots.
+
+    One thread at a time may use it.
 
     Args:
         local_window: tokens in the ring. A decision takes effect when its token leaves it.
@@ -34,7 +45,8 @@ class LayerCache:
         clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
-        backend: what a single step runs on: "triton", "torch", or "auto", which is Triton on a GPU where it can be.
+        backend: what a single step runs on, and what writes a chunk's slots: "triton", "torch", or "auto", which is Triton
+            on a GPU where it can be.
         shared: what the caches of a model's layers know together, by device; an empty dict that all of them are given.
             Every one of them must then take in the same tokens. None: this cache stands alone.
     """
@@ -52,6 +64,10 @@ class LayerCache:
     ):
         self.layout = Layout(local_window, operation, window_size, clears_last_channel, page_size)
         choose(backend, FORMS)
+        if not self.layout.merges and not local_window:
+            raise ValueError(
+                f"operation {operation} needs local_window >= 1, got 0: a token would be gone before it is seen"
+            )
         self.backend = backend
         self.stands_alone = shared is None
         self.shared = {} if shared is None else shared
@@ -104,7 +120,8 @@ class LayerCache:
             [batch, seq, heads, head_dim] in query's dtype.
 
         Raises:
-            ValueError: the batch or the heads are not the cache's, there is no token, or gradients are wanted.
+            ValueError: the batch, the heads, the dtype or the device are not the cache's, there is no token, gradients are
+                wanted, or an earlier call was interrupted.
         """
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, omega)):
             raise ValueError("the compressed cache gives no gradients: use torch.no_grad(), or attend without a cache")
@@ -115,6 +132,9 @@ class LayerCache:
         if self.rows is not None and key.shape[2:] != (self.rows.kv_heads, self.rows.head_dim):
             held, given = [self.rows.kv_heads, self.rows.head_dim], list(key.shape[2:])
             raise ValueError(f"the cache is another model's: it holds [KV heads, head_dim] {held}, got {given}")
+        if self.rows is not None and (key.dtype, key.device) != (self.rows.cells.slots.dtype, self.rows.kept.device):
+            holds = f"{self.rows.cells.slots.dtype} on {self.rows.kept.device}"
+            raise ValueError(f"the cache holds {holds}, got {key.dtype} on {key.device}; move it, or start a new one")
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
         device = query.device.type
         # Autocast would turn float32 into bf16.
@@ -130,21 +150,26 @@ class LayerCache:
             self.sequences = self.shared.setdefault(new.key.device, Sequences(self.layout))
         rows, sequences = self.rows, self.sequences
         assert sequences is not None
-        if not torch.is_inference_mode_enabled():
-            _thaw(rows, rows.cells, sequences)
+        self._thaw()
         call = sequences.call
         if self.calls == sequences.calls:
             call = sequences.begin(new.cos, new.sin, lengths, rows.batch)
         elif self.calls != sequences.calls - 1 or call is None:
-            raise ValueError("a call of the model did not reach all layers; the cache is of no use any more: reset it")
-        self.calls = sequences.calls
+            raise ValueError(INTERRUPTED)
+        form = self._form(new.key)
+        if form != rows.form:
+            # What they have counted lies in different places.
+            rows.settle()
+            rows.form = form
+        # Until all is done: what raises in the middle leaves a cache that has taken in the tokens partly.
+        self.calls = -1
         if isinstance(call, Step):
             if not rows.steps:
                 assert sequences.tokens is not None
                 rows.make_room(sequences.tokens - 1, AHEAD)
             rows.steps -= 1
             at_once = Tokens(*(x[:, 0] for x in new))
-            out = self._form(new.key)(query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
+            out = FORMS[form](query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
         else:
             assert call is not None
             query = rotate(query, new.cos, new.sin)
@@ -154,15 +179,15 @@ class LayerCache:
                 # Its last channel is not cleared: the rotation must be undone, and the query's is zero.
                 new = new._replace(key=rotate(new.key, new.cos, new.sin))
             out = take_in_chunk(query, new._replace(cos=call.cos, sin=call.sin), rows, call, scale)
+        self.calls = sequences.calls
         if self.stands_alone:
             sequences.finish()
         return out
 
-    def _form(self, key: Tensor) -> Callable[..., Tensor]:
+    def _form(self, key: Tensor) -> str:
         if self.backend != "auto":
-            return FORMS[self.backend]
-        can_be_triton = key.is_cuda and triton.unsupported(self.layout, key) is None
-        return FORMS["triton" if can_be_triton else "torch"]
+            return self.backend
+        return "triton" if key.is_cuda and triton.unsupported(self.layout, key) is None else "torch"
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.
@@ -172,14 +197,19 @@ class LayerCache:
         """
         if self.rows is None or self.sequences is None or self.sequences.tokens is None:
             raise ValueError("the cache is empty: take the prompt in first")
+        self._thaw()
         self.rows.make_room(self.sequences.tokens, tokens)
 
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequences[i] was. For beam search, repetition, and to free finished sequences.
 
         Args:
-            sequences: [new batch], int64.
+            sequences: [new batch], int64 or int32.
+
+        Raises:
+            ValueError: they are no such numbers; a mask is none.
         """
+        check_numbers(sequences)
         if self.rows is None or len(sequences) == 0:
             return self.reset()
         sequences = sequences.to(self.tokens.device)
@@ -219,9 +249,14 @@ class LayerCache:
         """Everything, as tensors, numbers and strings: what torch.save writes and torch.load reads with weights_only.
 
         The tensors are the cache's own; an empty cache has its layout only.
+
+        Raises:
+            ValueError: a call was interrupted.
         """
         state: dict[str, Any] = {"layout": asdict(self.layout)}
         if self.rows is not None and self.sequences is not None:
+            if self.calls != self.sequences.calls:
+                raise ValueError(INTERRUPTED)
             self.rows.settle()
             state["kv_heads"], state["head_dim"] = self.rows.kv_heads, self.rows.head_dim
             for name, holder in (("rows", self.rows), ("cells", self.rows.cells), ("sequences", self.sequences)):
@@ -229,29 +264,36 @@ class LayerCache:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Becomes what :meth:`state_dict` gave; on the device where the tensors are.
+        """Becomes what :meth:`state_dict` gave, with tensors of its own; on the device where the given ones are.
 
         Raises:
-            ValueError: it is of another layout, or damaged.
+            ValueError: it is of another layout, or damaged, or has seen other tokens than those it shares with.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"this is no saved cache, but of type {type(state).__name__}; save its state_dict()")
         if state.get("layout") != asdict(self.layout):
             raise ValueError(f"the saved cache has another layout: {state.get('layout')}, here {asdict(self.layout)}")
         self.reset()
         if "rows" in state:
             self.rows, sequences = restored(self.layout, state)
             self._share(sequences)
+            assert self.sequences is not None
+            self.calls = self.sequences.calls
 
     def _share(self, sequences: Sequences) -> None:
         """The layers on a device know these together, or those that the first of them has brought."""
         if self.stands_alone:
             self.shared.clear()
-        assert self.rows is not None
-        self.sequences = self.shared.setdefault(self.rows.kept.device, sequences)
-        self.calls = self.sequences.calls
+        assert self.rows is not None and sequences.tokens is not None
+        known = self.shared.setdefault(self.rows.kept.device, sequences)
+        if known.tokens is None or not torch.equal(known.tokens, sequences.tokens):
+            raise ValueError("the layers of a cache have seen different tokens: they are not of one model's call")
+        self.sequences = known
 
-
-def _thaw(*holders: Any) -> None:
-    """Nothing can be written to tensors of the inference mode outside it: they are copied."""
-    for holder in holders:
-        if any(x.is_inference() for x in tensors(holder).values()):
-            change_tensors(holder, Tensor.clone)
+    def _thaw(self) -> None:
+        """Nothing can be written to tensors of the inference mode outside it: they are copied."""
+        if torch.is_inference_mode_enabled() or self.rows is None:
+            return
+        for holder in (self.rows, self.rows.cells, self.sequences):
+            if any(x.is_inference() for x in tensors(holder).values()):
+                change_tensors(holder, Tensor.clone)

@@ -32,6 +32,11 @@ class Layout:
         return self.local_window + (self.window_size or 0 if self.merges else int(self.absorbs))
 
     @property
+    def written_at_once(self) -> int:
+        """Slots of a row that a step writes."""
+        return 1 + bool(self.local_window) + (self.base > self.local_window)
+
+    @property
     def merges(self) -> bool:
         return self.operation == "merge"
 

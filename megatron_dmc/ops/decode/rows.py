@@ -24,9 +24,11 @@ class Rows:
         decisions: [rows, local_window], of the ring's tokens: omega, and its sign is negative where alpha is 0. Zero where
             there is none: it merges with weight 0, which changes nothing.
         recent: [rows, window_size], omega of the open slot's last tokens, 0 of others.
-        ahead: int64 [rows, base + 1 + AHEAD], slots of the ring, the reserved ones, the last one kept and those after it.
+        ahead: int64 [rows, base + 1 + n], slots of the ring, the reserved ones, the last one kept and the n after it; n is how
+            many steps room was made for, AHEAD or what was reserved. [rows, 0] where room must be made first.
         column: int64 [rows, slots that a step writes], which of ``ahead``: the last one kept; in the ring; a reserved one.
         steps: tokens that every row can take in before more room must be made.
+        form: what steps run on.
     """
 
     def __init__(self, layout: Layout, batch: int, kv_heads: int, head_dim: int, *, like: Tensor):
@@ -43,10 +45,10 @@ class Rows:
             self.decisions = like.new_zeros(rows, layout.local_window, dtype=wide)
         if layout.window_size and layout.merges:
             self.recent = like.new_zeros(rows, layout.window_size, dtype=wide)
-        columns = 1 + bool(layout.local_window) + (layout.base > layout.local_window)
-        self.column = torch.zeros(rows, columns, dtype=torch.long, device=like.device)
+        self.column = torch.zeros(rows, layout.written_at_once, dtype=torch.long, device=like.device)
         self.ahead = torch.zeros(rows, 0, dtype=torch.long, device=like.device)
         self.steps = 0
+        self.form = "torch"
 
     def settle(self) -> None:
         """Brings ``kept`` up to date. Room must be made before the next step."""

@@ -178,9 +178,6 @@ class Sequences:
         """Frees what only the layers of the last call needed."""
         self.call: Step | Chunk | None = None
 
-    def tensors(self) -> list[Tensor]:
-        return [x for x in (self.tokens, self.angles) if x is not None]
-
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequences[i] was."""
         if self.tokens is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode.layout import Layout
@@ -28,7 +29,7 @@ def bytes_of(*holders: Any) -> int:
 
 
 def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]:
-    """Rows and sequences of a saved state, on the device of its tensors.
+    """Rows and sequences of a saved state, on the device of its tensors, as tensors of their own.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -36,16 +37,19 @@ def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]
     try:
         slots, tokens = state["cells"]["slots"], state["sequences"]["tokens"]
         rows = Rows(layout, len(tokens), state["kv_heads"], state["head_dim"], like=slots)
-        angles = state["sequences"].get("angles", slots[:0])
         # A call of no tokens makes the tensors that are to be replaced.
         sequences = Sequences(layout)
-        sequences.start(angles.new_empty(len(tokens), 1, 1, state["head_dim"]))
+        sequences.start(slots.new_empty(len(tokens), 1, 1, state["head_dim"]))
         for name, holder in (("rows", rows), ("cells", rows.cells), ("sequences", sequences)):
             for key, x in tensors(holder).items():
                 new = state[name][key]
-                if new.dtype != x.dtype or new.ndim != x.ndim or new.device != slots.device:
+                fits = new.dtype == x.dtype and new.ndim == x.ndim and new.layout == x.layout
+                # Only the cells' tensors grow.
+                fits = fits and (holder is rows.cells or new.shape == x.shape)
+                if not fits or new.device != slots.device:
                     raise ValueError(f"{name}.{key} is {new.dtype} {list(new.shape)} on {new.device}")
-                setattr(holder, key, new)
+                # Whoever saved it goes on writing to its own, and so does another that is restored from the same state.
+                setattr(holder, key, new.detach().clone(memory_format=torch.contiguous_format))
         rows.cells.used = len(rows.cells.owner)
         _check(rows, sequences)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
@@ -54,28 +58,42 @@ def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]
 
 
 def _check(rows: Rows, sequences: Sequences) -> None:
-    """Every index stays within what it points to: a wrong one could read another sequence's memory."""
+    """Every index stays within what it points to, and every cell is one row's: a wrong one could read another sequence's
+    memory, or memory that nobody has written."""
     cells, count = rows.cells, rows.batch * rows.kv_heads
-    fixed = {"kept": rows.kept, "taken": cells.taken, "table": cells.table, "column": rows.column, "ahead": rows.ahead}
-    fixed |= {name: x for name in ("sums", "decisions", "recent") if (x := getattr(rows, name)) is not None}
-    wrong = [name for name, x in fixed.items() if len(x) != count]
     width = cells.table.shape[1]
-    places = cells.used * cells.page_size
     bounds = {
-        "slots": cells.slots.shape[1] == 2 * rows.head_dim and len(cells.slots) > places,
+        "slots": cells.slots.shape[1] == 2 * rows.head_dim and len(cells.slots) > cells.used * cells.page_size,
         "hidden": len(cells.hidden) == len(cells.slots),
-        "place": len(cells.place) == cells.used and _within(cells.place, count * width),
-        "owner": _within(cells.owner, count),
-        "table": _within(cells.table, max(cells.used, 1)),
-        "taken": _within(cells.taken, width + 1),
         "tokens": _within(sequences.tokens, 2**62),
-        "angles": sequences.angles is None
-        or sequences.angles.shape == (rows.batch, rows.layout.local_window, rows.head_dim),
+        "taken": len(cells.taken) == count and _within(cells.taken, width + 1),
+        "table": len(cells.table) == count and _within(cells.table, max(cells.used, 1)),
         "kept": _within(rows.kept, cells.page_size * width + 1),
     }
-    wrong += [name for name, holds in bounds.items() if not holds]
-    if wrong:
-        raise ValueError(f"{wrong[0]} does not fit")
+    _refuse(bounds)
+    row, page = (torch.arange(width, device=cells.taken.device) < cells.taken[:, None]).nonzero(as_tuple=True)
+    owner, place = torch.full_like(cells.owner, -1), torch.full_like(cells.place, -1)
+    cell = cells.table[row, page].long()
+    if len(cell) == cells.used == len(cells.place):
+        owner[cell], place[cell] = row.int(), row * width + page
+    assert sequences.tokens is not None
+    left = (sequences.tokens - rows.layout.local_window).clamp(min=0).repeat_interleave(rows.kv_heads)
+    fit = (rows.kept <= left) & ((rows.kept > 0) == (left > 0))
+    fit &= rows.lengths(rows.kept, sequences.tokens) <= cells.taken * cells.page_size
+    _refuse(
+        {
+            "table": len(cell) == cells.used and bool((owner >= 0).all()),
+            "owner": torch.equal(owner, cells.owner),
+            "place": torch.equal(place, cells.place),
+            "kept": bool(fit.all()),
+        }
+    )
+
+
+def _refuse(bounds: Mapping[str, bool]) -> None:
+    for name, holds in bounds.items():
+        if not holds:
+            raise ValueError(f"{name} does not fit")
 
 
 def _within(x: Tensor | None, end: int) -> bool:

@@ -116,7 +116,7 @@ def attend(query: Tensor, pages: Pages, softmax_scale: float, *, reserved: tuple
     """
     (rows, group, d), content = query.shape, pages.content
     query = query.index_select(0, pages.owner)
-    if content.device.type == "cpu" and content.dtype in (torch.bfloat16, torch.float16):
+    if content.dtype in (torch.bfloat16, torch.float16) and not has_wide_products(content.device):
         content, query = content.float(), query.float()
     scores = _products(content[..., :d], query.mT, softmax_scale)  # [pages, page_size, group]
     scores.masked_fill_(pages.hidden[..., None], float("-inf"))
@@ -129,6 +129,11 @@ def attend(query: Tensor, pages: Pages, softmax_scale: float, *, reserved: tuple
     weights = lists.softmax(1).view(-1, *scores.shape[1:]).index_select(0, pages.place)
     parts = _products(weights.mT.to(content.dtype), content[..., d:])
     return parts.new_zeros(rows, group, d).index_add_(0, pages.owner, parts)
+
+
+def has_wide_products(device: torch.device) -> bool:
+    """Whether products of bf16 or fp16 can be had in float32: CUDA only, from torch 2.8 on."""
+    return device.type == "cuda" and "dtype" in torch.ops.aten.bmm.overloads()
 
 
 def _products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
