@@ -7,6 +7,7 @@ from megatron_dmc.ops.decode.cells import Cells, Pages
 from megatron_dmc.ops.decode.memory import Grants
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
+from megatron_dmc.serving import kernels
 from megatron_dmc.serving.header import KEPT, Header
 
 
@@ -76,6 +77,7 @@ class EngineRows(Rows):
 
     def __init__(self, header: Header, words: Tensor, seen: Tensor, slots: Tensor, *, grants: Grants, places: Tensor):
         self.layout, self.head_dim, self.header, self.seen = header.layout, header.head_dim, header, seen
+        self.form = "triton" if kernels.can_serve(header, slots.dtype, slots.device.type) else "torch"
         self.batch, self.kv_heads = words.shape[:2]
         self.words = words.flatten(0, 1)
         reals = self.words.view(torch.float32)
@@ -95,8 +97,7 @@ class EngineRows(Rows):
         size = self.layout.page_size
         taken = (self.lengths(self.kept, seen) + size - 1) // size
         self.cells = EngineCells(slots, self.words[:, header.table], taken, size, grants, places)
-        columns = 1 + bool(self.layout.local_window) + (self.layout.base > self.layout.local_window)
-        self.column = self.kept.new_zeros(len(self.kept), columns)
+        self.column = self.kept.new_zeros(len(self.kept), self.layout.written_at_once)
         self.ahead = self.kept.new_zeros(len(self.kept), 0)
         self.steps = 0
 

@@ -1,14 +1,11 @@
 """The worker's cache without an engine: kernels and the form for any device take turns on the same headers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode import chunk, triton
-from megatron_dmc.ops.decode.rows import Rows
 from tests.support.decoding import Stream, draw_stream, oracle, rotation
 from tests.support.oracle import Shape
 
@@ -81,16 +78,14 @@ def run(cache: Any, stream: Stream) -> Tensor:
     return out
 
 
-def by_triton(rows: Rows, chosen: Tensor, ordinal: Tensor, key: Tensor, value: Tensor) -> None:
-    triton.write(rows, chosen, ordinal, key, value)
-
-
-@pytest.mark.parametrize("write", [chunk._write, by_triton], ids=["any-device", "as-on-a-gpu"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"], ids=["chunks-on-any-device", "chunks-as-on-a-gpu"])
 @pytest.mark.parametrize(("operation", "window"), [("merge", 0), ("merge", 4), ("evict", 3), ("absorb", 4)])
 def test_kernels_and_chunks_take_turns(
-    monkeypatch: pytest.MonkeyPatch, write: Callable[..., None], operation: Any, window: int
+    monkeypatch: pytest.MonkeyPatch, device: str, operation: Any, window: int
 ) -> None:
-    monkeypatch.setattr(chunk, "_write", write)
+    from megatron_dmc.serving import kernels
+
+    monkeypatch.setattr(kernels, "DEVICES", {device})
     stream = draw_stream(Shape(2, SEQ, HEADS, KV_HEADS, WIDTH), torch.float32)
     cache = make_cache(operation, window, torch.float32)
     before = cache.blocks.clone()
