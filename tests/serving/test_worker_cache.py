@@ -13,7 +13,7 @@ HEADS, KV_HEADS, WIDTH, PAGE, BLOCKS, LONGEST = 4, 2, 32, 8, 24, 64
 # First blocks of two requests.
 FIRSTS = (7, 9)
 # Tokens at a time of each request; 0: one token by kernels.
-TURNS = [0, 0, 7, 0, 0, 1, 5, 0, 1, 0, 0, 9, 0]
+TURNS = [0, 1, 0, 7, 0, 0, 1, 5, 0, 1, 0, 0, 9, 0]
 SEQ = sum(max(n, 1) for n in TURNS)
 
 
