@@ -1,36 +1,52 @@
-"""The attention backend: which rows of a batch are whose, and attention group by group."""
+"""The attention backend: which rows of a batch are whose, and how their tokens are taken in."""
 
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from megatron_dmc.serving.worker_cache import Group, NewTokens, WorkerCache
+from megatron_dmc.serving.decoding import Decoding, DecodingBuffers
+from megatron_dmc.serving.worker_cache import Group, NewTokens, Request, WorkerCache
 
 
 @dataclass
 class DMCMetadata(AttentionMetadata):
-    """Of one step: each request that has new tokens, as its rows, the blocks of its state, and the tokens seen before."""
+    """Of one step.
 
-    requests: list[tuple[range, list[int], int]]
+    Attributes:
+        decoding: the first requests of the batch, which kernels take in; None: there are none.
+        requests: the others that have new tokens.
+    """
+
+    decoding: Decoding | None
+    requests: list[Request]
     _groups: list[Group] | None = None
 
     def groups(self, cache: WorkerCache) -> list[Group]:
         """The same for all layers. Requests that were granted nothing are left out: so vLLM warms up."""
         if self._groups is None:
-            known = [each for each in self.requests if each[1][0] in cache.granted]
-            single = [each for each in known if len(each[0]) == 1]
+            places = cache.granted.places
+            known = [(each, places[each.blocks[0]]) for each in self.requests if each.blocks[0] in places]
+            single = [(each, place) for each, place in known if len(each.rows) == 1]
             self._groups = [
-                Group(slice(rows.start, rows.stop), [blocks], [seen], len(rows))
-                for rows, blocks, seen in known
-                if len(rows) > 1
+                Group(slice(each.rows.start, each.rows.stop), [each], [place], len(each.rows))
+                for each, place in known
+                if len(each.rows) > 1
             ]
             if single:
-                rows = _chosen([each[0].start for each in single])
-                self._groups.append(Group(rows, [each[1] for each in single], [each[2] for each in single]))
+                rows = _chosen([each.rows.start for each, _ in single])
+                self._groups.append(Group(rows, [each for each, _ in single], [place for _, place in single]))
         return self._groups
 
 
@@ -42,16 +58,44 @@ def _chosen(rows: list[int]) -> Tensor | slice:
 
 
 class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
-    def __init__(self, *args: Any, **kwargs: Any):  # abstract in the base class
-        super().__init__(*args, **kwargs)
+    buffers: DecodingBuffers | None = None
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if kv_cache_spec.by_kernels:
+            # Requests with one token come first in a batch.
+            self._init_reorder_batch_threshold(1)
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            requests, window = vllm_config.scheduler_config.max_num_seqs, kv_cache_spec.local_window
+            self.buffers = DecodingBuffers(requests, window, layer.rotary.cos_sin_cache, kv_cache_spec.dtype)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        if kv_cache_spec.by_kernels:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> DMCMetadata:
-        common = common_attn_metadata
+        common, decoding = common_attn_metadata, None
+        count = self._first_with_one_token(common) if self.buffers is not None else 0
+        if self.buffers is not None and count:
+            decoding = self.buffers.filled(common.block_table_tensor[:count, 0], common.seq_lens[:count])
+        return DMCMetadata(decoding, self._requests(common, count) if count < common.num_reqs else [])
+
+    def _first_with_one_token(self, common: Any) -> int:
+        """How many requests at a batch's beginning have one; no length is asked for."""
+        if common.max_query_len == 1:
+            return int(common.num_reqs)  # and what a graph is filled up with
         starts = common.query_start_loc_cpu.tolist()
-        lengths = common.seq_lens.tolist()
-        headers = common.block_table_tensor[:, : self.kv_cache_spec.header_blocks].tolist()
+        return len(list(takewhile(lambda n: n == 1, (b - a for a, b in pairwise(starts)))))
+
+    def _requests(self, common: Any, start: int) -> list[Request]:
+        """From ``start`` on. Waits for the device."""
+        starts = common.query_start_loc_cpu[start:].tolist()
+        lengths = common.seq_lens[start:].tolist()
+        headers = common.block_table_tensor[start:, : self.kv_cache_spec.header_blocks].tolist()
         spans = zip(starts, starts[1:], lengths, headers, strict=False)  # padded to the sizes of captured graphs
-        return DMCMetadata([(range(a, b), header, length - (b - a)) for a, b, length, header in spans if b > a])
+        return [Request(range(a, b), header, length - (b - a)) for a, b, length, header in spans if b > a]
 
 
 class DMCBackend(AttentionBackend):
@@ -74,6 +118,11 @@ class DMCBackend(AttentionBackend):
         return (KVCacheLayout.BLHNC,)  # a block's cells of all layers side by side: one pool for all of them
 
 
+def _is_a_step() -> bool:
+    """Whether there are requests, and not what vLLM runs for itself."""
+    return has_kv_transfer_group() and get_kv_transfer_group().has_connector_metadata()
+
+
 class DMCImpl(AttentionImpl):
     def __init__(self) -> None:  # abstract in the base class
         pass
@@ -91,16 +140,22 @@ class DMCImpl(AttentionImpl):
         **_: Any,
     ) -> Tensor:
         """Called by vLLM's operator with what CompressedAttention gave it; fills ``output`` [tokens, heads, head_dim]."""
-        output.zero_()
-        if attn_metadata is None:
-            return output  # vLLM measures memory
-        if layer.cache is None:
+        if layer.cache is None and _is_a_step():
             raise RuntimeError(
                 f"megatron-dmc: {layer.layer_name} was given no cache; report this as an error of the plugin"
             )
+        if layer.cache is None or attn_metadata is None:
+            return output.zero_()  # vLLM measures memory, of captured graphs too
         width = query.shape[-1]
         decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
         new = NewTokens(query, key[..., :width], value, decision.signbit(), decision.abs())
+        taken = 0
+        if (decoding := attn_metadata.decoding) is not None:
+            taken = len(decoding.tokens)
+            output[:taken] = layer.cache.decode(layer.layer_name, decoding, NewTokens(*(x[:taken] for x in new)))
+        output[taken:].zero_()
+        if not attn_metadata.requests:
+            return output
         for group in attn_metadata.groups(layer.cache):
             part = NewTokens(*(x[group.rows] for x in new))
             out = layer.cache.attend(layer.layer_name, group, part, layer.rotary.cos_sin_cache)

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from megatron_dmc.hf.adapter import ADAPTER_FILE, lacks_its_base
+from megatron_dmc.serving import kernels
+from megatron_dmc.serving.header import Header
 from megatron_dmc.serving.plugin import logger
-
-# Every row fills a page of its own: half a page per head is lost, so pages are small.
-BLOCK_SIZE = 16
 
 
 class Refused(NamedTuple):
@@ -51,13 +50,27 @@ class DMCSettings(VerifyAndUpdateConfig):
             cache.enable_prefix_caching = False
         if not cache.user_specified_block_size:
             # As if it were asked for, or the platform would choose another one afterwards.
-            cache.block_size, cache.user_specified_block_size = BLOCK_SIZE, True
+            cache.block_size, cache.user_specified_block_size = default_block_size(vllm_config.model_config), True
         # kv_producer: with kv_both vLLM keeps every freed block back for a step when it schedules asynchronously.
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector="DMCConnector",
             kv_connector_module_path="megatron_dmc.serving.connector",
             kv_role="kv_producer",
         )
+
+
+def default_block_size(model: Any) -> int:
+    """The smallest in whose blocks a header fits, since kernels ask for that; else the largest. model: vLLM's ModelConfig."""
+    fitting = (size for size in kernels.BLOCK_SIZES if _header_blocks(model, size) == 1)
+    return next(fitting, kernels.BLOCK_SIZES[-1])
+
+
+def _header(model: Any, block_size: int) -> Header:
+    return Header.of(model.hf_config.dmc, model.get_head_size(), model.max_model_len, block_size)
+
+
+def _header_blocks(model: Any, block_size: int) -> int:
+    return _header(model, block_size).blocks(model.dtype.itemsize)
 
 
 def _refuse(found: Iterator[Refused]) -> None:
@@ -114,5 +127,28 @@ def _of_the_engine(config: Any) -> Iterator[Refused]:
     own = str(model.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", own):
         yield Refused("--kv-cache-dtype", cache.cache_dtype, f"slots are kept in the model's {own}; leave it out")
+    yield from _of_the_blocks(model, cache)
     if config.lora_config is not None:
         yield Refused("--enable-lora", True, "its decisions were learned without; merge the LoRA before the retrofit")
+
+
+def _of_the_blocks(model: Any, cache: Any) -> Iterator[Refused]:
+    """Only where kernels would be left out for a block's size."""
+    from vllm.platforms import current_platform
+
+    size, least = cache.block_size, default_block_size(model)
+    if not kernels.can_serve(_header(model, least), model.dtype, current_platform.device_type):
+        return
+    if _header_blocks(model, least) > 1:
+        yield Refused(
+            "--max-model-len",
+            model.max_model_len,
+            f"a request's state must fit into one block, even of {least} slots; use a shorter one",
+        )
+    elif cache.user_specified_block_size and _header_blocks(model, size) > 1:
+        yield Refused(
+            "--block-size",
+            size,
+            f"a request of {model.max_model_len} tokens needs blocks of {least}; leave it out, or use a shorter "
+            "--max-model-len",
+        )

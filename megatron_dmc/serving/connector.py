@@ -1,5 +1,6 @@
 """The way between scheduler and workers: new blocks go there, real use comes back. No key or value is transferred."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from megatron_dmc.serving.worker_cache import WorkerCache
 
 @dataclass
 class Step(KVConnectorMetadata):
-    """Down, before a step."""
+    """Down, before a step. ended: first blocks of requests that have ended since the step before."""
 
     number: int
     changes: Changes
+    ended: list[int]
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Used(KVConnectorWorkerMetadata):
 
     step: int
     rows: int
-    reports: dict[int, Report]
+    reports: Mapping[int, Report]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Used":
         """Ranks hold other heads or layers in the same blocks.
@@ -45,6 +47,7 @@ class Used(KVConnectorWorkerMetadata):
             first: Report(
                 max(self.reports[first].blocks, other.reports[first].blocks),
                 self.reports[first].slots + other.reports[first].slots,
+                self.reports[first].overflows or other.reports[first].overflows,
             )
             for first in self.reports.keys() & other.reports.keys()
         }
@@ -107,7 +110,9 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
                 "one's connector; start another one in a process of its own"
             )
         layers = self._vllm_config.compilation_config.static_forward_context
-        self.cache = WorkerCache(kv_caches, layers[next(iter(kv_caches))].header)
+        first = layers[next(iter(kv_caches))]
+        spec = first.get_kv_cache_spec(self._vllm_config)
+        self.cache = WorkerCache(kv_caches, first.header, spec, self._vllm_config.scheduler_config.max_num_seqs)
         for name in kv_caches:
             layers[name].cache = self.cache
 
@@ -116,14 +121,13 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(connector_metadata, Step)
         super().bind_connector_metadata(connector_metadata)
         self.step = connector_metadata
-        self.cache.grant(connector_metadata.changes)
+        self.cache.begin_step(connector_metadata.changes, connector_metadata.ended)
 
     def build_connector_worker_meta(self) -> Used | None:
         step, self.step = self.step, None
         if step is None or not step.changes:
             return None
-        held = self.cache.held(step.changes)
-        return Used(step.number, self.cache.rows, {first: Report(*each) for first, each in held.items()})
+        return Used(step.number, self.cache.rows, self.cache.reports())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass

@@ -1,26 +1,42 @@
 """A request's first blocks: where in them the state of each of its rows lies."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.utils.math_utils import cdiv
 
 from megatron_dmc.ops.decode.layout import Layout
 
-# Words of 4 bytes: slots kept, tokens seen.
-KEPT, SEEN, FIRST_FREE = range(3)
+# Words of 4 bytes: slots kept.
+KEPT, FIRST_FREE = range(2)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The state of one (request, layer, KV head) in words of 4 bytes: numbers, sums, decisions of the ring, page table.
+    """The state of one (request, layer, KV head) in words of 4 bytes: a count, sums, decisions of the ring, page table.
 
     Attributes:
         layout: of a row's list of slots.
         head_dim: d.
+        longest: tokens that a request may have.
     """
 
     layout: Layout
     head_dim: int
+    longest: int
+
+    @classmethod
+    def of(cls, dmc: Mapping[str, Any], head_dim: int, longest: int, page_size: int) -> "Header":
+        """dmc: an export's settings."""
+        layout = Layout(
+            min(dmc["local_window"], longest),
+            dmc["operation"],
+            dmc["window_size"],
+            clears_last_channel=dmc["decision_source"] == "neuron",
+            page_size=page_size,
+        )
+        return cls(layout, head_dim, longest)
 
     @property
     def sums(self) -> slice:
@@ -39,19 +55,24 @@ class Header:
         return slice(self.decisions.stop, self.decisions.stop + recent)
 
     @property
-    def table(self) -> int:
-        """Where the page table begins, an int32 for each page."""
-        return self.recent.stop
+    def table(self) -> slice:
+        """int32: the page table."""
+        return slice(self.recent.stop, self.recent.stop + self.pages)
+
+    @property
+    def pages(self) -> int:
+        """Of a row, if nothing merges."""
+        return int(cdiv(self.longest + self.reserved_slots, self.layout.page_size))
 
     @property
     def reserved_slots(self) -> int:
         """Of every row's list, beside those of its tokens."""
         return self.layout.base - self.layout.local_window
 
-    def blocks(self, longest: int, cell_words: int) -> int:
-        """A request's first blocks that hold its state, if it has ``longest`` tokens at most and a cell so many words."""
-        return cdiv(self.words(longest), cell_words)
+    def blocks(self, itemsize: int) -> int:
+        """A request's first blocks, which hold its state; itemsize: bytes of a number in the cache."""
+        return int(cdiv(self.table.stop, self.layout.page_size * 2 * self.head_dim * itemsize // 4))
 
     def words(self, longest: int) -> int:
         """Of one row's state, if its request has ``longest`` tokens at most."""
-        return self.table + cdiv(longest + self.reserved_slots, self.layout.page_size)
+        return self.table.start + int(cdiv(longest + self.reserved_slots, self.layout.page_size))

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import attention  # noqa: F401  (its operator)
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
-from megatron_dmc.ops.decode.layout import Layout
+from megatron_dmc.serving import kernels
 from megatron_dmc.serving.backend import DMCBackend, DMCImpl
 from megatron_dmc.serving.header import Header
 from megatron_dmc.serving.spec import DMCSpec
@@ -30,14 +31,7 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
         config = get_current_vllm_config()
         self.layer_name = prefix
         self.rotary = rotary
-        layout = Layout(
-            min(dmc["local_window"], config.model_config.max_model_len),
-            dmc["operation"],
-            dmc["window_size"],
-            clears_last_channel=dmc["decision_source"] == "neuron",
-            page_size=config.cache_config.block_size,
-        )
-        self.header = Header(layout, head_dim)
+        self.header = Header.of(dmc, head_dim, config.model_config.max_model_len, config.cache_config.block_size)
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, config.model_config.dtype
         self.impl = DMCImpl()
         self.cache: WorkerCache | None = None
@@ -49,19 +43,17 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
         return DMCBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> DMCSpec:
-        block_size = vllm_config.cache_config.block_size
-        longest = vllm_config.model_config.max_model_len
-        cell_words = block_size * 2 * self.head_dim * self.dtype.itemsize // 4
         return DMCSpec(
-            block_size=block_size,
+            block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.kv_heads,
             head_size=self.head_dim,
             dtype=self.dtype,
-            header_blocks=self.header.blocks(longest, cell_words),
+            header_blocks=self.header.blocks(self.dtype.itemsize),
             reserved_slots=self.header.reserved_slots,
             local_window=self.header.layout.local_window,
             most_tokens_at_once=vllm_config.scheduler_config.max_num_batched_tokens,
-            longest=longest,
+            longest=self.header.longest,
+            by_kernels=kernels.serve(self.header, self.dtype, current_platform.device_type),
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:

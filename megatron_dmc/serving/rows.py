@@ -1,51 +1,32 @@
 """The decode cache of ``ops/decode`` in blocks that vLLM owns: some requests' rows of one layer, for one call."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode.cells import Cells, Pages
+from megatron_dmc.ops.decode.memory import Grants
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
-from megatron_dmc.serving.header import KEPT, SEEN, Header
-
-
-@dataclass
-class Grant:
-    """Blocks that a request may take cells of, in the order of the list.
-
-    Attributes:
-        rows: cells of a block.
-        taken: cells taken so far, by all layers and heads.
-    """
-
-    rows: int
-    blocks: list[int] = field(default_factory=list)
-    taken: int = 0
-
-    def take(self, count: int) -> list[int]:
-        """Raises RuntimeError if the request needs more than it was granted: the scheduler's bound was wrong."""
-        places = range(self.taken, self.taken + count)
-        if count and places[-1] >= len(self.blocks) * self.rows:
-            raise RuntimeError(
-                f"megatron-dmc: a request needs {places[-1] + 1} cells, its {len(self.blocks)} blocks have {self.rows} each; "
-                "this is an error of the plugin, please report it"
-            )
-        self.taken += count
-        return [self.blocks[place // self.rows] * self.rows + place % self.rows for place in places]
+from megatron_dmc.serving import kernels
+from megatron_dmc.serving.header import KEPT, Header
 
 
 class EngineCells(Cells):
-    """Cells of vLLM's blocks. What is hidden follows from the rows' lengths and is not kept."""
+    """Cells of vLLM's blocks. What is hidden follows from the rows' lengths and is not kept.
+
+    Granted blocks hold zeros at first: a slot that nobody has written has weight 0, and 0 * NaN is NaN.
+    """
 
     # vLLM's null block, which no request has.
     nowhere = 0
+    hidden = None  # type: ignore[assignment]
 
-    def __init__(self, slots: Tensor, table: Tensor, taken: Tensor, page_size: int, grants: Sequence[Grant]):
-        """slots: of all blocks, [slots, 2 * head_dim]; table: the rows' page tables, where they are to be kept."""
-        self.slots, self.whole_table, self.taken, self.page_size, self.grants = slots, table, taken, page_size, grants
+    def __init__(self, slots: Tensor, table: Tensor, taken: Tensor, page_size: int, grants: Grants, places: Tensor):
+        """slots: of all blocks, [slots, 2 * head_dim]; table: the rows' page tables, where they are to be kept; places: of the
+        requests among the grants, int64 [requests]."""
+        self.slots, self.whole_table, self.taken, self.page_size = slots, table, taken, page_size
+        self.grants, self.requests = grants, places
+        self.used = len(slots) // page_size
         self._cut()
 
     def write(self, slot: Tensor, content: Tensor, *, visible: bool = True) -> None:
@@ -60,19 +41,26 @@ class EngineCells(Cells):
         self._cut()
 
     def _take(self, fresh: Tensor, total: int) -> Tensor:
-        counts = fresh.unflatten(0, (len(self.grants), -1)).sum(1).tolist()
-        taken = [cell for grant, count in zip(self.grants, counts, strict=True) for cell in grant.take(count)]
-        cell = torch.tensor(taken, device=fresh.device)
-        # They may hold what was a header, NaN as a number; a slot that nobody has written has weight 0, and 0 * NaN is NaN.
-        self.slots.unflatten(0, (-1, self.page_size)).index_fill_(0, cell, 0)
-        return cell
+        """In the null block, if the grants are used up; the report tells of it."""
+        grants, at = self.grants, self.requests
+        counts = fresh.unflatten(0, (len(at), -1)).sum(1)
+        cursor, limit = grants.cursor[at].long(), grants.granted[at].long() * grants.cells_per_block
+        request = torch.repeat_interleave(counts, output_size=total)
+        number = (cursor - counts.cumsum(0) + counts)[request] + torch.arange(total, device=fresh.device)
+        grants.cursor.index_copy_(0, at, torch.minimum(cursor + counts, limit).int())
+        grants.overflow.index_add_(0, at, (cursor + counts > limit).int())
+        block, cell = number // grants.cells_per_block, number % grants.cells_per_block
+        block = grants.blocks[at[request], block.clamp(max=grants.blocks.shape[1] - 1)]
+        return torch.where(number < limit[request], block * grants.cells_per_block + cell, 0)
 
     def _given_to(self, row: Tensor) -> None:
         pass
 
     def _cut(self) -> None:
-        """Only the pages that some row has are looked at."""
-        self.table = self.whole_table[:, : int(self.taken.amax())]
+        """Only the pages that some row has are looked at. Where others have fewer, kernels leave what was there before."""
+        pages = torch.arange(int(self.taken.amax()), device=self.taken.device)
+        beyond = pages >= self.taken[:, None]
+        self.table = self.whole_table[:, : len(pages)].masked_fill(beyond, 0).clamp_(min=0)
 
 
 class EngineRows(Rows):
@@ -83,11 +71,13 @@ class EngineRows(Rows):
         words: int32 [requests, kv_heads, words], a copy; of a new request zeros.
         seen: tokens before the call, int64 [requests].
         slots: of all blocks, [slots, 2 * head_dim].
-        grants: the requests'.
+        grants: of all requests.
+        places: of these requests among them, int64 [requests].
     """
 
-    def __init__(self, header: Header, words: Tensor, seen: Tensor, slots: Tensor, grants: Sequence[Grant]):
+    def __init__(self, header: Header, words: Tensor, seen: Tensor, slots: Tensor, *, grants: Grants, places: Tensor):
         self.layout, self.head_dim, self.header, self.seen = header.layout, header.head_dim, header, seen
+        self.form = "triton" if kernels.can_serve(header, slots.dtype, slots.device.type) else "torch"
         self.batch, self.kv_heads = words.shape[:2]
         self.words = words.flatten(0, 1)
         reals = self.words.view(torch.float32)
@@ -96,12 +86,17 @@ class EngineRows(Rows):
             reals[:, part] if part.stop > part.start else None
             for part in (header.sums, header.decisions, header.recent)
         )
-        if self.sums is not None and self.layout.merges:
-            # Nothing divides by zero.
-            self.sums[:, -1].masked_fill_((seen == 0).repeat_interleave(self.kv_heads), 1)
+        # Kernels leave what they do not read as it was.
+        if self.sums is not None:
+            nothing = self.kept == 0
+            self.sums.masked_fill_(nothing[:, None], 0)
+            self.sums[:, -1].masked_fill_(nothing, int(self.layout.merges))
+        if self.decisions is not None:
+            place = torch.arange(self.layout.local_window, device=seen.device)
+            self.decisions.masked_fill_((place >= seen[:, None]).repeat_interleave(self.kv_heads, dim=0), 0)
         size = self.layout.page_size
         taken = (self.lengths(self.kept, seen) + size - 1) // size
-        self.cells = EngineCells(slots, self.words[:, header.table :], taken, size, grants)
+        self.cells = EngineCells(slots, self.words[:, header.table], taken, size, grants, places)
         self.column = self.kept.new_zeros(len(self.kept), self.layout.written_at_once)
         self.ahead = self.kept.new_zeros(len(self.kept), 0)
         self.steps = 0
@@ -124,9 +119,10 @@ class EngineRows(Rows):
             hidden |= (index >= self.layout.local_window) & (index < self.layout.base)
         return Pages(content.view(len(row), size, -1), hidden, row.int(), row * width + number, width)
 
-    def finished(self, new: Tensor | int) -> Tensor:
-        """The words as they are after ``new`` tokens of every request, [requests, kv_heads, words]."""
+    def finished(self) -> Tensor:
+        """The words as they are after the call, [requests, kv_heads, words]."""
         self.settle()
         self.words[:, KEPT] = self.kept.int()
-        self.words[:, SEEN] = (self.seen + new).repeat_interleave(self.kv_heads).int()
+        # Read with weight 0 where a row has fewer pages than others: a NaN of one request would become everybody's.
+        self.cells.slots[self.cells.nowhere].zero_()
         return self.words.unflatten(0, (self.batch, self.kv_heads))

@@ -44,10 +44,17 @@ class Use:
 
 
 class Report(NamedTuple):
-    """What the workers say of one request after a step: blocks, the most that any used; slots, of all together."""
+    """What the workers say of one request after a step.
+
+    Attributes:
+        blocks: the most that any of them used.
+        slots: of all together, without the rings.
+        overflows: one of them was granted too few blocks.
+    """
 
     blocks: int
     slots: int
+    overflows: bool = False
 
 
 class Figures(NamedTuple):
@@ -80,6 +87,7 @@ class DMCManager(SingleTypeKVCacheManager):
         self.use: dict[str, Use] = {}
         self.in_flight: deque[tuple[int, dict[int, tuple[str, Use, int]]]] = deque()
         self.step = 0
+        self.ended: list[int] = []  # first blocks of requests that the workers may still know
         self.ratio = 1.0
         self.rows = 0  # cells of a block on all workers together, once they have reported
 
@@ -119,6 +127,7 @@ class DMCManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         use = self.use.pop(request_id, Use())
+        self.ended += [block.block_id for block in self.req_to_blocks.get(request_id, ())[:1]]
         return super().pop_blocks_for_free(request_id) + use.held
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
@@ -130,8 +139,9 @@ class DMCManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         return tuple([] for _ in kv_cache_group_ids), 0
 
-    def start_step(self, request_ids: Sequence[str]) -> tuple[int, Changes]:
-        """The number of a step in which these requests have tokens, and what the worker has to know before it."""
+    def start_step(self, request_ids: Sequence[str]) -> tuple[int, Changes, list[int]]:
+        """The number of a step in which these requests have tokens, and what the worker has to know before it: changes, and
+        the first blocks of requests that have ended."""
         self.step += 1
         changes, records = {}, {}
         for request_id in request_ids:
@@ -140,7 +150,8 @@ class DMCManager(SingleTypeKVCacheManager):
             records[first] = request_id, use, use.target
             use.known = len(use.held)
         self.in_flight.append((self.step, records))
-        return self.step, changes
+        ended, self.ended = self.ended, []
+        return self.step, changes, ended
 
     def end_step(self, step: int, rows: int, reports: Mapping[int, Report]) -> None:
         """Takes in what requests really used after a step, and frees what no later step can touch.
@@ -150,6 +161,9 @@ class DMCManager(SingleTypeKVCacheManager):
         Args:
             rows: layers times KV heads on all workers together.
             reports: by the requests' first blocks.
+
+        Raises:
+            RuntimeError: a request needed more cells than it was granted, so its answer is wrong.
         """
         while self.in_flight and self.in_flight[0][0] < step:
             self.in_flight.popleft()  # without scheduled tokens there is no report
@@ -158,18 +172,24 @@ class DMCManager(SingleTypeKVCacheManager):
         _, records = self.in_flight.popleft()
         if reports:
             self.rows = rows
+        if any(report.overflows for report in reports.values()):
+            raise RuntimeError(
+                "megatron-dmc: a request needed more cache than it was granted; this is an error of the plugin, please "
+                "report it"
+            )
         tokens = slots = 0
         for first, report in reports.items():
             request_id, use, reached = records[first]
             if self.use.get(request_id) is not use:
                 continue  # finished, or preempted and perhaps begun anew
-            use.tokens, use.blocks, use.slots = reached, *report
+            use.tokens, use.blocks = reached, report.blocks
+            use.slots = report.slots + rows * min(reached, self.spec.local_window)
             keep = self._needed(use, use.target + 1)  # steps in flight, and a token more: no coming and going
             if keep < len(use.held):
                 self.block_pool.free_blocks(reversed(use.held[keep:]))
                 del use.held[keep:]
                 use.known = min(use.known, keep)
-            tokens, slots = tokens + reached, slots + report.slots
+            tokens, slots = tokens + reached, slots + use.slots
         if slots:
             self.ratio = max(1.0, self.ratio + _NEW_SHARE * (tokens * rows / slots - self.ratio))
 
@@ -207,6 +227,7 @@ class DMCSpec(FullAttentionSpec):
         local_window: tokens in the ring.
         most_tokens_at_once: that a step may bring.
         longest: max_model_len.
+        by_kernels: decode's Triton kernels take single tokens in.
     """
 
     header_blocks: int = 1
@@ -214,6 +235,7 @@ class DMCSpec(FullAttentionSpec):
     local_window: int = 0
     most_tokens_at_once: int = 0
     longest: int = 0
+    by_kernels: bool = False
 
     @classmethod
     def merge(cls, specs: "list[DMCSpec]") -> "DMCSpec":
@@ -236,6 +258,11 @@ class DMCSpec(FullAttentionSpec):
             + 1
             + int(cdiv(self.longest / ratio, self.block_size))
         )
+
+    @property
+    def most_blocks(self) -> int:
+        """That a request is granted at most: its pages, those that tokens in flight may round up to, and the next token's."""
+        return int(cdiv(self.longest + self.reserved_slots, self.block_size)) + 3
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one sequence that never merges: it must fit, or alone in the pool it would be preempted for ever."""

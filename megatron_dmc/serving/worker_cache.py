@@ -6,16 +6,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.utils.math_utils import cdiv
 
 from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
+from megatron_dmc.ops.decode.memory import Memory
 from megatron_dmc.ops.decode.sequences import Chunk, Step
 from megatron_dmc.ops.decode.torch import step
+from megatron_dmc.ops.decode.triton import step_in
 from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
-from megatron_dmc.serving.header import KEPT, SEEN, Header
-from megatron_dmc.serving.rows import EngineRows, Grant
+from megatron_dmc.serving.copies import to_device
+from megatron_dmc.serving.decoding import Decoding
+from megatron_dmc.serving.grants import GrantedBlocks
+from megatron_dmc.serving.header import KEPT, Header
+from megatron_dmc.serving.reports import Reports
+from megatron_dmc.serving.rows import EngineRows
+from megatron_dmc.serving.spec import DMCSpec
 
 
 class NewTokens(NamedTuple):
@@ -35,22 +41,34 @@ class NewTokens(NamedTuple):
     omega: Tensor
 
 
+class Request(NamedTuple):
+    """Of a batch: which rows of it are its new tokens; the blocks that hold its state; tokens seen before."""
+
+    rows: range
+    blocks: list[int]
+    seen: int
+
+
 class Group:
     """Requests whose tokens are taken in together: one token each, or one request's chunk. Layers share it in a step.
 
     Attributes:
         rows: which of the batch's tokens are theirs.
         blocks: int64 [requests, header blocks], those that hold their state.
+        places: int64 [requests], where their granted blocks are listed.
         seen: int64 [requests], tokens before the new ones; 0: there is no state yet.
         chunk: how many new ones the only request has; None: each of them has one.
         longest: tokens that a request has at most after the step; None where one is new.
     """
 
-    def __init__(self, rows: Tensor | slice, blocks: list[list[int]], seen: list[int], chunk: int | None = None):
+    def __init__(self, rows: Tensor | slice, requests: list[Request], places: list[int], chunk: int | None = None):
+        """places: of each request."""
         self.rows, self.chunk = rows, chunk
-        self.blocks, self.seen = torch.tensor(blocks, device="cpu"), torch.tensor(seen, device="cpu")
-        self.firsts = [each[0] for each in blocks]
-        self.longest = max(seen) + (chunk or 1) if min(seen) else None
+        self.blocks = torch.tensor([each.blocks for each in requests], device="cpu")
+        self.seen = torch.tensor([each.seen for each in requests], device="cpu")
+        self.places = torch.tensor(places, device="cpu")
+        tokens = [each.seen for each in requests]
+        self.longest = max(tokens) + (chunk or 1) if min(tokens) else None
         self._call: Step | Chunk | None = None
 
     def call(self, layout: Layout, angles: Tensor, dtype: torch.dtype) -> Step | Chunk:
@@ -62,7 +80,7 @@ class Group:
         """
         if self._call is None:
             device = angles.device
-            self.blocks, self.seen = self.blocks.to(device), self.seen.to(device)
+            self.blocks, self.seen, self.places = (x.to(device) for x in (self.blocks, self.seen, self.places))
 
             def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
                 # Both halves of a rotation are alike. Before the first position, nobody reads it.
@@ -79,22 +97,17 @@ class Group:
         return self._call
 
 
-class Held(NamedTuple):
-    """What a request holds on this worker: blocks in which it has taken cells, and slots of all layers and heads."""
-
-    blocks: int
-    slots: int
-
-
 class WorkerCache:
     """All blocks of this worker as cells [block, layer, head] of [slot, key | value], any of which any head may take.
 
     Args:
         kv_caches: by layer, [block, head, slot, 2 * head_dim] as vLLM bound them, of one allocation in layout BLHNC.
         header: of every layer.
+        spec: of every layer.
+        requests: at once.
     """
 
-    def __init__(self, kv_caches: Mapping[str, Tensor], header: Header):
+    def __init__(self, kv_caches: Mapping[str, Tensor], header: Header, spec: DMCSpec, requests: int):
         views = sorted(kv_caches.items(), key=lambda item: item[1].data_ptr())
         first = views[0][1]
         self.header = header
@@ -109,33 +122,65 @@ class WorkerCache:
         self.words = pool.view(-1, page * width).view(torch.int32)
         # Rows of a request: its (layer, head) pairs on this worker.
         self.rows = len(views) * self.heads
-        self.granted: dict[int, Grant] = {}
+        self.blocks = self.words.view(blocks, self.rows, -1)
+        self.granted = GrantedBlocks(requests, spec.most_blocks, blocks, self.rows, pool.device)
+        self.memories = {name: self._memory(name) for name in self.index} if spec.by_kernels else {}
+        self.scheduled: list[int] = []
 
-    def grant(self, changes: Mapping[int, tuple[int, list[int]]]) -> None:
-        """Before a step: by a request's first block, how many of its blocks it keeps and which it gets; none kept: it is new.
+    def _memory(self, layer: str) -> Memory:
+        """A layer's rows where kernels find them: in the words of the requests' headers, which are one block each."""
+        start, header = self.index[layer] * self.heads, self.header
+        words = self.blocks[:, start : start + self.heads]
+        reals = words.view(torch.float32)
+        return Memory(
+            slots=self.slots,
+            cells=len(self.words),
+            table=words[..., header.table],
+            kept=words[..., KEPT],
+            sums=reals[..., header.sums] if header.layout.has_sums else None,
+            decisions=reals[..., header.decisions] if header.layout.local_window else None,
+            grants=self.granted.lists,
+        )
 
-        A request fills them in the order of the list, so those that are taken away were never written to.
+    def begin_step(self, changes: Mapping[int, tuple[int, list[int]]], ended: Iterable[int]) -> None:
+        """Before a step's forward pass, on its stream: the step before it may still run. See GrantedBlocks.plan."""
+        writes = self.granted.plan(changes, ended)
+        new = [block for _, blocks in changes.values() for block in blocks]
+        self.scheduled = list(changes)
+        places = [self.granted.places[first] for first in self.scheduled]
+        parts = [list(writes), list(writes.values()), new, self.scheduled, places]
+        index, value, new_blocks, self.firsts, self.places = to_device(parts, self.words.device)
+        if writes:
+            self.granted.numbers.index_copy_(0, index, value.int())
+        if new:
+            # They may hold what was a header, NaN as a number, and 0 * NaN is NaN.
+            self.blocks.index_fill_(0, new_blocks, 0)
+
+    def reports(self) -> Reports:
+        """After a step, of the requests that had tokens in it. Waits for nothing."""
+        slots = self.blocks[..., KEPT][self.firsts].sum(1)
+        if self.header.layout.absorbs:
+            masses = self.blocks[..., self.header.sums.stop - 1][self.firsts].view(torch.float32)
+            slots = slots + (masses > 0).sum(1)
+        lists = self.granted.lists
+        numbers = torch.stack([lists.cursor[self.places], slots, lists.overflow[self.places]])
+        return Reports(self.scheduled, numbers, self.rows)
+
+    def decode(self, layer: str, step: Decoding, new: NewTokens) -> Tensor:
+        """One token of each request of a batch's beginning, by kernels: nothing is read back, so it can be captured.
+
+        Returns:
+            [requests, heads, head_dim] in the query's dtype; 0 for those that are none.
         """
-        for first, (kept, new) in changes.items():
-            if kept == 0 or first not in self.granted:
-                self.granted[first] = Grant(self.rows)
-            grant = self.granted[first]
-            grant.blocks = grant.blocks[:kept] + new
-
-    def held(self, requests: Iterable[int]) -> dict[int, Held]:
-        """After a step, by the requests' first blocks."""
-        return {first: self._held(first) for first in requests}
-
-    def _held(self, first: int) -> Held:
-        own = self.words[first * self.rows : (first + 1) * self.rows]
-        layout = self.header.layout
-        slots = int(own[:, KEPT].sum() + own[:, SEEN].clamp(max=layout.local_window).sum())
-        if layout.absorbs:
-            slots += int((own.view(torch.float32)[:, self.header.sums.stop - 1] > 0).sum())
-        return Held(cdiv(self.granted[first].taken, self.rows), slots)
+        memory = self.memories[layer]._replace(place=step.place)
+        tokens = Tokens(*new[1:], step.cos, step.sin)
+        return step_in(memory, new.query, tokens, self.header.layout, step, 1 / math.sqrt(new.query.shape[-1]))
 
     def attend(self, layer: str, group: Group, new: NewTokens, angles: Tensor) -> Tensor:
         """The next tokens of a group's requests in one layer: takes them in and returns their attention.
+
+        It waits for the device several times in each layer. That is right for a prompt's chunk, which is much work for each
+        wait, and wherever there are no kernels.
 
         Args:
             new: the group's tokens.
@@ -143,9 +188,6 @@ class WorkerCache:
 
         Returns:
             [n, heads, head_dim].
-
-        Raises:
-            RuntimeError: a request needs more cells than it was granted.
         """
         call = group.call(self.header.layout, angles, new.query.dtype)
         where = self._header_cells(group.blocks, self.index[layer])
@@ -154,15 +196,14 @@ class WorkerCache:
         headers = self.words[:, :used]
         words = headers[where].flatten(2)
         words.masked_fill_((group.seen == 0)[:, None, None], 0)
-        grants = [self.granted[first] for first in group.firsts]
-        rows = EngineRows(self.header, words, group.seen, self.slots, grants)
+        rows = EngineRows(self.header, words, group.seen, self.slots, grants=self.granted.lists, places=group.places)
         scale = 1 / math.sqrt(new.query.shape[-1])
         if isinstance(call, Step):
             tokens = Tokens(*new[1:], call.cos, call.sin)
             out = step(new.query, tokens, rows, call, scale)
         else:
             out = take_in_chunk(*self._rotated(new, call), rows, call, scale)[0]
-        after = rows.finished(group.chunk or 1)
+        after = rows.finished()
         headers[where] = after.unflatten(-1, (where.shape[-1], -1))
         return out
 

@@ -371,6 +371,19 @@ def make_engine(case: Case, blocks: int, granted: list[int], dtype: torch.dtype 
     return Engine(words, memory, headers)
 
 
+def with_grants_elsewhere(engine: Engine) -> Engine:
+    """The same, with the lists of blocks in tensors of their own, where they have other places."""
+    grants, headers = engine.memory.grants, engine.headers.long()
+    place = torch.zeros(len(engine.words), dtype=torch.int32)
+    place[headers] = torch.arange(len(headers), 0, -1, dtype=torch.int32)
+    numbers = torch.zeros(len(headers) + 1, 3 + grants.blocks.shape[1], dtype=torch.int32)
+    numbers[place[headers].long()] = torch.cat(
+        [torch.stack([grants.granted, grants.cursor, grants.overflow], 1), grants.blocks], 1
+    )[headers]
+    moved = Grants(numbers[:, 3:], *numbers[:, :3].unbind(1), cells_per_block=CELLS_PER_BLOCK, place=place)
+    return engine._replace(memory=engine.memory._replace(grants=moved))
+
+
 def engine_steps(case: Case, stream: Stream, engine: Engine, starts: list[int]) -> Tensor:
     """Outputs [steps, batch, heads, head_dim]; sequence i is there from step starts[i] on."""
     outputs, layout = [], Layout(case.window, case.operation, None, case.clears, case.page_size)
@@ -396,6 +409,24 @@ ENGINE_CASES = [
     Case(2, 2, 2, 32, 8, "absorb", 8, steps=24, clears=True),
     Case(1, 3, 1, 80, 3, "evict", 8, steps=22),
 ]
+
+
+@needs_triton
+def test_grants_may_lie_elsewhere():
+    case = ENGINE_CASES[1]._replace(steps=14)
+    stream, outputs, taken = case.stream(torch.float32), [], []
+    for elsewhere in (False, True):
+        engine = make_engine(case, 14, [5, 1])
+        if elsewhere:
+            engine = with_grants_elsewhere(engine)
+        outputs.append(engine_steps(case, stream, engine, [0, 3]))
+        grants, at = engine.memory.grants, engine.headers.long()
+        at = at if grants.place is None else grants.place[at].long()
+        taken.append(
+            (grants.cursor[at].tolist(), grants.overflow[at].tolist(), engine.memory.table[engine.headers.long()])
+        )
+    assert torch.equal(*outputs) and taken[0][:2] == taken[1][:2] and taken[0][0][0] > 2
+    assert torch.equal(taken[0][2], taken[1][2])
 
 
 @needs_triton
@@ -522,7 +553,9 @@ def fake_launches(case: Case, dtype: torch.dtype, *, grants: bool = False, split
         decisions=empty(*heads, case.window) if case.window else None,
         place=empty(case.batch, dtype=i32) if grants else None,
         hidden=None if grants else empty(cells * case.page_size, dtype=torch.bool),
-        grants=Grants(empty(case.batch, 9, dtype=i32), *numbers, cells_per_block=16) if grants else None,
+        grants=Grants(empty(case.batch, 9, dtype=i32), *numbers, cells_per_block=16, place=empty(case.batch, dtype=i32))
+        if grants
+        else None,
     )
     query = empty(case.batch, case.heads, d, dtype=dtype)
     key, value = empty(2, *heads, d, dtype=dtype)

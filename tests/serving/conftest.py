@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Decode's kernels run in Triton's interpreter, which reads this when it is imported. Elsewhere they may not be installed.
+if importlib.util.find_spec("vllm") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 
 from tests.support.engines import ENVIRONMENT

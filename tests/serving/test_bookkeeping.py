@@ -47,6 +47,7 @@ def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
     import torch
     from vllm.v1.core.block_pool import BlockPool
 
+    from megatron_dmc.serving.grants import GrantedBlocks
     from megatron_dmc.serving.spec import DMCManager, DMCSpec
 
     chance = random.Random(seed)
@@ -61,6 +62,7 @@ def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
     )
     pool = BlockPool(BLOCKS, enable_caching=False, hash_block_size=BLOCK_SIZE)
     manager = DMCManager(spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=BLOCK_SIZE)
+    granted = GrantedBlocks(6, spec.most_blocks, BLOCKS, ROWS, torch.device("cpu"))
     worker, at_first = Worker(chance), pool.get_num_free_blocks()
     seen: dict[str, int] = {}
     late: list[tuple[int, dict[int, Any]]] = []
@@ -78,7 +80,8 @@ def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
                 new = manager.allocate_new_blocks(name, seen[name] + n, seen[name] + n)
                 assert len(new) == (HEADERS if seen[name] == 0 else 0)
                 tokens[name], seen[name] = n, seen[name] + n
-        step, changes = manager.start_step(list(tokens))
+        step, changes, ended = manager.start_step(list(tokens))
+        granted.plan(changes, ended)  # refuses more requests, or more blocks of one, than there can be
         firsts = {manager.req_to_blocks[name][0].block_id: n for name, n in tokens.items()}
         if changes:
             late.append((step, worker.step(changes, firsts)))

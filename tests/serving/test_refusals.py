@@ -75,6 +75,40 @@ def test_what_is_served_is_not_refused(folder: Path) -> None:
     assert config_of(folder, block_size=32).cache_config.block_size == 32
 
 
+@pytest.fixture
+def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_dmc.serving import kernels
+
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
+
+
+@pytest.mark.parametrize(("longest", "size"), [(1024, 16), (8000, 32), (100_000, 64), (500_000, 128)])
+def test_a_header_fits_into_one_block_of_the_default_size(
+    tmp_path: Path, folder: Path, kernels_on_a_cpu: None, longest: int, size: int
+) -> None:
+    """A cell of 16 slots has 512 words here, 39 of them before the page table."""
+    copied(folder, tmp_path, max_position_embeddings=longest)
+    assert config_of(tmp_path, dtype="float32").cache_config.block_size == size
+    assert config_of(tmp_path, dtype="float32", block_size=128).cache_config.block_size == 128
+    if size > 16:
+        with pytest.raises(ValueError) as error:
+            config_of(tmp_path, dtype="float32", block_size=size // 2)
+        line = f"--block-size cannot be {size // 2} for a model with DMC: a request of {longest} "
+        assert line in str(error.value) and f"needs blocks of {size};" in str(error.value)
+
+
+def test_a_request_too_long_for_any_header_is_refused(tmp_path: Path, folder: Path, kernels_on_a_cpu: None) -> None:
+    copied(folder, tmp_path, max_position_embeddings=10**6)
+    with pytest.raises(ValueError, match=r"--max-model-len cannot be 1000000 .* even of 128 slots"):
+        config_of(tmp_path, dtype="float32")
+
+
+def test_without_kernels_a_header_may_be_several_blocks(tmp_path: Path, folder: Path) -> None:
+    copied(folder, tmp_path, max_position_embeddings=10**6)
+    assert config_of(tmp_path, dtype="float32").cache_config.block_size == 128
+    assert config_of(tmp_path, dtype="float32", block_size=8).cache_config.block_size == 8
+
+
 def test_prefix_caching_is_switched_off_with_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     import logging
 

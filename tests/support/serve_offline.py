@@ -2,7 +2,7 @@
 
     python serve_offline.py CASE.json '{"tensor_parallel_size": 2}'
 
-With the environment V2, by vLLM's Model Runner V2.
+With the environment V2, by vLLM's Model Runner V2; with KERNELS, single tokens by Triton's kernels.
 """
 
 import json
@@ -20,6 +20,8 @@ os.environ.update(ENVIRONMENT)
 
 # Its kernels are Triton's. On a CPU Triton's interpreter runs them; Triton has to know before it is imported.
 V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+# Beside it: decode's kernels as well.
+KERNELS = {"DMC_TEST_KERNELS": "1"}
 
 
 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # in vLLM's workers, too, which import this module
@@ -28,6 +30,11 @@ if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # in vLLM's workers, too,
     # vLLM switches Triton off where none of its backends is for the platform: this one is only a name.
     named = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
     triton.backends.backends["cpu"] = named
+
+if os.environ.get("DMC_TEST_KERNELS") == "1":
+    from megatron_dmc.serving import kernels
+
+    kernels.DEVICES.add("cpu")
 
 
 def main() -> None:
@@ -47,8 +54,10 @@ def main() -> None:
     print("answered in", round(time.monotonic() - started), "s", flush=True)
     figures = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     outputs = [list(out.outputs[0].token_ids) for out in outputs]
-    v2 = llm.llm_engine.vllm_config.use_v2_model_runner
-    print(json.dumps({"outputs": outputs, "figures": figures, "v2": v2}))
+    config = llm.llm_engine.vllm_config
+    caches = [getattr(x, "cache", None) for x in config.compilation_config.static_forward_context.values()]
+    seen = {"v2": config.use_v2_model_runner, "kernels": any(cache and cache.memories for cache in caches)}
+    print(json.dumps({"outputs": outputs, "figures": figures, **seen}))
 
 
 if __name__ == "__main__":

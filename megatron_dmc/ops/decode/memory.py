@@ -8,7 +8,7 @@ from megatron_dmc.ops.decode.rows import Rows
 
 
 class Grants(NamedTuple):
-    """Cells that a sequence may take by itself, by way of blocks of them; indexed by the sequence's place.
+    """Cells that a sequence may take by itself, by way of blocks of them; indexed by the sequence's place, or by way of it.
 
     Attributes:
         blocks: int32 [places, most], cell = block * cells_per_block + i; in the order in which they are used up.
@@ -16,6 +16,7 @@ class Grants(NamedTuple):
         cursor: int32 [places], cells that are taken. Every row of the sequence counts it up.
         overflow: int32 [places], becomes 1 when a cell was wanted and none was left: the write is dropped then.
         cells_per_block: cells of a block.
+        place: int32 [places], by a sequence's place in Memory its place in these tensors; None: they are the same.
     """
 
     blocks: Tensor
@@ -23,6 +24,7 @@ class Grants(NamedTuple):
     cursor: Tensor
     overflow: Tensor
     cells_per_block: int
+    place: Tensor | None = None
 
     @property
     def stride(self) -> int:

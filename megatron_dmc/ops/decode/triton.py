@@ -168,6 +168,7 @@ def advance(memory: Memory, new: Tokens, layout: Layout, call: OneToken) -> tupl
         "kept": memory.kept,
         "sums": memory.sums,
         "decisions": memory.decisions,
+        "granted_place": None if grants is None else grants.place,
         "granted": None if grants is None else grants.blocks,
         "granted_count": None if grants is None else grants.granted,
         "cursor": None if grants is None else grants.cursor,

@@ -30,6 +30,7 @@ def advance(
     kept,
     sums,
     decisions,
+    granted_place,
     granted,
     granted_count,
     cursor,
@@ -118,19 +119,22 @@ def advance(
     if cursor is not None:
         opened = (length_before + PAGE - 1) // PAGE
         if length_after > opened * PAGE:
-            limit = (
-                tl.minimum(tl.load(granted_count + at * count_sequence).to(tl.int32), granted_most) * CELLS_PER_BLOCK
-            )
+            granted_at = at
+            if granted_place is not None:
+                granted_at = tl.load(granted_place + at).to(tl.int64)
+            count_at = granted_at * count_sequence
+            limit = tl.minimum(tl.load(granted_count + count_at).to(tl.int32), granted_most) * CELLS_PER_BLOCK
             limit = tl.where(opened < pages, limit, 0)
-            number = tl.atomic_add(cursor + at * count_sequence, 1)
+            number = tl.atomic_add(cursor + count_at, 1)
             is_granted = (number >= 0) & (number < limit)
-            block = tl.load(granted + at * granted_sequence + number // CELLS_PER_BLOCK, mask=is_granted, other=0)
+            list_at = granted_at * granted_sequence
+            block = tl.load(granted + list_at + number // CELLS_PER_BLOCK, mask=is_granted, other=0)
             new_page = opened
             new_cell = tl.where(is_granted, block.to(tl.int32) * CELLS_PER_BLOCK + number % CELLS_PER_BLOCK, -1)
             if new_cell < 0:
                 # Taken back. The cursor never was below the limit since, so nobody else was refused by it.
-                tl.atomic_add(cursor + at * count_sequence, -1)
-                tl.store(overflow + at * count_sequence, 1)
+                tl.atomic_add(cursor + count_at, -1)
+                tl.store(overflow + count_at, 1)
 
     i = tl.arange(0, LANES)
     half: tl.constexpr = D // 2

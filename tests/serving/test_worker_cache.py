@@ -1,0 +1,144 @@
+"""The worker's cache without an engine: kernels and the form for any device take turns on the same headers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.decoding import Stream, draw_stream, oracle, rotation
+from tests.support.oracle import Shape
+
+HEADS, KV_HEADS, WIDTH, PAGE, BLOCKS, LONGEST = 4, 2, 32, 8, 24, 64
+# First blocks of two requests.
+FIRSTS = (7, 9)
+# Tokens at a time of each request; 0: one token by kernels.
+TURNS = [0, 1, 0, 7, 0, 0, 1, 5, 0, 1, 0, 0, 9, 0]
+SEQ = sum(max(n, 1) for n in TURNS)
+
+
+def make_cache(operation: Any, window: int, dtype: torch.dtype) -> Any:
+    """Whatever somebody may have left lies in its blocks: numbers that look right, and NaN. vLLM's null block is zero."""
+    from megatron_dmc.serving.header import Header
+    from megatron_dmc.serving.spec import DMCSpec
+    from megatron_dmc.serving.worker_cache import WorkerCache
+
+    settings = {"local_window": window, "operation": operation, "window_size": None, "decision_source": "projection"}
+    header = Header.of(settings, WIDTH, LONGEST, PAGE)
+    assert header.blocks(dtype.itemsize) == 1
+    spec = DMCSpec(
+        block_size=PAGE,
+        num_kv_heads=KV_HEADS,
+        head_size=WIDTH,
+        dtype=dtype,
+        reserved_slots=header.reserved_slots,
+        local_window=window,
+        longest=LONGEST,
+        by_kernels=True,
+    )
+    words = torch.randint(-3, 40, (BLOCKS, KV_HEADS * PAGE * 2 * WIDTH * dtype.itemsize // 4), dtype=torch.int32)
+    words[:, ::7] = 0x7FC07FC0
+    words[0] = 0
+    pool = words.view(dtype).view(BLOCKS, 1, KV_HEADS, PAGE, 2 * WIDTH)
+    return WorkerCache({"layer": pool[:, 0]}, header, spec, requests=2)
+
+
+def angles(dtype: torch.dtype) -> Tensor:
+    cos, sin = rotation(torch.arange(LONGEST)[None], WIDTH, dtype)
+    return torch.cat([cos[0, :, 0, : WIDTH // 2], sin[0, :, 0, : WIDTH // 2]], dim=-1)
+
+
+def run(cache: Any, stream: Stream) -> Tensor:
+    """Both requests' tokens, in TURNS: [requests, seq, heads, head_dim]."""
+    from megatron_dmc.serving.decoding import DecodingBuffers
+    from megatron_dmc.serving.worker_cache import Group, NewTokens, Request
+
+    table, out, start = angles(stream.key.dtype), torch.empty_like(stream.query), 0
+    buffers = DecodingBuffers(3, cache.header.layout.local_window, table, stream.key.dtype)
+    for turn in TURNS:
+        stop = start + max(turn, 1)
+        now = stream.cut(start, stop)
+        requests = [Request(range(0), [first], start) for first in FIRSTS]
+        places = [cache.granted.places[first] for first in FIRSTS]
+        if turn == 0:
+            # A graph may be filled up with a request of vLLM's null block.
+            new = NewTokens(*(torch.cat([x[:, 0], x[:1, 0]]) for x in now))
+            step = buffers.filled(torch.tensor([*FIRSTS, 0]), torch.tensor([stop, stop, 1], dtype=torch.int32))
+            found = cache.decode("layer", step, new)
+            assert not found[2].any()
+            out[:, start] = found[:2]
+        elif turn == 1:
+            group = Group(slice(0, 2), requests, places)
+            out[:, start] = cache.attend("layer", group, NewTokens(*(x[:, 0] for x in now)), table)
+        else:
+            for i, (request, place) in enumerate(zip(requests, places, strict=True)):
+                group = Group(slice(0, turn), [request], [place], turn)
+                out[i, start:stop] = cache.attend("layer", group, NewTokens(*(x[i] for x in now)), table)
+        start = stop
+    return out
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"], ids=["chunks-on-any-device", "chunks-as-on-a-gpu"])
+@pytest.mark.parametrize(("operation", "window"), [("merge", 0), ("merge", 4), ("evict", 3), ("absorb", 4)])
+def test_kernels_and_chunks_take_turns(
+    monkeypatch: pytest.MonkeyPatch, device: str, operation: Any, window: int
+) -> None:
+    from megatron_dmc.serving import kernels
+
+    monkeypatch.setattr(kernels, "DEVICES", {device})
+    stream = draw_stream(Shape(2, SEQ, HEADS, KV_HEADS, WIDTH), torch.float32)
+    cache = make_cache(operation, window, torch.float32)
+    before = cache.blocks.clone()
+    # By and by, as many as are needed, and one more that is taken back.
+    changes = {7: (0, [3, 5, 8, 2]), 9: (0, [4, 11, 12, 13, 14, 15])}
+    cache.begin_step(changes, ())
+    cache.begin_step({7: (3, [20, 21, 22]), 9: (6, [])}, ())
+    out = run(cache, stream)
+    torch.testing.assert_close(out.double(), oracle(stream, window, operation), rtol=0, atol=1e-5)
+    mine = [*FIRSTS, 3, 5, 8, 2, 20, 21, 22, 4, 11, 12, 13, 14, 15]
+    others = [block for block in range(BLOCKS) if block not in mine and block > 0]
+    assert torch.equal(cache.blocks[others], before[others])
+    for first, report in cache.reports().items():
+        assert not report.overflows
+        kept = cache.blocks[first, :, 0]
+        pages = (kept + cache.header.layout.base + PAGE - 1) // PAGE
+        assert int(cache.granted.lists.cursor[cache.granted.places[first]]) == int(pages.sum())
+        assert report.blocks == -(-int(pages.sum()) // KV_HEADS)
+        assert report.slots == int(kept.sum()) + (KV_HEADS if operation == "absorb" else 0)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 5], ids=["kernel", "single", "chunk"])
+def test_too_few_blocks_are_reported_and_hurt_nobody(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
+    monkeypatch.setattr(f"{__name__}.TURNS", [turn] * (30 // max(turn, 1)))
+    stream = draw_stream(Shape(2, 30, HEADS, KV_HEADS, WIDTH), torch.float32)
+    stream.alpha[0] = False
+    cache = make_cache("merge", 4, torch.float32)
+    cache.begin_step({7: (0, [3, 5]), 9: (0, [4, 11, 12, 13])}, ())
+    before = cache.blocks.clone()
+    out = run(cache, stream)
+    torch.testing.assert_close(out[1].double(), oracle(stream, 4, "merge")[1], rtol=0, atol=1e-5)
+    others = [block for block in range(BLOCKS) if block not in (0, *FIRSTS, 3, 5, 4, 11, 12, 13)]
+    assert torch.equal(cache.blocks[others], before[others])
+    reports = cache.reports()
+    assert reports[7].overflows and not reports[9].overflows
+    assert reports[7].blocks == 2
+
+
+def test_a_dummy_run_touches_nothing() -> None:
+    """vLLM captures graphs with its null block, and warms up with blocks that nobody was granted."""
+    from megatron_dmc.serving.decoding import DecodingBuffers
+    from megatron_dmc.serving.worker_cache import NewTokens
+
+    stream = draw_stream(Shape(2, 3, HEADS, KV_HEADS, WIDTH), torch.float32)
+    cache = make_cache("absorb", 4, torch.float32)
+    cache.begin_step({7: (0, [3])}, ())
+    before, numbers = cache.blocks.clone(), cache.granted.numbers.clone()
+    buffers = DecodingBuffers(2, 4, angles(torch.float32), torch.float32)
+    new = NewTokens(*(x[:, 0] for x in stream))
+    cache.decode("layer", buffers.filled(torch.tensor([0, 0]), torch.tensor([1, 5], dtype=torch.int32)), new)
+    assert torch.equal(cache.blocks, before) and torch.equal(cache.granted.numbers, numbers)
+    cache.decode("layer", buffers.filled(torch.tensor([1, 2]), torch.tensor([1, 1], dtype=torch.int32)), new)
+    others = [block for block in range(BLOCKS) if block not in (1, 2)]
+    assert torch.equal(cache.blocks[others], before[others])
+    assert cache.granted.lists.granted.tolist()[1:] == numbers[BLOCKS:].view(3, -1)[1:, 0].tolist()
+    assert not cache.reports()[7].overflows
