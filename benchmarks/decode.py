@@ -1,6 +1,7 @@
 """A decoding step of a whole model with the compressed cache against the plain model's, and the bytes both caches hold.
 
     python benchmarks/decode.py
+    python benchmarks/decode.py --prefill
 
 Hugging Face models of SmolLM2-135M's shape with random weights; the plain one keeps transformers' own cache and attends by
 torch's SDPA. The decisions are drawn, not learned: a head appends one token in ``--ratio``, or the heads differ as in a
@@ -118,9 +119,31 @@ def measure(batch: int, seq: int, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def prefill(seq: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A prompt through both models, the plain one with its cache and without any."""
+    plain, compressed = models(options)
+    prompt = torch.randint(SIZES["vocab_size"], (1, seq), generator=torch.Generator().manual_seed(1))
+    seconds = common.interleaved_seconds(
+        {
+            "plain": lambda: plain(prompt, use_cache=True, logits_to_keep=1),
+            "without a cache": lambda: plain(prompt, use_cache=False, logits_to_keep=1),
+            "compressed": lambda: compressed(prompt, use_cache=True, logits_to_keep=1),
+        },
+        options.rounds,
+        options.clock,
+    )
+    return {
+        "prompt": seq,
+        "plain ms": common.median_ms(seconds["plain"]),
+        "time over plain": common.ratio_to("plain", seconds)["compressed"],
+        "time over plain without a cache": common.ratio_to("without a cache", seconds)["compressed"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["1x2048", "4x8192"], help="batch x tokens in the cache")
+    parser.add_argument("--prefill", action="store_true", help="a prompt of 2048 tokens instead")
     parser.add_argument("--ratio", type=float, default=4.0, help="compression ratio")
     parser.add_argument("--skewed", action="store_true", help="heads differ in their ratios")
     parser.add_argument("--operation", default="merge")
@@ -130,9 +153,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.no_grad():
-        rows = [measure(*map(int, size.split("x")), options) for size in options.sizes]
+        if options.prefill:
+            rows = [prefill(2048, options)]
+        else:
+            rows = [measure(*map(int, size.split("x")), options) for size in options.sizes]
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}
-    common.report("decode", "a decoding step of SmolLM2-135M's shape", rows, **settings)
+    name = "decode_prefill" if options.prefill else "decode"
+    common.report(
+        name, f"{'prefill' if options.prefill else 'a decoding step'} of SmolLM2-135M's shape", rows, **settings
+    )
 
 
 if __name__ == "__main__":
