@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def rotation_at(positions: Tensor, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions [...], each [..., head_dim] in dtype; before the first one, where nobody reads them, any.
+
+    Args:
+        angles: [positions, cos | sin], each head_dim / 2 wide: both halves of a rotation are alike.
+    """
+    halves = angles[positions.clamp(min=0)].to(dtype).chunk(2, dim=-1)
+    cos, sin = (torch.cat([half, half], dim=-1) for half in halves)
+    return cos, sin
+
+
 @dataclass
 class Decoding:
     """The first requests of a batch, one token each; also what ``ops/decode/triton.py`` calls OneToken.
@@ -56,12 +67,8 @@ class DecodingBuffers:
         now.place.copy_(first_blocks)
         # What vLLM's null block belongs to is no request.
         torch.mul(lengths, first_blocks != 0, out=now.tokens)
-        self._rotate(now.tokens - 1, now.cos, now.sin)
-        self._rotate(now.tokens - 1 - self.window, now.leaving_cos, now.leaving_sin)
+        position = now.tokens - 1
+        new, leaving = (rotation_at(each, self.angles, now.cos.dtype) for each in (position, position - self.window))
+        for to, found in zip((now.cos, now.sin, now.leaving_cos, now.leaving_sin), (*new, *leaving), strict=True):
+            to.copy_(found)
         return now
-
-    def _rotate(self, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Both halves of a rotation are alike. Before the first position, nobody reads it."""
-        found = self.angles[positions.clamp(min=0)].unflatten(-1, (2, 1, -1))
-        for part, to in enumerate((cos, sin)):
-            to.unflatten(-1, (2, -1)).copy_(found[:, part])

@@ -51,23 +51,17 @@ class Header:
     @property
     def recent(self) -> slice:
         """float32: with a window_size, omega of the open slot's last tokens."""
-        recent = self.layout.window_size or 0 if self.layout.merges else 0
-        return slice(self.decisions.stop, self.decisions.stop + recent)
+        return slice(self.decisions.stop, self.decisions.stop + self.layout.recent)
 
     @property
     def table(self) -> slice:
-        """int32: the page table."""
-        return slice(self.recent.stop, self.recent.stop + self.pages)
-
-    @property
-    def pages(self) -> int:
-        """Of a row, if nothing merges."""
-        return int(cdiv(self.longest + self.reserved_slots, self.layout.page_size))
+        """int32: the page table, of a row that merges nothing."""
+        return slice(self.recent.stop, self.words(self.longest))
 
     @property
     def reserved_slots(self) -> int:
         """Of every row's list, beside those of its tokens."""
-        return self.layout.base - self.layout.local_window
+        return self.layout.reserved
 
     def blocks(self, itemsize: int) -> int:
         """A request's first blocks, which hold its state; itemsize: bytes of a number in the cache."""
@@ -75,4 +69,4 @@ class Header:
 
     def words(self, longest: int) -> int:
         """Of one row's state, if its request has ``longest`` tokens at most."""
-        return self.table.start + int(cdiv(longest + self.reserved_slots, self.layout.page_size))
+        return self.recent.stop + int(cdiv(longest + self.reserved_slots, self.layout.page_size))

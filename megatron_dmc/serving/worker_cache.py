@@ -13,10 +13,9 @@ from megatron_dmc.ops.decode.memory import Memory
 from megatron_dmc.ops.decode.sequences import Chunk, Step
 from megatron_dmc.ops.decode.torch import step
 from megatron_dmc.ops.decode.triton import step_in
-from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
 from megatron_dmc.serving.copies import to_device
-from megatron_dmc.serving.decoding import Decoding
+from megatron_dmc.serving.decoding import Decoding, rotation_at
 from megatron_dmc.serving.grants import GrantedBlocks
 from megatron_dmc.serving.header import KEPT, Header
 from megatron_dmc.serving.reports import Reports
@@ -81,19 +80,15 @@ class Group:
         if self._call is None:
             device = angles.device
             self.blocks, self.seen, self.places = (x.to(device) for x in (self.blocks, self.seen, self.places))
-
-            def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
-                # Both halves of a rotation are alike. Before the first position, nobody reads it.
-                cos, sin = angles[positions.clamp(min=0)].to(dtype).chunk(2, dim=-1)
-                return cos.repeat(*(1,) * (cos.ndim - 1), 2), sin.repeat(*(1,) * (sin.ndim - 1), 2)
-
             if self.chunk is None:
                 leaving = self.seen - layout.local_window
-                self._call = Step(layout, self.seen, rotation(self.seen), rotation(leaving))
+                self._call = Step(
+                    layout, self.seen, rotation_at(self.seen, angles, dtype), rotation_at(leaving, angles, dtype)
+                )
             else:
                 self._call = Chunk(layout, self.seen, None, self.chunk)
                 positions = (self.seen - self._call.held)[:, None] + self._call.column
-                self._call.cos, self._call.sin = (x[:, :, None] for x in rotation(positions))
+                self._call.cos, self._call.sin = (x[:, :, None] for x in rotation_at(positions, angles, dtype))
         return self._call
 
 
@@ -199,24 +194,14 @@ class WorkerCache:
         rows = EngineRows(self.header, words, group.seen, self.slots, grants=self.granted.lists, places=group.places)
         scale = 1 / math.sqrt(new.query.shape[-1])
         if isinstance(call, Step):
-            tokens = Tokens(*new[1:], call.cos, call.sin)
-            out = step(new.query, tokens, rows, call, scale)
+            out = step(new.query, Tokens(*new[1:], call.cos, call.sin), rows, call, scale)
         else:
-            out = take_in_chunk(*self._rotated(new, call), rows, call, scale)[0]
+            alone = NewTokens(*(x[None] for x in new))
+            tokens = Tokens(*alone[1:], call.cos[:, -call.seq :], call.sin[:, -call.seq :])
+            out = take_in_chunk(alone.query, tokens, rows, call, scale)[0]
         after = rows.finished()
         headers[where] = after.unflatten(-1, (where.shape[-1], -1))
         return out
-
-    def _rotated(self, new: NewTokens, call: Chunk) -> tuple[Tensor, Tokens]:
-        """A chunk's query, and its tokens with a key that is rotated if there is a ring; each as a batch of one."""
-        query, key, value, alpha, omega = (x[None] for x in new)
-        cos, sin = call.cos[:, -call.seq :], call.sin[:, -call.seq :]
-        query = rotate(query, cos, sin)
-        if self.header.layout.clears_last_channel:
-            query[..., -1] = 0
-        if self.header.layout.local_window:
-            key = rotate(key, cos, sin)
-        return query, Tokens(key, value, alpha, omega, call.cos, call.sin)
 
     def _header_cells(self, blocks: Tensor, layer: int) -> Tensor:
         """blocks [requests, header blocks] -> [requests, heads, header blocks]"""

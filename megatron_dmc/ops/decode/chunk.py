@@ -26,8 +26,8 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     """Takes the next tokens of every sequence into its rows, and lets their queries see them and all before.
 
     Args:
-        query: [batch, seq, heads, head_dim], rotated.
-        new: the key rotated if there is a ring; alpha bool; cos and sin of the call's columns.
+        query: [batch, seq, heads, head_dim], before rotary embedding.
+        new: the key before rotary embedding; alpha bool; cos and sin of the tokens' positions.
 
     Returns:
         [batch, seq, heads, head_dim]; what stands beyond a row's length is undefined.
@@ -36,9 +36,13 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     layout = rows.layout
     settings = KernelSettings(softmax_scale, bias_channel=-1 if layout.clears_last_channel else None)
     window, seq = layout.local_window, query.shape[1]
+    query = rotate(query, new.cos, new.sin)
+    if layout.clears_last_channel:
+        query[..., -1] = 0
     if not window:
         return _take_effect(query, new, rows, call, settings).out
-    both = _with_ring(new, rows, call)
+    # The key's last channel is not cleared: the rotation must be undone, and the query's is zero.
+    both = _with_ring(new._replace(key=rotate(new.key, new.cos, new.sin)), rows, call)
     # A query takes its own token's column. Any query fills the columns before; their outputs are not read.
     columns = both.key.shape[1]
     query = take(query, (torch.arange(columns, device=query.device) - call.held[:, None]).clamp(0, seq - 1))
@@ -57,7 +61,7 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
 
 
 def _with_ring(new: Tokens, rows: Rows, call: Chunk) -> Tokens:
-    """What the rings hold, and ``new`` after it."""
+    """What the rings hold, and ``new`` after it; keys rotated."""
     assert rows.decisions is not None
     heads, d = (rows.batch, rows.kv_heads), rows.head_dim
     place = call.place_before.repeat_interleave(rows.kv_heads, dim=0)
@@ -152,9 +156,9 @@ def _pooled(
 
 def _pooled_recent(new: Tokens, alpha: Tensor, rows: Rows, call: Chunk) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """With a window_size: the last tokens are taken in again before the new ones."""
-    assert rows.recent is not None and rows.layout.window_size
+    assert rows.recent is not None
     size, window, d, heads = (
-        rows.layout.window_size,
+        rows.layout.recent,
         rows.layout.local_window,
         rows.head_dim,
         (rows.batch, rows.kv_heads),

@@ -18,7 +18,6 @@ from megatron_dmc.ops.decode.rows import AHEAD, Rows
 from megatron_dmc.ops.decode.sequences import Sequences, Step
 from megatron_dmc.ops.decode.state import bytes_of, change_tensors, restored, tensors
 from megatron_dmc.ops.decode.torch import step as torch_step
-from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.tokens import Tokens
 
 # What a call says that finds the traces of another one.
@@ -172,13 +171,7 @@ class LayerCache:
             out = FORMS[form](query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
         else:
             assert call is not None
-            query = rotate(query, new.cos, new.sin)
-            if self.layout.clears_last_channel:
-                query[..., -1] = 0
-            if self.layout.local_window:
-                # Its last channel is not cleared: the rotation must be undone, and the query's is zero.
-                new = new._replace(key=rotate(new.key, new.cos, new.sin))
-            out = take_in_chunk(query, new._replace(cos=call.cos, sin=call.sin), rows, call, scale)
+            out = take_in_chunk(query, new, rows, call, scale)
         self.calls = sequences.calls
         if self.stands_alone:
             sequences.finish()

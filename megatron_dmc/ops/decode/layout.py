@@ -29,12 +29,22 @@ class Layout:
     @property
     def base(self) -> int:
         """The first place in the list that is neither the ring's nor reserved."""
-        return self.local_window + (self.window_size or 0 if self.merges else int(self.absorbs))
+        return self.local_window + self.reserved
+
+    @property
+    def reserved(self) -> int:
+        """Places of the list that are no token's."""
+        return int(self.absorbs) or self.recent
+
+    @property
+    def recent(self) -> int:
+        """Tokens of the open slot that are held one by one, in reserved places."""
+        return self.window_size or 0 if self.merges else 0
 
     @property
     def written_at_once(self) -> int:
         """Slots of a row that a step writes."""
-        return 1 + bool(self.local_window) + (self.base > self.local_window)
+        return 1 + bool(self.local_window) + bool(self.reserved)
 
     @property
     def merges(self) -> bool:
@@ -47,4 +57,4 @@ class Layout:
     @property
     def has_sums(self) -> bool:
         """Whether a row has running sums: of its open slot, or of its residual slot."""
-        return self.absorbs or (self.merges and self.window_size is None)
+        return self.absorbs or (self.merges and not self.recent)

@@ -45,8 +45,8 @@ class Rows:
             self.sums[:, -1] = int(layout.merges)
         if layout.local_window:
             self.decisions = like.new_zeros(rows, layout.local_window, dtype=wide)
-        if layout.window_size and layout.merges:
-            self.recent = like.new_zeros(rows, layout.window_size, dtype=wide)
+        if layout.recent:
+            self.recent = like.new_zeros(rows, layout.recent, dtype=wide)
         self.column = torch.zeros(rows, layout.written_at_once, dtype=torch.long, device=like.device)
         self.ahead = torch.zeros(rows, 0, dtype=torch.long, device=like.device)
         self.steps = 0

@@ -28,8 +28,8 @@ class Step:
         self.first = (tokens == 0)[:, None]
         if layout.local_window:
             self.place = (tokens % layout.local_window)[:, None]
-        if layout.window_size:
-            self.recent = ((tokens - layout.local_window) % layout.window_size)[:, None]
+        if layout.recent:
+            self.recent = ((tokens - layout.local_window) % layout.recent)[:, None]
         self.cos, self.sin = new
         self.leaving_cos, self.leaving_sin = leaving
 

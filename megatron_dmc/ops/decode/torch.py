@@ -9,9 +9,6 @@ from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.residual.torch import LEAST_MASS
 from megatron_dmc.ops.tokens import Tokens
 
-# The least weight that means are divided by, where a row may have none.
-LEAST_WEIGHT = 2.0**-100
-
 
 def step(query: Tensor, new: Tokens, rows: Rows, call: Step, softmax_scale: float) -> Tensor:
     """Takes one token of every sequence into its rows, and lets its query see them.
@@ -92,14 +89,14 @@ def _mean_of_recent(entering: Tensor, weight: Tensor, appends: Tensor, rows: Row
         entering: [batch, kv_heads, 2 * head_dim + 1], the token, not rotated.
         target: its slot, [batch, kv_heads].
     """
-    assert rows.recent is not None and rows.layout.window_size
+    assert rows.recent is not None
     slots, window = rows.cells.slots, rows.layout.local_window
     reserved = slice(window, rows.layout.base)
     rows.cells.write(target.flatten(), entering[..., :-1].flatten(0, 1), visible=False)
     rows.recent.masked_fill_(appends.reshape(-1, 1), 0)
     rows.recent.scatter_(1, rows.column[:, -1:] - window, weight.reshape(-1, 1))
     tokens = slots.index_select(0, rows.ahead[:, reserved].flatten()).view(len(rows.kept), -1, 2 * rows.head_dim)
-    total = rows.recent.sum(1, keepdim=True).clamp_(min=LEAST_WEIGHT)
+    total = rows.recent.sum(1, keepdim=True).clamp_(min=LEAST_MASS)
     mean = torch.bmm(rows.recent[:, None], tokens.to(weight.dtype))[:, 0] / total
     return mean.view(*appends.shape, -1)
 

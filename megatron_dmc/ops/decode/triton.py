@@ -72,7 +72,7 @@ def unsupported(layout: Layout, key: Tensor) -> str | None:
         return f"keys are {key.dtype}"
     if head_dim % 2 or head_dim > LARGEST_HEAD:
         return f"head_dim is {head_dim}"
-    if layout.merges and layout.window_size:
+    if layout.recent:
         return f"window_size is {layout.window_size}"
     if not layout.merges and not layout.local_window:
         return f"{layout.operation} needs a local window"
@@ -146,7 +146,7 @@ def advance(memory: Memory, new: Tokens, layout: Layout, call: OneToken) -> tupl
     Returns:
         int32 [batch * kv_heads], the lengths of the rows' lists once the launch has run; and the launch.
     """
-    if layout.base - layout.local_window != int(layout.absorbs):
+    if layout.recent:
         raise ValueError(f"a step in Triton knows no window_size, got {layout.window_size}")
     batch, kv_heads, head_dim = new.key.shape
     key, value = fits(new.key), fits(new.value)
