@@ -137,7 +137,8 @@ def _of_the_blocks(model: Any, cache: Any) -> Iterator[Refused]:
     from vllm.platforms import current_platform
 
     size, least = cache.block_size, default_block_size(model)
-    if not kernels.can_serve(_header(model, least), model.dtype, current_platform.device_type):
+    device = current_platform.device_type
+    if device not in kernels.NEEDED or kernels.of(_header(model, least), model.dtype, device) is None:
         return
     if _header_blocks(model, least) > 1:
         yield Refused(

@@ -12,8 +12,8 @@ from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Memory
 from megatron_dmc.ops.decode.sequences import Chunk, Step
 from megatron_dmc.ops.decode.torch import step
-from megatron_dmc.ops.decode.triton import step_in
 from megatron_dmc.ops.tokens import Tokens
+from megatron_dmc.serving import kernels
 from megatron_dmc.serving.copies import to_device
 from megatron_dmc.serving.decoding import Decoding, rotation_at
 from megatron_dmc.serving.grants import GrantedBlocks
@@ -119,7 +119,8 @@ class WorkerCache:
         self.rows = len(views) * self.heads
         self.blocks = self.words.view(blocks, self.rows, -1)
         self.granted = GrantedBlocks(requests, spec.most_blocks, blocks, self.rows, pool.device)
-        self.memories = {name: self._memory(name) for name in self.index} if spec.by_kernels else {}
+        self.kernels = kernels.of(header, spec.dtype, pool.device.type) if spec.by_kernels else None
+        self.memories = {name: self._memory(name) for name in self.index} if self.kernels else {}
         self.scheduled: list[int] = []
 
     def _memory(self, layer: str) -> Memory:
@@ -134,6 +135,7 @@ class WorkerCache:
             kept=words[..., KEPT],
             sums=reals[..., header.sums] if header.layout.has_sums else None,
             decisions=reals[..., header.decisions] if header.layout.local_window else None,
+            recent=reals[..., header.recent] if header.layout.recent else None,
             grants=self.granted.lists,
         )
 
@@ -169,7 +171,9 @@ class WorkerCache:
         """
         memory = self.memories[layer]._replace(place=step.place)
         tokens = Tokens(*new[1:], step.cos, step.sin)
-        return step_in(memory, new.query, tokens, self.header.layout, step, 1 / math.sqrt(new.query.shape[-1]))
+        assert self.kernels is not None
+        scale = 1 / math.sqrt(new.query.shape[-1])
+        return self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale)
 
     def attend(self, layer: str, group: Group, new: NewTokens, angles: Tensor) -> Tensor:
         """The next tokens of a group's requests in one layer: takes them in and returns their attention.

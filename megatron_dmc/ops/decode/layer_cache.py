@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.attention.types import Operation
 from megatron_dmc.ops.backend import choose
-from megatron_dmc.ops.decode import triton
+from megatron_dmc.ops.decode import cpp, triton
 from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.rows import AHEAD, Rows
@@ -22,7 +22,7 @@ from megatron_dmc.ops.tokens import Tokens
 
 # What a call says that finds the traces of another one.
 INTERRUPTED = "a call did not reach all layers, or not their end; the cache is of no use any more: reset it"
-FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "torch": torch_step}
+FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "cpp": cpp.step, "torch": torch_step}
 
 
 def check_numbers(sequences: Tensor) -> None:
@@ -180,7 +180,10 @@ class LayerCache:
     def _form(self, key: Tensor) -> str:
         if self.backend != "auto":
             return self.backend
-        return "triton" if key.is_cuda and triton.unsupported(self.layout, key) is None else "torch"
+        kernels = {"cuda": triton, "cpu": cpp}.get(key.device.type)
+        if kernels is None or kernels.unsupported(self.layout, key) is not None:
+            return "torch"
+        return kernels.NAME
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.

@@ -20,18 +20,18 @@ something, of the rest what is kept. ``cells.hidden``, which the form for any de
 
 import functools
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode import triton_kernels
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.decode.memory import Memory
+from megatron_dmc.ops.decode.memory import Memory, OneToken
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.triton_launch import AVAILABLE, Launch, fits, power_of_two
 from megatron_dmc.ops.tokens import Tokens
 
+NAME = "triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
 # Programs of attend for each processor of the GPU, where a batch is small.
@@ -44,23 +44,6 @@ LEAST_SHARE = 128
 BLOCK_BYTES = 32 * 1024
 # Tokens that a program of write looks at.
 WRITTEN_BLOCK = 32
-
-
-class OneToken(Protocol):
-    """What a step must know of the sequences; Step in sequences.py is one once the new token has been counted.
-
-    Attributes:
-        tokens: int64 or int32 [batch], seen, with the new one. A sequence of 0 is none: nothing is read or written for it,
-            and its output is zero.
-        cos, sin: [batch, head_dim] of the new token's position.
-        leaving_cos, leaving_sin: of the position of the token that leaves the ring; without a ring, of the new token's.
-    """
-
-    tokens: Tensor
-    cos: Tensor
-    sin: Tensor
-    leaving_cos: Tensor
-    leaving_sin: Tensor
 
 
 def unsupported(layout: Layout, key: Tensor) -> str | None:
