@@ -32,7 +32,11 @@ def library() -> ctypes.CDLL | None:
     """None, and one warning: it cannot be had here."""
     try:
         found = ctypes.CDLL(str(_compiled()))
-        found.megatron_dmc_step.argtypes, found.megatron_dmc_step.restype = [ctypes.POINTER(StepFields)], None
+        for name in ("step", "take_in"):
+            function = getattr(found, f"megatron_dmc_{name}")
+            function.argtypes, function.restype = [ctypes.POINTER(StepFields)], None
+        found.megatron_dmc_kept_after.argtypes = [ctypes.POINTER(StepFields), ctypes.c_void_p]
+        found.megatron_dmc_kept_after.restype = None
         found.megatron_dmc_step_size.restype = ctypes.c_int64
         if found.megatron_dmc_step_size() != ctypes.sizeof(StepFields):
             raise OSError("the compiler lays out the step's fields in another way")

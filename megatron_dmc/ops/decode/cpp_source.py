@@ -8,6 +8,8 @@ dtype is, and types in memory are told by codes.
 TYPES = ("float", "bfloat16", "int32", "int64")
 # Of which a step is given the address, how far it is from one sequence and one head to the next, and the type.
 GIVEN = ("query", "key", "value", "alpha", "omega", "cos", "sin", "leaving_cos", "leaving_sin", "tokens", "place", "kept")
+# Of which sequences that have many new tokens are told, int64: each one's first among all new tokens, and how many it has.
+SPANS = ("starts", "counts")
 HELD = ("table", "sums", "decisions", "recent")
 ADDRESSES = ("slots", "hidden", "out", "granted_place", "granted", "granted_count", "cursor", "overflow")
 NUMBERS = (
@@ -16,7 +18,7 @@ NUMBERS = (
 ).split()
 # Name and kind, in order: an address, a whole number, or a real one.
 FIELDS = [
-    *((name, "address") for name in (*GIVEN, *HELD, *ADDRESSES)),
+    *((name, "address") for name in (*GIVEN, *SPANS, *HELD, *ADDRESSES)),
     *((f"{name}_{part}", "number") for name in (*GIVEN, *HELD) for part in ("sequence", "head")),
     *((f"{name}_type", "number") for name in GIVEN),
     *((name, "number") for name in NUMBERS),
@@ -199,6 +201,14 @@ void open_pages(const Step& s, const Row& r, int64_t before, int64_t length) {
   }
 }
 
+// Slots kept of a row whose sequence had ``before`` tokens. What another one has left in memory is not read, and no count
+// leaves the table.
+int64_t count_of(const Step& s, const Row& r, int64_t before) {
+  if (before <= 0) return 0;
+  const int64_t count = whole(s.kept, s.kept_type, r.at * s.kept_sequence + r.head * s.kept_head);
+  return std::min(std::max<int64_t>(count, 0), s.pages * s.page);
+}
+
 // The mean of the open slot's last window_size tokens, one of which is new.
 template <typename T>
 void mean_of_recent(const Step& s, const Row& r, int64_t left, bool appends, float weight, const float* entering,
@@ -221,15 +231,21 @@ void mean_of_recent(const Step& s, const Row& r, int64_t left, bool appends, flo
   for (int64_t c = 0; c < 2 * d; ++c) mean[c] /= std::max(total, LEAST_MASS);
 }
 
-// One token of one row takes effect, as in triton_kernels.py: advance. Returns the length of the row's list.
+// What has become of one token.
+struct Taken {
+  int64_t count, length;             // slots kept of the row; of its list
+  bool leaves = false, appends = false;
+  // With ``leaves``: what the new token's query sees beside the ring and the slots that are full: the open slot (merge) or the
+  // residual one (absorb, if its mass is not 0).
+  float seen[2 * MOST], mass = 1;
+};
+
+// One token of one row takes effect, as in triton_kernels.py: advance. number: its own among all new tokens; tokens: its
+// sequence's, with it.
 template <typename T>
-int64_t advance(const Step& s, int64_t row) {
-  const int64_t d = s.head_dim;
-  const int64_t seen = whole(s.tokens, s.tokens_type, row / s.kv_heads);
-  if (seen <= 0) return 0;  // no sequence at all
-  const Row r = row_of(s, row);
-  const int64_t before = seen - 1;
-  const auto at = [&](int64_t sequence, int64_t head) { return r.sequence * sequence + r.head * head; };
+void advance(const Step& s, const Row& r, int64_t number, int64_t tokens, Taken& taken) {
+  const int64_t d = s.head_dim, before = tokens - 1;
+  const auto at = [&](int64_t sequence, int64_t head) { return number * sequence + r.head * head; };
 
   // The decision that takes effect: of the token that leaves the ring, or of the new one where there is no ring.
   const bool merged = s.alpha[at(s.alpha_sequence, s.alpha_head)] && before > 0;
@@ -246,15 +262,16 @@ int64_t advance(const Step& s, int64_t row) {
     weight = std::abs(waited);
   }
 
-  // What another sequence has left in memory is not read, and no count leaves the table.
-  int64_t count = 0;
-  const int64_t kept_at = r.at * s.kept_sequence + r.head * s.kept_head;
-  if (before > 0) count = std::min(std::max<int64_t>(whole(s.kept, s.kept_type, kept_at), 0), s.pages * s.page);
-  const int64_t count_after = count + appends;
-  const int64_t length = count_after > 0 ? s.base + count_after : std::min(seen, s.window);
+  const int64_t count = count_of(s, r, before), count_after = count + appends;
+  const int64_t length = count_after > 0 ? s.base + count_after : std::min(tokens, s.window);
   if (s.cursor) open_pages(s, r, count > 0 ? s.base + count : std::min(before, s.window), length);
+  const int64_t kept_at = r.at * s.kept_sequence + r.head * s.kept_head;
   if (s.kept_type == INT64) reinterpret_cast<int64_t*>(s.kept)[kept_at] = count_after;
   else reinterpret_cast<int32_t*>(s.kept)[kept_at] = int32_t(count_after);
+  taken.count = count_after;
+  taken.length = std::min(length, s.pages * s.page);
+  taken.leaves = leaves;
+  taken.appends = appends;
 
   float both[2 * MOST], entering[2 * MOST], cos[MOST], sin[MOST];
   read(s.key, s.key_type, at(s.key_sequence, s.key_head), d, both);
@@ -265,10 +282,10 @@ int64_t advance(const Step& s, int64_t row) {
   else std::fill_n(entering, 2 * d, 0.0f);
 
   if (leaves && s.merges) {
-    read(s.leaving_cos, s.leaving_cos_type, r.sequence * s.leaving_cos_sequence, d, cos);
-    read(s.leaving_sin, s.leaving_sin_type, r.sequence * s.leaving_sin_sequence, d, sin);
+    read(s.leaving_cos, s.leaving_cos_type, number * s.leaving_cos_sequence, d, cos);
+    read(s.leaving_sin, s.leaving_sin_type, number * s.leaving_sin_sequence, d, sin);
     if (s.window) turn_back(entering, cos, sin, d);  // tokens are merged before rotary embedding
-    float mean[2 * MOST];
+    float* mean = taken.seen;
     if (s.window_size) {
       mean_of_recent<T>(s, r, before - s.window, appends, weight, entering, mean);
     } else {
@@ -291,17 +308,27 @@ int64_t advance(const Step& s, int64_t row) {
         for (int64_t i = 0; i < 2 * d; ++i) sums[i] += entering[i] * weight;
         sums[2 * d] += weight;
       }
-      for (int64_t i = 0; i < 2 * d; ++i) entering[i] = sums[i] / std::max(sums[2 * d], LEAST_MASS);
-      write<T>(s, slot_at(s, r, s.window), entering, entering + d, true);
+      taken.mass = sums[2 * d];
+      for (int64_t i = 0; i < 2 * d; ++i) taken.seen[i] = sums[i] / std::max(taken.mass, LEAST_MASS);
+      write<T>(s, slot_at(s, r, s.window), taken.seen, taken.seen + d, true);
     }
   }
   if (s.window) {
-    read(s.cos, s.cos_type, r.sequence * s.cos_sequence, d, cos);
-    read(s.sin, s.sin_type, r.sequence * s.sin_sequence, d, sin);
+    read(s.cos, s.cos_type, number * s.cos_sequence, d, cos);
+    read(s.sin, s.sin_type, number * s.sin_sequence, d, sin);
     turn(both, cos, sin, d);
     write<T>(s, ring_slot, both, both + d, true);
   }
-  return std::min(length, s.pages * s.page);
+}
+
+// A sequence's only new token, of one row; the length of the row's list.
+template <typename T>
+int64_t advance_one(const Step& s, int64_t row) {
+  const int64_t sequence = row / s.kv_heads, tokens = whole(s.tokens, s.tokens_type, sequence);
+  if (tokens <= 0) return 0;  // no sequence at all
+  Taken taken;
+  advance<T>(s, row_of(s, row), sequence, tokens, taken);
+  return taken.length;
 }
 
 // A part of a row's list, and what its queries take from it: sums of values, each with its highest score and total weight.
@@ -373,23 +400,28 @@ void take(const Block<T>& block, const Task& task, const float* queries, int64_t
   }
 }
 
+// A token's queries of one KV head: rotated, and scaled so that scores are in powers of two.
+void read_queries(const Step& s, const Row& r, int64_t number, float* to, int64_t stride) {
+  const int64_t d = s.head_dim;
+  float cos[MOST], sin[MOST];
+  read(s.cos, s.cos_type, number * s.cos_sequence, d, cos);
+  read(s.sin, s.sin_type, number * s.sin_sequence, d, sin);
+  for (int64_t g = 0; g < s.group; ++g, to += stride) {
+    const int64_t head = r.head * s.group + g;
+    read(s.query, s.query_type, number * s.query_sequence + head * s.query_head, d, to);
+    turn(to, cos, sin, d);
+    if (s.clears_last) to[d - 1] = 0;
+    for (int64_t i = 0; i < d; ++i) to[i] *= float(s.scale);
+  }
+}
+
 template <typename T, int V>
 void attend(const Step& s, const Task& task) {
   const int64_t d = V ? V * LANES : s.head_dim, group = s.group;
   const Row r = row_of(s, task.row);
   thread_local std::vector<float> queries;
   queries.resize(group * MOST);
-  float cos[MOST], sin[MOST];
-  read(s.cos, s.cos_type, r.sequence * s.cos_sequence, d, cos);
-  read(s.sin, s.sin_type, r.sequence * s.sin_sequence, d, sin);
-  for (int64_t g = 0; g < group; ++g) {
-    float* q = queries.data() + g * MOST;
-    const int64_t head = r.head * group + g;
-    read(s.query, s.query_type, r.sequence * s.query_sequence + head * s.query_head, d, q);
-    turn(q, cos, sin, d);
-    if (s.clears_last) q[d - 1] = 0;
-    for (int64_t i = 0; i < d; ++i) q[i] *= float(s.scale);  // in powers of two
-  }
+  read_queries(s, r, r.sequence, queries.data(), MOST);
   std::fill_n(task.parts, group * d, 0.0f);
   std::fill_n(task.highest, group, LOWEST);
   std::fill_n(task.total, group, 0.0f);
@@ -453,7 +485,7 @@ void step(const Step& s) {
 #pragma omp parallel num_threads(int(s.threads))
   {
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t row = 0; row < rows; ++row) length[row] = advance<T>(s, row);
+    for (int64_t row = 0; row < rows; ++row) length[row] = advance_one<T>(s, row);
 #pragma omp single
     {
       for (int64_t row = 0; row < rows; ++row) {
@@ -480,19 +512,301 @@ void step(const Step& s) {
   }
 }
 
+// Many tokens of each sequence.
+
+// Slots that tokens of a chunk's queries see: token i of it sees a key from token ``from`` until before token ``until``.
+constexpr int64_t QUERIES = 64, AT_ONCE = 4;
+
+template <typename T>
+struct Key {
+  const T* slot;
+  int32_t from, until;
+  float bias;
+};
+
+// What one row's chunk has left for its queries.
+template <typename T>
+struct Chunk {
+  Row row;
+  int64_t start, count, held, first, last;  // of the chunk's tokens; in the ring before; kept slots that are seen: [first, last)
+  std::vector<T> window, own;               // [held + count, 2 d] rotated, and [count, 2 d]
+  std::vector<float> biases;                // [count] of ``own``
+  std::vector<int32_t> appeared;            // from which token on a kept slot is seen, of the last ones
+
+  const T* at(const std::vector<T>& of, int64_t i, int64_t d) const { return of.data() + i * 2 * d; }
+};
+
+template <typename T>
+void take_chunk(const Step& s, int64_t row, Chunk<T>& chunk) {
+  const int64_t d = s.head_dim, sequence = row / s.kv_heads;
+  const Row& r = chunk.row = row_of(s, row);
+  chunk.start = whole(s.starts, INT64, sequence);
+  chunk.count = whole(s.counts, INT64, sequence);
+  const int64_t before = whole(s.tokens, s.tokens_type, sequence) - chunk.count;
+  chunk.held = std::min(before, s.window);
+  chunk.first = chunk.last = 0;
+  if (chunk.count <= 0) return;
+  if (s.window) chunk.window.resize((chunk.held + chunk.count) * 2 * d);
+  const auto keep = [&](int64_t at) {
+    const int64_t slot = slot_at(s, r, (before - chunk.held + at) % s.window);
+    T* to = chunk.window.data() + at * 2 * d;
+    if (slot < 0) std::fill_n(to, 2 * d, T{});
+    else std::copy_n(reinterpret_cast<const T*>(s.slots) + slot * 2 * d, 2 * d, to);
+  };
+  for (int64_t i = 0; i < chunk.held; ++i) keep(i);
+  const bool sees_own = s.merges || s.absorbs;
+  if (sees_own) {
+    chunk.own.resize(chunk.count * 2 * d);
+    chunk.biases.assign(chunk.count, LOWEST);
+  }
+  const int64_t kept = count_of(s, r, before);
+  Taken taken;
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    advance<T>(s, r, chunk.start + i, before + i + 1, taken);
+    if (s.window) keep(chunk.held + i);
+    if (taken.appends) chunk.appeared.push_back(int32_t(i));
+    if (!taken.leaves || !sees_own) continue;
+    T* own = chunk.own.data() + i * 2 * d;
+    for (int64_t c = 0; c < 2 * d; ++c) narrow(taken.seen[c], own + c);
+    if (s.merges) chunk.biases[i] = 0;
+    else if (taken.mass > 0) chunk.biases[i] = std::log2(std::max(taken.mass, LEAST_MASS));
+  }
+  // A slot that is merged into is seen by way of ``own``, until another one is opened.
+  const int64_t open = s.merges;
+  if (s.merges && kept == 0 && !chunk.appeared.empty()) chunk.appeared.erase(chunk.appeared.begin());
+  chunk.last = std::max<int64_t>(taken.count - open, 0);
+}
+
+// Keys, 16 or 64 of them: transposed, so that a vector of scores is a sum over channels; then values.
+template <typename T, int W>
+struct Tile {
+  static constexpr int64_t SIZE = W * LANES;
+  alignas(64) float keys[MOST * SIZE];
+  alignas(64) float values[SIZE * MOST];
+  alignas(64) float biases[SIZE];
+  alignas(64) int32_t from[SIZE], until[SIZE];
+  int32_t earliest, latest, last_from, first_until;
+
+  void fill(const Key<T>* found, int64_t n, int64_t d, int64_t padded) {
+    earliest = first_until = INT32_MAX;
+    latest = last_from = INT32_MIN;
+    for (int64_t j = 0; j < SIZE; ++j) {
+      const bool exists = j < n && found[j].slot;
+      biases[j] = exists ? found[j].bias : LOWEST;
+      from[j] = exists ? found[j].from : 0;
+      until[j] = exists ? found[j].until : INT32_MAX;
+      if (exists) {
+        earliest = std::min(earliest, from[j]), latest = std::max(latest, until[j]);
+        last_from = std::max(last_from, from[j]), first_until = std::min(first_until, until[j]);
+      }
+      for (int64_t c = 0; c < d; ++c) keys[c * SIZE + j] = exists ? wide(found[j].slot[c]) : 0;
+      for (int64_t c = 0; c < d; ++c) values[j * padded + c] = exists ? wide(found[j].slot[d + c]) : 0;
+      for (int64_t c = d; c < padded; ++c) values[j * padded + c] = 0;
+    }
+  }
+};
+
+// Queries of a part of a chunk, with what they have seen so far.
+struct Queries {
+  int64_t count, group, padded;  // of tokens times group
+  std::vector<float> query, part, highest, total;
+  int32_t first;  // token
+
+  int32_t token(int64_t q) const { return first + int32_t(q / group); }
+};
+
+// N queries from q on see a tile; V: padded / LANES where the compiler is to know it, 0: it is not.
+template <typename T, int W, int V, int N>
+void see(const Tile<T, W>& tile, Queries& queries, int64_t q, int64_t d) {
+  constexpr int64_t SIZE = Tile<T, W>::SIZE;
+  const int64_t padded = V ? V * LANES : queries.padded;
+  lanes scores[N][W];
+  for (int i = 0; i < N; ++i)
+    for (int w = 0; w < W; ++w) scores[i][w] = load(tile.biases + w * LANES);
+  const float* query = queries.query.data() + q * padded;
+  for (int64_t c = 0; c < d; ++c)
+    for (int w = 0; w < W; ++w) {
+      const lanes key = load(tile.keys + c * SIZE + w * LANES);
+      for (int i = 0; i < N; ++i) scores[i][w] += query[i * padded + c] * key;
+    }
+  alignas(64) float weights[N][SIZE];
+  float shrinks[N];
+  for (int i = 0; i < N; ++i) {
+    const int32_t token = queries.token(q + i);
+    if (token < tile.last_from || token >= tile.first_until) {
+      for (int w = 0; w < W; ++w) {
+        whole_lanes from, until;
+        std::memcpy(&from, tile.from + w * LANES, sizeof from);
+        std::memcpy(&until, tile.until + w * LANES, sizeof until);
+        scores[i][w] = (from <= token) & (until > token) ? scores[i][w] : lanes{} + LOWEST;
+      }
+    }
+    lanes most = scores[i][0];
+    for (int w = 1; w < W; ++w) most = most > scores[i][w] ? most : scores[i][w];
+    alignas(64) float each[LANES];
+    store(most, each);
+    float highest = queries.highest[q + i];
+    for (int64_t l = 0; l < LANES; ++l) highest = std::max(highest, each[l]);
+    // Where nothing was seen yet, nothing may get a weight.
+    const float base = std::max(highest, LOWEST / 2);
+    lanes total{};
+    for (int w = 0; w < W; ++w) {
+      const lanes weight = power(scores[i][w] - base);
+      store(weight, weights[i] + w * LANES);
+      total += weight;
+    }
+    shrinks[i] = power(std::max(queries.highest[q + i], LOWEST / 2) - base);
+    queries.total[q + i] = queries.total[q + i] * shrinks[i] + sum_of(total);
+    queries.highest[q + i] = highest;
+  }
+  float* part = queries.part.data() + q * padded;
+  const auto add = [&](int64_t first, auto vectors) {
+    constexpr int M = decltype(vectors)::value;
+    lanes sum[N][M];
+    for (int i = 0; i < N; ++i)
+      for (int m = 0; m < M; ++m) sum[i][m] = load(part + i * padded + first + m * LANES) * shrinks[i];
+    for (int64_t j = 0; j < SIZE; ++j)
+      for (int m = 0; m < M; ++m) {
+        const lanes value = load(tile.values + j * padded + first + m * LANES);
+        for (int i = 0; i < N; ++i) sum[i][m] += weights[i][j] * value;
+      }
+    for (int i = 0; i < N; ++i)
+      for (int m = 0; m < M; ++m) store(sum[i][m], part + i * padded + first + m * LANES);
+  };
+  int64_t c = 0;
+  for (; c + 4 * LANES <= padded; c += 4 * LANES) add(c, std::integral_constant<int, 4>{});
+  for (; c < padded; c += LANES) add(c, std::integral_constant<int, 1>{});
+}
+
+template <typename T, int W, int V>
+void see_all(const Tile<T, W>& tile, Queries& queries, int64_t d) {
+  const auto none = [&](int64_t first, int64_t last) {
+    return queries.token(last) < tile.earliest || queries.token(first) >= tile.latest;
+  };
+  int64_t q = 0;
+  for (; q + AT_ONCE <= queries.count; q += AT_ONCE)
+    if (!none(q, q + AT_ONCE - 1)) see<T, W, V, AT_ONCE>(tile, queries, q, d);
+  for (; q < queries.count; ++q)
+    if (!none(q, q)) see<T, W, V, 1>(tile, queries, q, d);
+}
+
+template <typename T, int W, int V>
+void see_keys(const std::vector<Key<T>>& keys, Queries& queries, int64_t d) {
+  thread_local Tile<T, W> tile;
+  for (size_t at = 0; at < keys.size(); at += tile.SIZE) {
+    tile.fill(keys.data() + at, std::min<int64_t>(keys.size() - at, tile.SIZE), d, queries.padded);
+    see_all<T, W, V>(tile, queries, d);
+  }
+}
+
+// Some tokens of a chunk, from ``first`` on, of one row.
+template <typename T, int V>
+void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
+  const int64_t d = s.head_dim, padded = (d + LANES - 1) / LANES * LANES;
+  const int64_t stop = std::min(first + QUERIES, chunk.count);
+  thread_local Queries queries;
+  queries.count = (stop - first) * s.group, queries.group = s.group, queries.padded = padded;
+  queries.first = int32_t(first);
+  queries.query.assign(queries.count * padded, 0);
+  queries.part.assign(queries.count * padded, 0);
+  queries.highest.assign(queries.count, LOWEST);
+  queries.total.assign(queries.count, 0);
+  for (int64_t i = first; i < stop; ++i)
+    read_queries(s, chunk.row, chunk.start + i, queries.query.data() + (i - first) * s.group * padded, padded);
+
+  thread_local std::vector<Key<T>> keys;
+  keys.clear();
+  // Slots: those of before, then those that have become full since.
+  const int64_t grown = chunk.last - int64_t(chunk.appeared.size());
+  for (int64_t k = 0; k < chunk.last; ++k) {
+    const int32_t from = k < grown ? 0 : chunk.appeared[k - grown];
+    if (from >= stop) break;
+    const int64_t slot = slot_at(s, chunk.row, s.base + k);
+    keys.push_back({slot < 0 ? nullptr : reinterpret_cast<const T*>(s.slots) + slot * 2 * d, from, INT32_MAX, 0});
+  }
+  see_keys<T, 4, V>(keys, queries, d);
+  keys.clear();
+  if (s.window)
+    for (int64_t k = std::max<int64_t>(first - s.window + 1 + chunk.held, 0); k < stop + chunk.held; ++k) {
+      const int64_t from = k - chunk.held;
+      keys.push_back({chunk.at(chunk.window, k, d), int32_t(from), int32_t(from + s.window), 0});
+    }
+  if (!chunk.biases.empty())
+    for (int64_t i = first; i < stop; ++i)
+      if (chunk.biases[i] > LOWEST)
+        keys.push_back({chunk.at(chunk.own, i, d), int32_t(i), int32_t(i + 1), chunk.biases[i]});
+  see_keys<T, 1, V>(keys, queries, d);
+
+  for (int64_t q = 0; q < queries.count; ++q) {
+    const int64_t head = chunk.row.head * s.group + q % s.group;
+    T* out = reinterpret_cast<T*>(s.out) + ((chunk.start + queries.token(q)) * s.kv_heads * s.group + head) * d;
+    const float total = queries.total[q];
+    for (int64_t c = 0; c < d; ++c) narrow(total > 0 ? queries.part[q * padded + c] / total : 0.0f, out + c);
+  }
+}
+
+template <typename T>
+void take_in(const Step& s) {
+  const int64_t rows = s.batch * s.kv_heads, padded = (s.head_dim + LANES - 1) / LANES;
+  std::vector<Chunk<T>> chunks(rows);
+  std::vector<std::pair<int64_t, int64_t>> tasks;
+#pragma omp parallel num_threads(int(s.threads))
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t row = 0; row < rows; ++row) take_chunk<T>(s, row, chunks[row]);
+#pragma omp single
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t first = 0; first < chunks[row].count; first += QUERIES) tasks.push_back({row, first});
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = int64_t(tasks.size()) - 1; t >= 0; --t) {
+      const auto& chunk = chunks[tasks[t].first];
+      if (padded == 4) attend_chunk<T, 4>(s, chunk, tasks[t].second);
+      else if (padded == 8) attend_chunk<T, 8>(s, chunk, tasks[t].second);
+      else attend_chunk<T, 0>(s, chunk, tasks[t].second);
+    }
+  }
+}
+
+// How many slots a row will have kept once its chunk has been taken in.
+int64_t kept_after(const Step& s, int64_t row) {
+  const int64_t sequence = row / s.kv_heads;
+  const Row r = row_of(s, row);
+  const int64_t start = whole(s.starts, INT64, sequence), count = whole(s.counts, INT64, sequence);
+  const int64_t before = whole(s.tokens, s.tokens_type, sequence) - count;
+  int64_t kept = count_of(s, r, before);
+  for (int64_t i = std::max<int64_t>(before - s.window, 0); i < before + count - s.window; ++i) {
+    if (i >= before)
+      kept += !s.alpha[(start + i - before) * s.alpha_sequence + r.head * s.alpha_head] || i == 0;
+    else
+      kept += std::signbit(held(s.decisions, s.decisions_sequence, s.decisions_head, r)[i % s.window]);
+  }
+  return kept;
+}
+
 }  // namespace
 
 extern "C" int64_t megatron_dmc_step_size() { return sizeof(Step); }
 
+// One new token of each sequence.
 extern "C" void megatron_dmc_step(const Step* s) {
   if (s->cache_type == BFLOAT16) step<bfloat16>(*s);
   else step<float>(*s);
+}
+
+// As many as ``counts`` says.
+extern "C" void megatron_dmc_take_in(const Step* s) {
+  if (s->cache_type == BFLOAT16) take_in<bfloat16>(*s);
+  else take_in<float>(*s);
+}
+
+extern "C" void megatron_dmc_kept_after(const Step* s, int64_t* kept) {
+  for (int64_t row = 0; row < s->batch * s->kv_heads; ++row) kept[row] = kept_after(*s, row);
 }
 """
 
 SOURCE = "\n".join(
     [
-        *(f"#include <{name}>" for name in ("algorithm", "cmath", "cstdint", "cstring", "vector")),
+        *(f"#include <{name}>" for name in ("algorithm", "cmath", "cstdint", "cstring", "type_traits", "utility", "vector")),
         "struct Step {",
         *(f"  {_C_TYPES[kind]} {name};" for name, kind in FIELDS),
         "};",
