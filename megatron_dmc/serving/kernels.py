@@ -1,6 +1,7 @@
 """Which kernels decode, straight on the requests' headers, and which block size they ask for."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,26 +9,31 @@ from torch import Tensor
 from megatron_dmc.ops.decode import cpp, triton
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Memory, OneToken
+from megatron_dmc.ops.decode.sequences import ManyTokens
 from megatron_dmc.ops.tokens import Tokens
 from megatron_dmc.serving.header import Header
 
 
-class Kernels(Protocol):
-    """What triton.py and cpp.py of ops/decode both are."""
+class Kernels(NamedTuple):
+    """Functions of a module of ops/decode.
 
-    NAME: str
+    Attributes:
+        name: what ``Rows.form`` calls them.
+        unsupported: why they cannot serve a layout and a key's dtype and size.
+        step_in: takes in one token of each sequence.
+        take_in: any number; None: chunk.py does, with copies of the rows.
+    """
 
-    @staticmethod
-    def unsupported(layout: Layout, key: Tensor) -> str | None: ...
-
-    @staticmethod
-    def step_in(
-        memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: OneToken, softmax_scale: float
-    ) -> Tensor: ...
+    name: str
+    unsupported: Callable[[Layout, Tensor], str | None]
+    step_in: Callable[[Memory, Tensor, Tokens, Layout, OneToken, float], Tensor]
+    take_in: Callable[[Memory, Tensor, Tokens, Layout, ManyTokens, float], Tensor] | None = None
 
 
+TRITON = Kernels(triton.NAME, triton.unsupported, triton.step_in)
+CPP = Kernels(cpp.NAME, cpp.unsupported, cpp.step_in, cpp.take_in)
 # By torch's devices.
-OF_DEVICES: dict[str, Kernels] = {"cuda": triton, "cpu": cpp}
+OF_DEVICES: dict[str, Kernels] = {"cuda": TRITON, "cpu": CPP}
 # Where a step without them would wait for the device several times in each layer: they are not left out for a block's size.
 NEEDED = {"cuda"}
 # Pages are small: every row fills one of its own, and half of it is lost. But a header has to fit into one block.

@@ -78,7 +78,7 @@ class EngineRows(Rows):
     def __init__(self, header: Header, words: Tensor, seen: Tensor, slots: Tensor, *, grants: Grants, places: Tensor):
         self.layout, self.head_dim, self.header, self.seen = header.layout, header.head_dim, header, seen
         chosen = kernels.of(header, slots.dtype, slots.device.type)
-        self.form = "torch" if chosen is None else chosen.NAME
+        self.form = "torch" if chosen is None else chosen.name
         self.batch, self.kv_heads = words.shape[:2]
         self.words = words.flatten(0, 1)
         reals = self.words.view(torch.float32)

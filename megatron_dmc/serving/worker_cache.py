@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Memory
-from megatron_dmc.ops.decode.sequences import Chunk, Step
+from megatron_dmc.ops.decode.sequences import Chunk, ManyTokens, Step
 from megatron_dmc.ops.decode.torch import step
 from megatron_dmc.ops.tokens import Tokens
 from megatron_dmc.serving import kernels
@@ -90,6 +90,32 @@ class Group:
                 positions = (self.seen - self._call.held)[:, None] + self._call.column
                 self._call.cos, self._call.sin = (x[:, :, None] for x in rotation_at(positions, angles, dtype))
         return self._call
+
+
+class Chunks:
+    """Requests with any number of new tokens each, as kernels are told of them. Layers share it in a step.
+
+    Attributes:
+        many: what they know of them.
+        place: int64 [requests], the blocks that hold their state.
+    """
+
+    def __init__(self, requests: list[Request], window: int, angles: Tensor, dtype: torch.dtype):
+        """
+        Args:
+            window: local_window.
+            angles: [positions, cos | sin], each head_dim / 2 wide.
+            dtype: of the queries.
+        """
+        position = torch.zeros(max(each.rows.stop for each in requests), dtype=torch.long)
+        for each in requests:
+            position[each.rows.start : each.rows.stop] = torch.arange(each.seen, each.seen + len(each.rows))
+        starts, counts, seen, self.place = (
+            torch.tensor(numbers, dtype=torch.long)
+            for numbers in zip(*((x.rows.start, len(x.rows), x.seen, x.blocks[0]) for x in requests), strict=True)
+        )
+        new, leaving = (rotation_at(each, angles, dtype) for each in (position, position - window))
+        self.many = ManyTokens(seen + counts, starts, counts, *new, *leaving)
 
 
 class WorkerCache:
@@ -174,6 +200,21 @@ class WorkerCache:
         assert self.kernels is not None
         scale = 1 / math.sqrt(new.query.shape[-1])
         return self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale)
+
+    def take_in(self, layer: str, chunks: Chunks, new: NewTokens) -> Tensor:
+        """Any number of tokens of each request, by kernels.
+
+        Args:
+            new: the batch's, of which these are a part.
+
+        Returns:
+            [n, heads, head_dim], 0 for tokens of other requests.
+        """
+        assert self.kernels is not None and self.kernels.take_in is not None
+        memory = self.memories[layer]._replace(place=chunks.place)
+        tokens = Tokens(*new[1:], chunks.many.cos, chunks.many.sin)
+        scale = 1 / math.sqrt(new.query.shape[-1])
+        return self.kernels.take_in(memory, new.query, tokens, self.header.layout, chunks.many, scale)
 
     def attend(self, layer: str, group: Group, new: NewTokens, angles: Tensor) -> Tensor:
         """The next tokens of a group's requests in one layer: takes them in and returns their attention.
