@@ -12,15 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import hard_merge_logits
-from megatron_dmc.ops.decode import LayerCache, naive
+from megatron_dmc.ops.decode import LayerCache
 from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.state import tensors
 from megatron_dmc.ops.decode.torch import has_wide_products
-from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
 from megatron_dmc.ops.tokens import Tokens as KeysAndValues
+from tests.support.decoding import KINDS, Kind, by_kind, oracle, rotation, through_cache
 from tests.support.decoding import Stream as Tokens
-from tests.support.decoding import rotation
 from tests.support.oracle import Draw, Shape, draw_attention
 
 
@@ -30,53 +29,6 @@ def make_tokens(shape: Shape, merge: float = 0.6, dtype: torch.dtype = torch.flo
     # Heads merge at different rates, so that their lengths part.
     rate = merge * torch.linspace(0.87, 1.13, shape.kv_heads)
     return Tokens(drawn["query"], drawn["key"], drawn["value"], draw.uniform(*size) < rate, draw.omega(shape).to(dtype))
-
-
-class Kind(NamedTuple):
-    """How tokens are kept: LayerCache's first arguments."""
-
-    local_window: int = 0
-    operation: Any = "merge"
-    window_size: int | None = None
-
-
-KINDS = {
-    "exact": Kind(),
-    "truncated12": Kind(window_size=12),
-    **{f"{operation}-w{w}": Kind(w, operation) for operation in ("merge", "evict", "absorb") for w in (1, 16, 100)},
-    "merge-w5-truncated12": Kind(5, "merge", 12),
-}
-by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-def through_cache(tokens: Tokens, cuts: Sequence[int], cache: LayerCache) -> Tensor:
-    """Feeds the tokens in pieces of the given sizes."""
-    outputs, start = [], 0
-    for size in cuts:
-        part = tokens.cut(start, start + size)
-        positions = (cache.tokens if len(cache.tokens) else torch.zeros(1))[:, None] + torch.arange(size)
-        cos, sin = rotation(positions, tokens.key.shape[-1], tokens.key.dtype)
-        outputs.append(cache.attend(*part, cos, sin))
-        start += size
-    return torch.cat(outputs, dim=1)
-
-
-def oracle(tokens: Tokens, kind: Kind = KINDS["exact"]) -> tuple[Tensor, Tensor]:
-    """Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads], the window's tokens counted."""
-
-    def rotate_at(x: Tensor, position: int) -> Tensor:
-        cos, sin = rotation(torch.tensor([[position]]), x.shape[-1])
-        return rotate(x.view(1, 1, -1, x.shape[-1]), cos, sin).view_as(x)
-
-    batch, _, kv_heads, _ = tokens.key.shape
-    grouped = tokens.query.unflatten(2, (kv_heads, -1))
-    out, counts = torch.empty_like(grouped), torch.empty(batch, kv_heads, dtype=torch.long)
-    for b in range(batch):
-        for h in range(kv_heads):
-            head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())  # type: ignore[call-arg]
-            counts[b, h] = len(slots) + min(tokens.key.shape[1], kind.local_window)
-    return out.flatten(2, 3), counts
 
 
 @functools.cache
@@ -94,26 +46,60 @@ CUTS = {
 }
 
 
+class Form(NamedTuple):
+    """What a cache runs on, in which dtype, and how near it comes to the oracle."""
+
+    backend: str
+    dtype: torch.dtype
+    tolerance: float
+
+    def cast(self, tokens: Tokens) -> Tokens:
+        return Tokens(*(x.to(self.dtype) if x.is_floating_point() else x for x in tokens))
+
+    def assert_close(self, found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=self.tolerance)
+
+
+FORMS = {"torch": Form("torch", torch.float64, 1e-10), "cpp": Form("cpp", torch.float32, 1e-5)}
+of_each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@of_each_form
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @by_kind
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_oracle(shape, kind, cuts):
+def test_equals_oracle(shape, kind, cuts, form):
     tokens, expected, counts = tokens_and_oracle(shape, kind)
-    cache = LayerCache(*kind)
-    out = through_cache(tokens, cuts(shape.seq), cache)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    cache = LayerCache(*kind, backend=form.backend)
+    out = through_cache(form.cast(tokens), cuts(shape.seq), cache)
+    form.assert_close(out, expected)
     assert torch.equal(cache.slots, counts)
 
 
 @by_kind
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 230, 6, 2, 64), Shape(2, 170, 3, 1, 128), Shape(1, 150, 5, 1, 100)], ids=str
+)
+def test_compiled_code_at_larger_sizes(shape, kind):
+    """More than one part of a chunk's queries, of its keys, and of a list; heads for which there is code of its own."""
+    form = FORMS["cpp"]
+    tokens, expected, counts = tokens_and_oracle(shape, kind)
+    cache = LayerCache(*kind, backend="cpp", page_size=8)
+    cuts = [shape.seq - 80, 1, 1, 70, *[1] * 8]
+    form.assert_close(through_cache(form.cast(tokens), cuts, cache), expected)
+    assert torch.equal(cache.slots, counts)
+
+
+@of_each_form
+@by_kind
 @pytest.mark.parametrize("alpha", [False, True], ids=["alpha0", "alpha1"])
-def test_corners(alpha, kind):
+def test_corners(alpha, kind, form):
     tokens = make_tokens(Shape(2, 40, 4, 2, 8))
     tokens = tokens._replace(alpha=torch.full_like(tokens.alpha, alpha))
     expected, counts = oracle(tokens, kind)
     for cuts in ([40], [20, 20], [1] * 40):
-        cache = LayerCache(*kind)
-        torch.testing.assert_close(through_cache(tokens, cuts, cache), expected, rtol=0, atol=1e-10)
+        cache = LayerCache(*kind, backend=form.backend)
+        form.assert_close(through_cache(form.cast(tokens), cuts, cache), expected)
         assert torch.equal(cache.slots, counts)
 
 
@@ -153,16 +139,17 @@ def test_autocast_changes_nothing(kind):
         assert torch.equal(through_cache(tokens, cuts, LayerCache(*kind)), expected)
 
 
+@of_each_form
 @by_kind
-def test_padding_of_ragged_chunks_is_ignored(kind):
+def test_padding_of_ragged_chunks_is_ignored(kind, form):
     """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
     batch, seq = 3, 24
-    tokens = make_tokens(Shape(batch, 3 * seq, 4, 2, 8), merge=0.85)
+    tokens = form.cast(make_tokens(Shape(batch, 3 * seq, 4, 2, 8), merge=0.85))
     lengths = torch.tensor([[23, 5, 0], [7, 22, 3], [1, 0, 1]])  # of the chunks
     for row, counts in enumerate(lengths.T):  # chunks begin and end with slots that close
         for start in counts.cumsum(0).tolist():
             tokens.alpha[row, start, 0] = False
-    cache = LayerCache(*kind)
+    cache = LayerCache(*kind, backend=form.backend)
     taken = torch.zeros(batch, dtype=torch.long)
     rows = torch.arange(batch)[:, None]
     outputs: list[list[Tensor]] = [[] for _ in range(batch)]
@@ -173,7 +160,7 @@ def test_padding_of_ragged_chunks_is_ignored(kind):
         if length is not None:  # what comes after a row's tokens is padding
             garbage = torch.arange(size) >= length[:, None]
             part.key[garbage], part.value[garbage], part.alpha[garbage] = 1e4, -1e4, False
-        out = cache.attend(*part, *rotation(positions, 8), lengths=length)
+        out = cache.attend(*part, *rotation(positions, 8, form.dtype), lengths=length)
         length = torch.ones_like(taken) if length is None else length
         taken = taken + length
         for b in range(batch):
@@ -181,21 +168,22 @@ def test_padding_of_ragged_chunks_is_ignored(kind):
     assert torch.equal(cache.tokens, taken)
     for b in range(batch):
         expected, counts = oracle(Tokens(*(x[b : b + 1, : taken[b]] for x in tokens)), kind)
-        torch.testing.assert_close(torch.cat(outputs[b])[None], expected, rtol=0, atol=1e-10)
+        form.assert_close(torch.cat(outputs[b])[None], expected)
         assert torch.equal(cache.slots[b : b + 1], counts)
 
 
+@of_each_form
 @by_kind
-def test_select_reorders_repeats_and_drops(kind):
-    tokens = make_tokens(Shape(3, 50, 4, 2, 8))
-    cache = LayerCache(*kind)
+def test_select_reorders_repeats_and_drops(kind, form):
+    tokens = form.cast(make_tokens(Shape(3, 50, 4, 2, 8)))
+    cache = LayerCache(*kind, backend=form.backend)
     through_cache(tokens.cut(0, 30), [20, 10], cache)
     for sequences in ([2, 0, 0, 1], [3, 2, 0]):
         cache.select(torch.tensor(sequences))
         tokens = Tokens(*(x[sequences] for x in tokens))
     out = through_cache(tokens.cut(30, 50), [1] * 5 + [10] + [1] * 5, cache)
     expected, counts = oracle(tokens, kind)
-    torch.testing.assert_close(out, expected[:, 30:], rtol=0, atol=1e-10)
+    form.assert_close(out, expected[:, 30:])
     assert torch.equal(cache.slots, counts)
 
 
@@ -278,7 +266,7 @@ def test_a_step_is_few_operations_on_fixed_tensors(kind, dtype):
     """What a CUDA graph needs: nothing is read back, and no tensor of the cache is another one after a step."""
     tokens = make_tokens(Shape(2, 70, 4, 2, 16), dtype=dtype)
     shared: dict = {}
-    caches = [LayerCache(*kind, shared=shared) for _ in range(2)]
+    caches = [LayerCache(*kind, shared=shared, backend="torch") for _ in range(2)]
     for cache in caches:
         through_cache(tokens.cut(0, 30), [30], cache)
         cache.reserve(40)

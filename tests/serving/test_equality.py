@@ -63,6 +63,20 @@ def test_greedy_outputs_are_the_exports_own(export: Callable[..., Served], case:
         assert running.is_as_at_first()
 
 
+@pytest.mark.parametrize("case", ["window-0", "window-16", "absorb", "evict", "window-4-window-size-3", "qwen2-neuron"])
+def test_without_kernels(export: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Where there is no compiler, or they cannot serve a model."""
+    from megatron_dmc.serving import kernels
+
+    monkeypatch.setattr(kernels, "OF_DEVICES", {})
+    family, dmc, config = CASES[case]
+    expected = export(dmc, family, **config)
+    with engine(expected) as running:
+        assert not running.manager.spec.by_kernels
+        assert running.generate(expected.prompts) == expected.outputs
+        assert running.is_as_at_first()
+
+
 @pytest.mark.parametrize(
     ("block_size", "most_tokens", "case"),
     [

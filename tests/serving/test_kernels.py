@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dmc.serving import kernels
 
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
+    monkeypatch.setitem(kernels.OF_DEVICES, "cpu", kernels.TRITON)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_what_is_served_is_not_refused(folder: Path) -> None:
 def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dmc.serving import kernels
 
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
+    monkeypatch.setattr(kernels, "NEEDED", {"cpu"})
 
 
 @pytest.mark.parametrize(("longest", "size"), [(1024, 16), (8000, 32), (100_000, 64), (500_000, 128)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode.cpp_library import StepFields, library
-from megatron_dmc.ops.decode.cpp_source import HELD, SPANS, TYPES
+from megatron_dmc.ops.decode.cpp_source import HELD, TYPES
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Memory, OneToken
 from megatron_dmc.ops.decode.rows import Rows
@@ -55,7 +55,8 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     """As chunk.py's."""
     batch, seq = query.shape[:2]
     rows.settle()
-    query, flat = query.flatten(0, 1), Tokens(*(x.flatten(0, 1) for x in new[:4]), call.many.cos, call.many.sin)
+    query, key, value, alpha, omega = (x.flatten(0, 1) for x in (query, new.key, new.value, new.alpha, new.omega))
+    flat = Tokens(key, value, alpha, omega, call.many.cos, call.many.sin)
     told = Told(Memory.of(rows), query, flat, rows.layout, call.many, softmax_scale)
     kept = torch.empty_like(rows.kept)
     _compiled().megatron_dmc_kept_after(ctypes.byref(told.fields), kept.data_ptr())
@@ -123,11 +124,10 @@ class Told:
             setattr(fields, f"{name}_type", _CODES[x.dtype])
         self._give("alpha", new.alpha)
         for name in HELD:
-            if (x := getattr(memory, name)) is not None:
-                self._give(name, x)
-        for name in SPANS:
-            if (x := getattr(call, name, None)) is not None:
-                setattr(fields, name, x.data_ptr())
+            if (held := getattr(memory, name)) is not None:
+                self._give(name, held)
+        if isinstance(call, ManyTokens):
+            fields.starts, fields.counts = call.starts.data_ptr(), call.counts.data_ptr()
         if (grants := memory.grants) is not None:
             fields.granted_place = _address(grants.place)
             fields.granted, fields.granted_count = grants.blocks.data_ptr(), grants.granted.data_ptr()

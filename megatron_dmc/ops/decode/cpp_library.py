@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.ops.decode.cpp_source import FIELDS, SOURCE
 
@@ -18,13 +19,13 @@ from megatron_dmc.ops.decode.cpp_source import FIELDS, SOURCE
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 SECONDS = 120
 
-_C_TYPES = {"address": ctypes.c_void_p, "number": ctypes.c_int64, "real": ctypes.c_double}
+_C_TYPES: dict[str, Any] = {"address": ctypes.c_void_p, "number": ctypes.c_int64, "real": ctypes.c_double}
 
 
 class StepFields(ctypes.Structure):
     """What a step is told; cpp.py fills it."""
 
-    _fields_ = [(name, _C_TYPES[kind]) for name, kind in FIELDS]  # noqa: RUF012 (ctypes' form)
+    _fields_ = [(name, _C_TYPES[kind]) for name, kind in FIELDS]
 
 
 @functools.cache

@@ -95,7 +95,7 @@ class ManyTokens(NamedTuple):
         tokens: int64 [batch], seen, with the new ones.
         starts, counts: int64 [batch], each one's first among all new tokens, and how many it has.
         cos, sin: [n, head_dim] of the new tokens' positions.
-        leaving_cos, leaving_sin: of the positions of the tokens that leave the ring when these come; without a ring, of theirs.
+        leaving_cos, leaving_sin: of the positions of the tokens that leave the ring when these come; without one, of theirs.
     """
 
     tokens: Tensor
@@ -172,7 +172,9 @@ class Chunk:
         angles = [x[:, :, 0].expand(batch, -1, -1) for x in (self.cos, self.sin)]
         leaving = (new - self.window).clamp(min=0)
         turns = [x[self.row, at].flatten(0, 1) for at in (new, leaving) for x in angles]
-        return ManyTokens(self.tokens + self.lengths, self.seq * torch.arange(batch, device=device), self.lengths, *turns)
+        return ManyTokens(
+            self.tokens + self.lengths, self.seq * torch.arange(batch, device=device), self.lengths, *turns
+        )
 
     def arrange(self, before: Tensor, new: Tensor) -> Tensor:
         """[batch, longest, ...] and [batch, seq, ...] -> [batch, columns, ...]"""
