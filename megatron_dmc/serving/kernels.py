@@ -30,8 +30,8 @@ class Kernels(NamedTuple):
     take_in: Callable[[Memory, Tensor, Tokens, Layout, ManyTokens, float], Tensor] | None = None
 
 
-TRITON = Kernels(triton.NAME, triton.unsupported, triton.step_in)
-CPP = Kernels(cpp.NAME, cpp.unsupported, cpp.step_in, cpp.take_in)
+TRITON = Kernels("triton", triton.unsupported, triton.step_in)
+CPP = Kernels("cpp", cpp.unsupported, cpp.step_in, cpp.take_in)
 # By torch's devices.
 OF_DEVICES: dict[str, Kernels] = {"cuda": TRITON, "cpu": CPP}
 # Where a step without them would wait for the device several times in each layer: they are not left out for a block's size.

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -513,6 +514,48 @@ def test_bf16_cuts_agree(kind):
     steps = through_cache(tokens, [60] + [1] * 60, LayerCache(*kind))
     assert whole.dtype == steps.dtype == torch.bfloat16
     torch.testing.assert_close(steps.float(), whole.float(), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    ("part", "change", "line"),
+    [
+        ("query", lambda x: x[:, :, :3], "query must be [2, 4, heads, 8] with a multiple of 2 heads, got [2, 4, 3, 8]"),
+        ("query", lambda x: x[:, 1:], "query must be [2, 4, heads, 8]"),
+        ("query", lambda x: x[..., :4], "query must be [2, 4, heads, 8]"),
+        ("key", lambda x: x[0], "key must be [batch, seq, kv_heads, head_dim], got [4, 2, 8]"),
+        ("value", lambda x: x[..., :4], "value must be [2, 4, 2, 8], got [2, 4, 2, 4]"),
+        ("alpha", lambda x: x[:, :, :1], "alpha must be [2, 4, 2], got [2, 4, 1]"),
+        ("alpha", lambda x: x.byte(), "alpha must be bool in the cache, got torch.uint8"),
+        ("omega", lambda x: x[:1], "omega must be [2, 4, 2], got [1, 4, 2]"),
+        ("cos", lambda x: x[:, 1:], "cos must be [1, 4, 1, 8], got [1, 3, 1, 8]"),
+        ("sin", lambda x: x.squeeze(2), "sin must be [1, 4, 1, 8], got [1, 4, 8]"),
+        ("omega", lambda x: x.to("meta"), "all tensors must be on one device"),
+        (
+            "lengths",
+            lambda _: torch.tensor([4, 5]),
+            "lengths must be within 0 and the 4 tokens of the call, got [4, 5]",
+        ),
+        (
+            "lengths",
+            lambda _: torch.tensor([4, -1]),
+            "lengths must be within 0 and the 4 tokens of the call, got [4, -1]",
+        ),
+        ("lengths", lambda _: torch.tensor([4]), "lengths must be int64 [2], got torch.int64 [1]"),
+        ("lengths", lambda _: torch.tensor([4.0, 3.0]), "lengths must be int64 [2], got torch.float32 [2]"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_together_is_refused_and_changes_nothing(part, change, line, backend):
+    tokens = FORMS["cpp"].cast(make_tokens(Shape(2, 12, 4, 2, 8)))
+    cache = LayerCache(4, backend=backend)
+    through_cache(tokens.cut(0, 8), [8], cache)
+    given = tokens.cut(8, 12)._asdict()
+    given |= dict(zip(("cos", "sin"), rotation(torch.arange(8, 12)[None], 8, torch.float32), strict=True))
+    with pytest.raises(ValueError, match=re.escape(line)):
+        cache.attend(**{**given, "lengths": None, part: change(given.get(part))})
+    expected = through_cache(tokens, [12], LayerCache(4, backend="torch"))[:, 8:]
+    torch.testing.assert_close(cache.attend(**given), expected, rtol=0, atol=1e-5)
 
 
 def test_clear_errors():

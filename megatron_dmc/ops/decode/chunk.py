@@ -32,7 +32,7 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     Returns:
         [batch, seq, heads, head_dim]; what stands beyond a row's length is undefined.
     """
-    if rows.form == cpp.NAME:
+    if rows.form == "cpp":
         return cpp.take_in_chunk(query, new, rows, call, softmax_scale)
     rows.settle()
     layout = rows.layout

@@ -20,7 +20,6 @@ from megatron_dmc.ops.decode.sequences import Chunk, ManyTokens
 from megatron_dmc.ops.decode.triton_launch import fits
 from megatron_dmc.ops.tokens import Tokens
 
-NAME = "cpp"
 DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_HEAD = 256
 _CODES = dict(zip((torch.float32, torch.bfloat16, torch.int32, torch.int64), range(len(TYPES)), strict=True))

@@ -125,9 +125,12 @@ class Chunk:
     def __init__(self, layout: Layout, tokens: Tensor, lengths: Tensor | None, seq: int):
         self.window, self.seq = layout.local_window, seq
         self.tokens = tokens
-        self.lengths = torch.full_like(tokens, seq) if lengths is None else lengths
+        self.lengths = torch.full_like(tokens, seq) if lengths is None else lengths.to(tokens)
         self.held = tokens.clamp(max=self.window)
-        self.longest, most = torch.stack([self.held.amax(), tokens.amax()]).tolist()
+        of_all = [self.held.amax(), tokens.amax(), self.lengths.amin(), self.lengths.amax()]
+        self.longest, most, least, last = torch.stack(of_all).tolist()
+        if least < 0 or last > seq:
+            raise ValueError(f"lengths must be within 0 and the {seq} tokens of the call, got {self.lengths.tolist()}")
         self.left_before = most > self.window
         self.gap = (self.longest - self.held)[:, None]
 
@@ -229,13 +232,13 @@ class Sequences:
         if self.tokens is None:
             self.start(cos)
             assert self.tokens is not None
-        self.calls += 1
         if seq == 1 and lengths is None:
             self.call = self._step(cos[:, 0, 0], sin[:, 0, 0])
             self.tokens.add_(1)
         else:
             self.call = self._chunk(cos, sin, lengths)
             self.tokens.add_(self.call.lengths)
+        self.calls += 1
         return self.call
 
     def start(self, cos: Tensor) -> None:

@@ -31,7 +31,6 @@ from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.triton_launch import AVAILABLE, Launch, fits, power_of_two
 from megatron_dmc.ops.tokens import Tokens
 
-NAME = "triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
 # Programs of attend for each processor of the GPU, where a batch is small.
