@@ -103,7 +103,9 @@ class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
     def _requests(self, common: Any, start: int) -> list[Request]:
         """From ``start`` on. Waits for the device."""
         starts = common.query_start_loc_cpu[start:].tolist()
-        lengths = common.seq_lens[start:].tolist()
+        # Exact, since nothing is speculated.
+        known = common.seq_lens_cpu_upper_bound
+        lengths = (common.seq_lens if known is None else known)[start:].tolist()
         headers = common.block_table_tensor[start:, : self.kv_cache_spec.header_blocks].tolist()
         spans = zip(starts, starts[1:], lengths, headers, strict=False)  # padded to the sizes of captured graphs
         return [Request(range(a, b), header, length - (b - a)) for a, b, length, header in spans if b > a]
@@ -163,7 +165,7 @@ class DMCImpl(AttentionImpl):
         taken = 0
         if (decoding := attn_metadata.decoding) is not None:
             taken = len(decoding.tokens)
-            output[:taken] = layer.cache.decode(layer.layer_name, decoding, NewTokens(*(x[:taken] for x in new)))
+            layer.cache.decode(layer.layer_name, decoding, NewTokens(*(x[:taken] for x in new)), output[:taken])
         output[taken:].zero_()
         if not attn_metadata.requests:
             return output

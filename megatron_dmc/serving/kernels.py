@@ -20,13 +20,13 @@ class Kernels(NamedTuple):
     Attributes:
         name: what ``Rows.form`` calls them.
         unsupported: why they cannot serve a layout and a key's dtype and size.
-        step_in: takes in one token of each sequence.
+        step_in: takes in one token of each sequence, and fills the last argument.
         take_in: any number; None: chunk.py does, with copies of the rows.
     """
 
     name: str
     unsupported: Callable[[Layout, Tensor], str | None]
-    step_in: Callable[[Memory, Tensor, Tokens, Layout, OneToken, float], Tensor]
+    step_in: Callable[[Memory, Tensor, Tokens, Layout, OneToken, float, Tensor], Tensor]
     take_in: Callable[[Memory, Tensor, Tokens, Layout, ManyTokens, float], Tensor] | None = None
 
 

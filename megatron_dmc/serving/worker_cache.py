@@ -178,6 +178,8 @@ class WorkerCache:
         if new:
             # They may hold what was a header, NaN as a number, and 0 * NaN is NaN.
             self.blocks.index_fill_(0, new_blocks, 0)
+        # vLLM's warm-up may have left anything in its null block, which is read with weight 0.
+        self.words[0].zero_()
 
     def reports(self) -> Reports:
         """After a step, of the requests that had tokens in it. Waits for nothing."""
@@ -189,17 +191,17 @@ class WorkerCache:
         numbers = torch.stack([lists.cursor[self.places], slots, lists.overflow[self.places]])
         return Reports(self.scheduled, numbers, self.rows)
 
-    def decode(self, layer: str, step: Decoding, new: NewTokens) -> Tensor:
+    def decode(self, layer: str, step: Decoding, new: NewTokens, out: Tensor) -> None:
         """One token of each request of a batch's beginning, by kernels: nothing is read back, so it can be captured.
 
-        Returns:
-            [requests, heads, head_dim] in the query's dtype; 0 for those that are none.
+        Args:
+            out: [requests, heads, head_dim], to be filled; 0 for those that are none.
         """
         memory = self.memories[layer]._replace(place=step.place)
         tokens = Tokens(*new[1:], step.cos, step.sin)
         assert self.kernels is not None
         scale = 1 / math.sqrt(new.query.shape[-1])
-        return self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale)
+        self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale, out)
 
     def take_in(self, layer: str, chunks: Chunks, new: NewTokens) -> Tensor:
         """Any number of tokens of each request, by kernels.

@@ -82,7 +82,8 @@ def run(cache: Any, stream: Stream) -> Tensor:
             # A graph may be filled up with a request of vLLM's null block.
             new = NewTokens(*(torch.cat([x[:, 0], x[:1, 0]]) for x in now))
             step = buffers.filled(torch.tensor([*FIRSTS, 0]), torch.tensor([stop, stop, 1], dtype=torch.int32))
-            found = cache.decode("layer", step, new)
+            found = torch.full_like(new.query, float("nan"))
+            cache.decode("layer", step, new, found)
             assert not found[2].any()
             out[:, start] = found[:2]
         elif cache.kernels.take_in is not None:
@@ -159,9 +160,10 @@ def test_a_dummy_run_touches_nothing(monkeypatch: pytest.MonkeyPatch, form: str)
     before, numbers = cache.blocks.clone(), cache.granted.numbers.clone()
     buffers = DecodingBuffers(2, 4, angles(torch.float32), torch.float32)
     new = NewTokens(*(x[:, 0] for x in stream))
-    cache.decode("layer", buffers.filled(torch.tensor([0, 0]), torch.tensor([1, 5], dtype=torch.int32)), new)
+    out = torch.empty_like(new.query)
+    cache.decode("layer", buffers.filled(torch.tensor([0, 0]), torch.tensor([1, 5], dtype=torch.int32)), new, out)
     assert torch.equal(cache.blocks, before) and torch.equal(cache.granted.numbers, numbers)
-    cache.decode("layer", buffers.filled(torch.tensor([1, 2]), torch.tensor([1, 1], dtype=torch.int32)), new)
+    cache.decode("layer", buffers.filled(torch.tensor([1, 2]), torch.tensor([1, 1], dtype=torch.int32)), new, out)
     others = [block for block in range(BLOCKS) if block not in (1, 2)]
     assert torch.equal(cache.blocks[others], before[others])
     assert cache.granted.lists.granted.tolist()[1:] == numbers[BLOCKS:].view(3, -1)[1:, 0].tolist()

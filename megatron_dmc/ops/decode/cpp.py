@@ -44,9 +44,17 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: OneToken, softmax_scale: 
     return step_in(Memory.of(rows), query, new, rows.layout, call, softmax_scale)
 
 
-def step_in(memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: OneToken, softmax_scale: float) -> Tensor:
-    """:func:`step` for rows that lie anywhere."""
-    told = Told(memory, query, new, layout, call, softmax_scale)
+def step_in(
+    memory: Memory,
+    query: Tensor,
+    new: Tokens,
+    layout: Layout,
+    call: OneToken,
+    softmax_scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`step` for rows that lie anywhere; out: a contiguous tensor of the cache's dtype that is to be filled."""
+    told = Told(memory, query, new, layout, call, softmax_scale, out)
     return told.run(_compiled().megatron_dmc_step)
 
 
@@ -89,8 +97,9 @@ class Told:
         layout: Layout,
         call: OneToken | ManyTokens,
         softmax_scale: float,
+        out: Tensor | None = None,
     ):
-        self.out = torch.zeros(query.shape, dtype=memory.slots.dtype)
+        self.out = torch.zeros(query.shape, dtype=memory.slots.dtype) if out is None else out
         self.given = {"query": query, "key": new.key, "value": new.value, "omega": new.omega}
         self.given |= {name: getattr(call, name) for name in ("cos", "sin", "leaving_cos", "leaving_sin")}
         self.given = {name: _as_known(fits(x)) for name, x in self.given.items()}

@@ -76,10 +76,18 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: OneToken, softmax_scale: 
     return step_in(Memory.of(rows), query, new, rows.layout, call, softmax_scale)
 
 
-def step_in(memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: OneToken, softmax_scale: float) -> Tensor:
-    """:func:`step` for rows that lie anywhere."""
+def step_in(
+    memory: Memory,
+    query: Tensor,
+    new: Tokens,
+    layout: Layout,
+    call: OneToken,
+    softmax_scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`step` for rows that lie anywhere; out: a contiguous tensor that is to be filled."""
     length, advances = advance(memory, new, layout, call)
-    out, attends = attend(memory, query, length, layout, call, softmax_scale)
+    out, attends = attend(memory, query, length, layout, call, softmax_scale, out=out)
     for launch in (advances, *attends):
         launch.run()
     return out
@@ -186,6 +194,7 @@ def attend(
     call: OneToken,
     softmax_scale: float,
     *,
+    out: Tensor | None = None,
     splits: int | None = None,
     least_share: int = LEAST_SHARE,
 ) -> tuple[Tensor, list[Launch]]:
@@ -194,6 +203,7 @@ def attend(
     Args:
         query: [batch, heads, head_dim], before rotary embedding.
         length: int32 [batch * kv_heads], of the lists.
+        out: a contiguous tensor that is to be filled, as what is returned; None: a new one.
         splits: shares of a list at most, a power of two; None: as many as the device can use.
         least_share: slots of a share at least.
 
@@ -208,7 +218,8 @@ def attend(
         capacity = memory.table.shape[-1] * layout.page_size
         splits = splits_for(rows, capacity, _processors(query.device))
     block = block_for(head_dim, memory.slots.element_size())
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     part = weight = None
     if splits > 1:
         part = query.new_empty(rows, splits, group, head_dim, dtype=torch.float32)
