@@ -245,20 +245,19 @@ void take_in(const Step& s) {
   const int64_t rows = s.batch * s.kv_heads, padded = (s.head_dim + LANES - 1) / LANES;
   std::vector<Chunk<T>> chunks(rows);
   std::vector<std::pair<int64_t, int64_t>> tasks;
-#pragma omp parallel num_threads(int(s.threads))
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t row = 0; row < rows; ++row) take_chunk<T>(s, row, chunks[row]);
-#pragma omp single
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t first = 0; first < chunks[row].count; first += QUERIES) tasks.push_back({row, first});
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = int64_t(tasks.size()) - 1; t >= 0; --t) {
-      const auto& chunk = chunks[tasks[t].first];
-      if (padded == 4) attend_chunk<T, 4>(s, chunk, tasks[t].second);
-      else if (padded == 8) attend_chunk<T, 8>(s, chunk, tasks[t].second);
-      else attend_chunk<T, 0>(s, chunk, tasks[t].second);
-    }
+  int64_t tokens = 0;
+  for (int64_t sequence = 0; sequence < s.batch; ++sequence) tokens += whole(s.counts, INT64, sequence);
+  const bool shared = tokens * s.kv_heads * s.group * s.head_dim >= MUCH / 8;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(s.threads)) if (shared)
+  for (int64_t row = 0; row < rows; ++row) take_chunk<T>(s, row, chunks[row]);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t first = 0; first < chunks[row].count; first += QUERIES) tasks.push_back({row, first});
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(s.threads)) if (shared)
+  for (int64_t t = int64_t(tasks.size()) - 1; t >= 0; --t) {
+    const auto& chunk = chunks[tasks[t].first];
+    if (padded == 4) attend_chunk<T, 4>(s, chunk, tasks[t].second);
+    else if (padded == 8) attend_chunk<T, 8>(s, chunk, tasks[t].second);
+    else attend_chunk<T, 0>(s, chunk, tasks[t].second);
   }
 }
 

@@ -50,6 +50,8 @@ namespace {
 constexpr int64_t MOST = 256;
 // Slots that a thread takes at a time, and of these in one go.
 constexpr int64_t SHARE = 512, BLOCK = 64;
+// Products that are worth a second thread.
+constexpr int64_t MUCH = 1 << 18;
 // Below every score.
 constexpr float LOWEST = -1e30f;
 constexpr float LEAST_MASS = 7.888609052210118e-31f;  // 2**-100
@@ -495,38 +497,31 @@ void join(const Step& s, int64_t row, const Task* tasks, int64_t count) {
 
 template <typename T>
 void step(const Step& s) {
-  const int64_t rows = s.batch * s.kv_heads, d = s.head_dim;
+  const int64_t rows = s.batch * s.kv_heads, size = s.group * (s.head_dim + 2);
   std::vector<int64_t> length(rows), start(rows + 1, 0);
+  // Threads that wait for one another on a busy machine cost more than little work does.
+#pragma omp parallel for schedule(static) num_threads(int(s.threads)) if (rows >= 32)
+  for (int64_t row = 0; row < rows; ++row) length[row] = advance_one<T>(s, row);
   std::vector<Task> tasks;
-  std::vector<float> parts;
-#pragma omp parallel num_threads(int(s.threads))
-  {
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t row = 0; row < rows; ++row) length[row] = advance_one<T>(s, row);
-#pragma omp single
-    {
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t first = 0; first < length[row]; first += SHARE)
-          tasks.push_back({row, first, std::min(first + SHARE, length[row]), nullptr, nullptr, nullptr});
-        start[row + 1] = int64_t(tasks.size());
-      }
-      parts.resize(tasks.size() * s.group * (d + 2));
-      for (size_t t = 0; t < tasks.size(); ++t) {
-        tasks[t].parts = parts.data() + t * s.group * (d + 2);
-        tasks[t].highest = tasks[t].parts + s.group * d;
-        tasks[t].total = tasks[t].highest + s.group;
-      }
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (size_t t = 0; t < tasks.size(); ++t) {
-      if (d == 64) attend<T, 4>(s, tasks[t]);
-      else if (d == 128) attend<T, 8>(s, tasks[t]);
-      else attend<T, 0>(s, tasks[t]);
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row)
-      join<T>(s, row, tasks.data() + start[row], start[row + 1] - start[row]);
+  int64_t slots = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t first = 0; first < length[row]; first += SHARE)
+      tasks.push_back({row, first, std::min(first + SHARE, length[row]), nullptr, nullptr, nullptr});
+    start[row + 1] = int64_t(tasks.size());
+    slots += length[row];
   }
+  std::vector<float> parts(tasks.size() * size);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(s.threads)) if (slots * size >= MUCH)
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    Task& task = tasks[t];
+    task.parts = parts.data() + t * size;
+    task.highest = task.parts + s.group * s.head_dim;
+    task.total = task.highest + s.group;
+    if (s.head_dim == 64) attend<T, 4>(s, task);
+    else if (s.head_dim == 128) attend<T, 8>(s, task);
+    else attend<T, 0>(s, task);
+  }
+  for (int64_t row = 0; row < rows; ++row) join<T>(s, row, tasks.data() + start[row], start[row + 1] - start[row]);
 }
 """
 
