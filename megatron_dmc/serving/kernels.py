@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.decode import cpp, triton
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.decode.memory import Memory, OneToken
+from megatron_dmc.ops.decode.memory import Memory
 from megatron_dmc.ops.decode.sequences import ManyTokens
 from megatron_dmc.ops.tokens import Tokens
 from megatron_dmc.serving.header import Header
@@ -20,13 +20,13 @@ class Kernels(NamedTuple):
     Attributes:
         name: what ``Rows.form`` calls them.
         unsupported: why they cannot serve a layout and a key's dtype and size.
-        step_in: takes in one token of each sequence, and fills the last argument.
+        step_in: takes in one token of each sequence, and fills ``out``.
         take_in: any number; None: chunk.py does, with copies of the rows.
     """
 
     name: str
     unsupported: Callable[[Layout, Tensor], str | None]
-    step_in: Callable[[Memory, Tensor, Tokens, Layout, OneToken, float, Tensor], Tensor]
+    step_in: Callable[..., Tensor]
     take_in: Callable[[Memory, Tensor, Tokens, Layout, ManyTokens, float], Tensor] | None = None
 
 

@@ -201,7 +201,7 @@ class WorkerCache:
         tokens = Tokens(*new[1:], step.cos, step.sin)
         assert self.kernels is not None
         scale = 1 / math.sqrt(new.query.shape[-1])
-        self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale, out)
+        self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale, out=out)
 
     def take_in(self, layer: str, chunks: Chunks, new: NewTokens) -> Tensor:
         """Any number of tokens of each request, by kernels.

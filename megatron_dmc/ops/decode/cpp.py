@@ -51,10 +51,11 @@ def step_in(
     layout: Layout,
     call: OneToken,
     softmax_scale: float,
+    *,
     out: Tensor | None = None,
 ) -> Tensor:
     """:func:`step` for rows that lie anywhere; out: a contiguous tensor of the cache's dtype that is to be filled."""
-    told = Told(memory, query, new, layout, call, softmax_scale, out)
+    told = Told(memory, query, new, layout, call, softmax_scale, out=out)
     return told.run(_compiled().megatron_dmc_step)
 
 
@@ -97,6 +98,7 @@ class Told:
         layout: Layout,
         call: OneToken | ManyTokens,
         softmax_scale: float,
+        *,
         out: Tensor | None = None,
     ):
         self.out = torch.zeros(query.shape, dtype=memory.slots.dtype) if out is None else out

@@ -83,6 +83,7 @@ def step_in(
     layout: Layout,
     call: OneToken,
     softmax_scale: float,
+    *,
     out: Tensor | None = None,
 ) -> Tensor:
     """:func:`step` for rows that lie anywhere; out: a contiguous tensor that is to be filled."""
