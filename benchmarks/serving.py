@@ -93,12 +93,12 @@ def draw_prompts(folder: Path, text: Path | None, lengths: list[int]) -> list[li
     if text is None:
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
         return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
     words = text.read_text(encoding="utf-8")
     if text.suffix == ".jsonl":
         words = "\n".join(json.loads(line)["text"] for line in words.splitlines())
-    tokens = AutoTokenizer.from_pretrained(folder)(words[: 8 * sum(lengths) + 10**6])["input_ids"]
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(words[: 8 * sum(lengths) + 10**6]).ids
     starts = [int(torch.randint(len(tokens) - n, (1,), generator=generator)) for n in lengths]
     return [tokens[start : start + n] for start, n in zip(starts, lengths, strict=True)]
 

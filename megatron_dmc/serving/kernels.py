@@ -48,7 +48,7 @@ def of(header: Header, dtype: torch.dtype, device: str) -> Kernels | None:
         device: its type.
     """
     kernels = OF_DEVICES.get(device)
-    key = torch.empty(0, header.head_dim, dtype=dtype, device="meta")
+    key = torch.empty(0, header.head_dim, dtype=dtype, device="cpu" if device == "cpu" else "meta")
     return kernels if kernels and kernels.unsupported(header.layout, key) is None else None
 
 

@@ -186,7 +186,8 @@ class WorkerCache:
         slots = self.blocks[..., KEPT][self.firsts].sum(1)
         if self.header.layout.absorbs:
             masses = self.blocks[..., self.header.sums.stop - 1][self.firsts].view(torch.float32)
-            slots = slots + (masses > 0).sum(1)
+            # Of a row that has kept nothing, it has not been written.
+            slots = slots + ((masses > 0) & (self.blocks[..., KEPT][self.firsts] > 0)).sum(1)
         lists = self.granted.lists
         numbers = torch.stack([lists.cursor[self.places], slots, lists.overflow[self.places]])
         return Reports(self.scheduled, numbers, self.rows)

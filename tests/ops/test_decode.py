@@ -434,7 +434,6 @@ def test_an_empty_cache_can_be_saved():
         lambda state: state["sequences"].update(angles=None),
         lambda state: state["sequences"]["tokens"].fill_(-7),
         lambda state: state["sequences"]["tokens"].fill_(0),
-        lambda state: state["sequences"].update(angles=state["sequences"]["angles"].float()),
         lambda state: state["cells"]["table"].fill_(0),
         lambda state: state["cells"]["table"].copy_(state["cells"]["table"].flip(0)),
         lambda state: state["cells"]["taken"].fill_(0),
@@ -556,6 +555,54 @@ def test_what_does_not_fit_together_is_refused_and_changes_nothing(part, change,
         cache.attend(**{**given, "lengths": None, part: change(given.get(part))})
     expected = through_cache(tokens, [12], LayerCache(4, backend="torch"))[:, 8:]
     torch.testing.assert_close(cache.attend(**given), expected, rtol=0, atol=1e-5)
+
+
+@of_each_form
+@pytest.mark.parametrize(
+    "lengths",
+    [torch.tensor([3, 3], dtype=torch.int32), torch.tensor([3]).expand(2), torch.tensor([3, 0, 3, 0])[::2]],
+    ids=str,
+)
+def test_lengths_may_lie_in_memory_as_they_like(lengths, form):
+    tokens = form.cast(make_tokens(Shape(2, 12, 4, 2, 8)))
+    expected = through_cache(tokens, [12], LayerCache(4, backend="torch"))
+    cache = LayerCache(4, backend=form.backend)
+    through_cache(tokens.cut(0, 8), [8], cache)
+    at = rotation(torch.arange(8, 12)[None], 8, form.dtype)
+    out = cache.attend(*tokens.cut(8, 12), *at, lengths=lengths)
+    torch.testing.assert_close(out[:, :3], expected[:, 8:11], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[12], [1] * 12], ids=["chunk", "steps"])
+def test_compiled_code_sees_a_tensors_numbers(cuts):
+    """Negated when they are read, strided, of another dtype; the result has the query's."""
+    tokens = FORMS["cpp"].cast(make_tokens(Shape(2, 12, 4, 2, 8)))
+    expected = through_cache(tokens, cuts, LayerCache(4, backend="torch"))
+    swapped = Tokens(*(x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x for x in tokens))
+    given = swapped._replace(key=torch._neg_view(-tokens.key), query=tokens.query.double(), omega=tokens.omega.double())
+    assert given.key.is_neg()
+    out = through_cache(given, cuts, LayerCache(4, backend="cpp"))
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, expected.double(), rtol=0, atol=1e-5)
+
+
+@of_each_form
+def test_a_later_token_weighs_nothing_however_large_it_is(form):
+    tokens = form.cast(make_tokens(Shape(1, 40, 4, 2, 8)))
+    tokens.value[:, 30:] = 1e30
+    cut = through_cache(tokens.cut(0, 30), [30], LayerCache(4, backend=form.backend))
+    whole = through_cache(tokens, [40], LayerCache(4, backend=form.backend))[:, :30]
+    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-5)
+
+
+@by_kind
+def test_rotations_may_be_wider_than_keys(kind):
+    tokens = make_tokens(Shape(2, 60, 4, 2, 8), dtype=torch.bfloat16)
+    cache, other = LayerCache(*kind), LayerCache(*kind)
+    cache.attend(*tokens.cut(0, 40), *rotation(torch.arange(40)[None], 8, torch.float32))
+    other.load_state_dict(cache.state_dict())
+    at = rotation(torch.arange(40, 60)[None], 8, torch.float32)
+    assert torch.equal(other.attend(*tokens.cut(40, 60), *at), cache.attend(*tokens.cut(40, 60), *at))
 
 
 def test_clear_errors():

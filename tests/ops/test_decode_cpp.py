@@ -26,9 +26,11 @@ print(cache.rows.form, out.double().sum().item())
 """
 
 
-def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(cache: Path, *, folder: Path | None = None, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own, in ``folder``."""
     settings = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def result(done: "subprocess.CompletedProcess[str]") -> tuple[str, float]:
@@ -48,7 +50,9 @@ def test_it_is_compiled_once_by_processes_at_the_same_time(tmp_path):
     assert result(run(tmp_path)) == first and made.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "sh -c 'echo no error here; exit 3' --"])
+@pytest.mark.parametrize(
+    "compiler", ["false", "no-such-compiler", "sh -c 'echo no error here; exit 3' --", "g++ 'oops", r"printf '\377'"]
+)
 def test_without_a_compiler_decoding_says_so_and_goes_on(tmp_path, compiler):
     expected = result(run(tmp_path / "other"))[1]
     done = run(tmp_path, CXX=compiler)
@@ -56,6 +60,30 @@ def test_without_a_compiler_decoding_says_so_and_goes_on(tmp_path, compiler):
     assert form == "torch" and found == pytest.approx(expected, abs=1e-4)
     said = [line for line in done.stderr.splitlines() if "UserWarning" in line]
     assert len(said) == 1 and "decoding runs on torch's own operations, which are slower" in said[0], done.stderr
+
+
+def test_a_compiler_without_threads_will_do(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "error: no OpenMP" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o700)
+    assert result(run(tmp_path, CXX=str(compiler)))[0] == "cpp"
+
+
+def test_what_was_cut_off_is_made_again(tmp_path):
+    expected = result(run(tmp_path))
+    (made,) = (tmp_path / "megatron_dmc").iterdir()
+    whole = made.read_bytes()
+    for length in (0, 20_000):
+        made.write_bytes(whole[:length])
+        assert result(run(tmp_path)) == expected and made.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("cache", ["relative", "~/cache"])
+def test_a_relative_cache_is_none(tmp_path, cache):
+    done = run(Path(cache), PYTHONPATH=str(Path.cwd()), folder=tmp_path)
+    assert result(done)[0] == "cpp" and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["writable-by-others", "a-file", "not-writable"])

@@ -149,6 +149,15 @@ def test_too_few_blocks_are_reported_and_hurt_nobody(monkeypatch: pytest.MonkeyP
     assert reports[7].blocks == 2
 
 
+def test_a_residual_slot_that_nobody_has_written_is_not_counted(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(f"{__name__}.TURNS", [0, 0])
+    cache = make_cache_of(form, monkeypatch, Kind(4, "absorb"))
+    cache.blocks[list(FIRSTS)] = 0x40E00000  # 7.0
+    cache.begin_step({7: (0, [3]), 9: (0, [4])}, ())
+    run(cache, draw_stream(Shape(2, 2, HEADS, KV_HEADS, WIDTH), torch.float32))
+    assert [report.slots for report in cache.reports().values()] == [0, 0]
+
+
 def test_a_dummy_run_touches_nothing(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """vLLM captures graphs with its null block, and warms up with blocks that nobody was granted."""
     from megatron_dmc.serving.decoding import DecodingBuffers

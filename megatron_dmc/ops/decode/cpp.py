@@ -28,6 +28,8 @@ _CODES = dict(zip((torch.float32, torch.bfloat16, torch.int32, torch.int64), ran
 def unsupported(layout: Layout, key: Tensor) -> str | None:
     """Why a step of such a layout, with such keys [..., head_dim], cannot be one of this form; None: it can."""
     head_dim = key.shape[-1]
+    if key.device.type != "cpu":
+        return f"keys are on {key.device}"
     if key.dtype not in DTYPES:
         return f"keys are {key.dtype}"
     if head_dim % 2 or head_dim > LARGEST_HEAD:
@@ -44,6 +46,7 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: OneToken, softmax_scale: 
     return step_in(Memory.of(rows), query, new, rows.layout, call, softmax_scale)
 
 
+@torch.compiler.disable
 def step_in(
     memory: Memory,
     query: Tensor,
@@ -59,6 +62,7 @@ def step_in(
     return told.run(_compiled().megatron_dmc_step)
 
 
+@torch.compiler.disable
 def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_scale: float) -> Tensor:
     """As chunk.py's."""
     batch, seq = query.shape[:2]
@@ -72,6 +76,7 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     return take_in(Memory.of(rows), query, flat, rows.layout, call.many, softmax_scale).unflatten(0, (batch, seq))
 
 
+@torch.compiler.disable
 def take_in(
     memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: ManyTokens, softmax_scale: float
 ) -> Tensor:
@@ -137,7 +142,8 @@ class Told:
             if (held := getattr(memory, name)) is not None:
                 self._give(name, held)
         if isinstance(call, ManyTokens):
-            fields.starts, fields.counts = call.starts.data_ptr(), call.counts.data_ptr()
+            self.spans = call.starts.contiguous(), call.counts.contiguous()
+            fields.starts, fields.counts = (x.data_ptr() for x in self.spans)
         if (grants := memory.grants) is not None:
             fields.granted_place = _address(grants.place)
             fields.granted, fields.granted_count = grants.blocks.data_ptr(), grants.granted.data_ptr()
@@ -169,4 +175,6 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _as_known(x: Tensor) -> Tensor:
-    return x if x.dtype in DTYPES else x.float()
+    """As memory holds it, not as a view that is negated or zero only when it is read."""
+    x = x if x.dtype in DTYPES else x.float()
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x

@@ -146,7 +146,8 @@ void see(const Tile<T, W>& tile, Queries& queries, int64_t q, int64_t d) {
     const float base = std::max(highest, LOWEST / 2);
     lanes total{};
     for (int w = 0; w < W; ++w) {
-      const lanes weight = power(scores[i][w] - base);
+      // What is not seen weighs nothing, however large its value is.
+      const lanes weight = scores[i][w] > LOWEST / 2 ? power(scores[i][w] - base) : lanes{};
       store(weight, weights[i] + w * LANES);
       total += weight;
     }
