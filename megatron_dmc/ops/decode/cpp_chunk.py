@@ -146,8 +146,8 @@ void see(const Tile<T, W>& tile, Queries& queries, int64_t q, int64_t d) {
     const float base = std::max(highest, LOWEST / 2);
     lanes total{};
     for (int w = 0; w < W; ++w) {
-      // What is not seen weighs nothing, however large its value is.
-      const lanes weight = scores[i][w] > LOWEST / 2 ? power(scores[i][w] - base) : lanes{};
+      // What is not seen weighs nothing, however large its value is; NaN stays NaN.
+      const lanes weight = scores[i][w] <= LOWEST / 2 ? lanes{} : power(scores[i][w] - base);
       store(weight, weights[i] + w * LANES);
       total += weight;
     }
@@ -179,11 +179,8 @@ void see_all(const Tile<T, W>& tile, Queries& queries, int64_t d) {
   const auto none = [&](int64_t first, int64_t last) {
     return queries.token(last) < tile.earliest || queries.token(first) >= tile.latest;
   };
-  int64_t q = 0;
-  for (; q + AT_ONCE <= queries.count; q += AT_ONCE)
+  for (int64_t q = 0; q < queries.count; q += AT_ONCE)
     if (!none(q, q + AT_ONCE - 1)) see<T, W, V, AT_ONCE>(tile, queries, q, d);
-  for (; q < queries.count; ++q)
-    if (!none(q, q)) see<T, W, V, 1>(tile, queries, q, d);
 }
 
 template <typename T, int W, int V>
@@ -201,7 +198,9 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
   const int64_t d = s.head_dim, padded = (d + LANES - 1) / LANES * LANES;
   const int64_t stop = std::min(first + QUERIES, chunk.count);
   thread_local Queries queries;
-  queries.count = (stop - first) * s.group, queries.group = s.group, queries.padded = padded;
+  const int64_t real = (stop - first) * s.group;
+  // Always as many at once, or results would hang on how long a chunk is, by their last bit.
+  queries.count = (real + AT_ONCE - 1) / AT_ONCE * AT_ONCE, queries.group = s.group, queries.padded = padded;
   queries.first = int32_t(first);
   queries.query.assign(queries.count * padded, 0);
   queries.part.assign(queries.count * padded, 0);
@@ -227,17 +226,20 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
       const int64_t from = k - chunk.held;
       keys.push_back({chunk.at(chunk.window, k, d), int32_t(from), int32_t(from + s.window), 0});
     }
+  // By themselves, for the same reason: later tokens of the ring must not move them.
+  see_keys<T, 1, V>(keys, queries, d);
+  keys.clear();
   if (!chunk.biases.empty())
     for (int64_t i = first; i < stop; ++i)
       if (chunk.biases[i] > LOWEST)
         keys.push_back({chunk.at(chunk.own, i, d), int32_t(i), int32_t(i + 1), chunk.biases[i]});
   see_keys<T, 1, V>(keys, queries, d);
 
-  for (int64_t q = 0; q < queries.count; ++q) {
+  for (int64_t q = 0; q < real; ++q) {
     const int64_t head = chunk.row.head * s.group + q % s.group;
     T* out = reinterpret_cast<T*>(s.out) + ((chunk.start + queries.token(q)) * s.kv_heads * s.group + head) * d;
     const float total = queries.total[q];
-    for (int64_t c = 0; c < d; ++c) narrow(total > 0 ? queries.part[q * padded + c] / total : 0.0f, out + c);
+    for (int64_t c = 0; c < d; ++c) narrow(total == 0 ? 0.0f : queries.part[q * padded + c] / total, out + c);
   }
 }
 

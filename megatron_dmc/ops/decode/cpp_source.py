@@ -491,7 +491,7 @@ void join(const Step& s, int64_t row, const Task* tasks, int64_t count) {
       total += tasks[t].total[g] * shrinks;
       for (int64_t i = 0; i < d; ++i) sum[i] += tasks[t].parts[g * d + i] * shrinks;
     }
-    for (int64_t i = 0; i < d; ++i) narrow(total > 0 ? sum[i] / total : 0.0f, out + i);
+    for (int64_t i = 0; i < d; ++i) narrow(total == 0 ? 0.0f : sum[i] / total, out + i);
   }
 }
 
