@@ -91,7 +91,7 @@ test: setup transformers-floor megatron-newest vllm slurm
 	$(BIN)/mypy
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not distributed or quick" \
-	    tests/ops/test_decode_triton.py tests/model tests/training tests/checkpoint tests/convert tests/inference \
+	    tests/ops/test_decode_kernels.py tests/model tests/training tests/checkpoint tests/convert tests/inference \
 	    tests/distributed $(PYTEST_ARGS)
 	$(SERVING)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,13 +1,14 @@
 """vLLM with DMC against vLLM with the plain model, in the same bytes of keys and values.
 
-    PYTHONPATH=. .venv-vllm/bin/python benchmarks/serving.py                       # 8 layers, ten minutes on two cores
-    PYTHONPATH=. .venv-vllm/bin/python benchmarks/serving.py --layers 30 --prompts 512 2048 --new-tokens 256
-    PYTHONPATH=. .venv-vllm/bin/python benchmarks/serving.py --model FOLDER --export FOLDER
+    PYTHONPATH=. .venv-vllm/bin/python benchmarks/serving.py                       # 8 layers, minutes on two cores
+    PYTHONPATH=. .venv-vllm/bin/python benchmarks/serving.py --layers 30 --prompts 512 2048 --requests 60
+    PYTHONPATH=. .venv-vllm/bin/python benchmarks/serving.py --model FOLDER --export FOLDER ... --text FILE
 
-Models of SmolLM2-135M's shape with random weights (the output layer its own, or every token would answer itself), or a
-model and its export. The decisions are a random projection's, with biases at which the heads differ as in a trained
-model (half of them near 1.5, a few above 20, the mean as asked). The pool holds ``--plain-requests`` mean requests of the
-plain model. Each engine runs in a process of its own; they take turns.
+Models of SmolLM2-135M's shape with random weights (the output layer its own, or every token would answer itself) and
+random prompts, or a model and its exports and prompts cut out of a text (``.txt``, or ``.jsonl`` with "text").
+Drawn decisions are a random projection's, with biases at which the heads differ as in a trained model (half of them near
+1.5, a few above 20, the mean as asked). The pool holds ``--plain-requests`` mean requests of the plain model. Each engine
+runs in a process of its own; they take turns.
 """
 
 import argparse
@@ -86,16 +87,32 @@ def set_decisions(model: Any, ratio: float) -> None:
         hook.remove()
 
 
+def draw_prompts(folder: Path, text: Path | None, lengths: list[int]) -> list[list[int]]:
+    """Random tokens, or pieces of a text."""
+    generator = torch.Generator().manual_seed(2)
+    if text is None:
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    from tokenizers import Tokenizer
+
+    words = text.read_text(encoding="utf-8")
+    if text.suffix == ".jsonl":
+        words = "\n".join(json.loads(line)["text"] for line in words.splitlines())
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(words[: 8 * sum(lengths) + 10**6]).ids
+    starts = [int(torch.randint(len(tokens) - n, (1,), generator=generator)) for n in lengths]
+    return [tokens[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+
+
 @torch.no_grad()
-def own_ratio(folder: Path, tokens: int) -> float:
-    """Of the export's own cache after a random prompt."""
+def own_ratio(folder: Path, text: Path | None, tokens: int) -> float:
+    """Of the export's own cache after one prompt."""
     from transformers import AutoConfig
 
     from megatron_dmc.hf.families import dmc_classes
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = dmc_classes(config.model_type.removeprefix("dmc_"))[1].from_pretrained(folder)
-    prompt = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(3))
+    prompt = torch.tensor(draw_prompts(folder, text, [tokens]))
     return float(model(prompt, use_cache=True).past_key_values.compression_ratio)
 
 
@@ -130,18 +147,15 @@ class Watched:
         )
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.now = common.CLOCKS[options.clock]
-        self.vocabulary = config["vocab_size"]
 
-    def serve(self, lengths: list[int], new_tokens: int, rate: float | None = None) -> dict[str, Any]:
-        """Greedy answers to random prompts, all given at once or ``rate`` of them in a second.
+    def serve(self, prompts: list[list[int]], new_tokens: int, rate: float | None = None) -> dict[str, Any]:
+        """Greedy answers to prompts, all given at once or ``rate`` of them in a second.
 
         The figures are those of the scheduler and of the engine's outputs.
         """
         from vllm import SamplingParams
 
-        generator = torch.Generator().manual_seed(2)
         sampling = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=new_tokens)
-        prompts = [torch.randint(self.vocabulary, (n,), generator=generator).tolist() for n in lengths]
         begin = self.now()
         due = {str(i): begin + (i / rate if rate else 0) for i in range(len(prompts))}
         waiting = list(due)
@@ -252,8 +266,9 @@ def serve(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     watched = Watched(options.serve, options)
     torch.set_num_threads(options.threads)
-    watched.serve([64], 4)  # what is allocated or compiled once
-    figures = watched.serve(prompt_lengths(options), options.new_tokens, options.rate)
+    prompts = draw_prompts(Path(options.serve), options.text, prompt_lengths(options))
+    watched.serve([prompts[0][:64]], 4)  # what is allocated or compiled once
+    figures = watched.serve(prompts, options.new_tokens, options.rate)
     print("\n" + json.dumps(figures), flush=True)
 
 
@@ -293,35 +308,37 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the random model; SmolLM2-135M has 30")
     parser.add_argument("--ratio", type=float, nargs="+", default=[4.0, 8.0], help="compression ratios")
     parser.add_argument("--model", type=Path, help="a plain model's folder, with --export")
-    parser.add_argument("--export", type=Path, help="its export's folder")
+    parser.add_argument("--export", type=Path, nargs="+", help="its exports' folders")
+    parser.add_argument("--text", type=Path, help="what prompts are cut from, .txt or .jsonl, with --model")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--prompts", type=int, nargs=2, default=[512, 1024], help="shortest and longest, tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rate", type=float, help="requests that arrive in a second; all at once by default")
-    parser.add_argument("--plain-requests", type=float, default=4.0, help="mean requests for which there is memory")
-    parser.add_argument("--step-tokens", type=int, default=256, help="max_num_batched_tokens")
+    parser.add_argument("--plain-requests", type=float, default=2.0, help="mean requests for which there is memory")
+    parser.add_argument("--step-tokens", type=int, default=512, help="max_num_batched_tokens")
     parser.add_argument("--block-size", type=int, default=16, help="with DMC")
     parser.add_argument("--plain-block-size", type=int, default=32)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     common.add_timing_options(parser)
     parser.set_defaults(rounds=2)
     options = parser.parse_args()
-    if (options.model is None) != (options.export is None):
-        parser.error("--model and --export go together")
+    if (options.model is None) != (options.export is None) or (options.text and not options.model):
+        parser.error("--model and --export go together, and --text with them")
     if options.serve:
         return serve(options)
     with tempfile.TemporaryDirectory() as folder:
         if options.model:
-            folders = {"plain": options.model, "export": options.export}
+            folders = {"plain": options.model, **{each.resolve().name: each for each in options.export}}
         else:
             folders = save_models(options.layers, options.ratio, Path(folder))
-        own = {name: own_ratio(each, sum(options.prompts) // 2) for name, each in folders.items() if name != "plain"}
+        tokens = sum(options.prompts) // 2
+        own = {name: own_ratio(each, options.text, tokens) for name, each in folders.items() if name != "plain"}
         seen: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
         for _ in range(options.rounds):
             for name, each in folders.items():
                 seen[name].append(measured(name, each, options))
-    hidden = {"serve", "model", "export"}
+    hidden = {"serve", "model", "export", "text"}
     settings = {name: value for name, value in vars(options).items() if name not in hidden}
     common.report("serving", "vLLM, plain and with DMC", compared(seen, own), **settings)
 

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from megatron_dmc.serving.decoding import Decoding, DecodingBuffers
-from megatron_dmc.serving.worker_cache import Group, NewTokens, Request, WorkerCache
+from megatron_dmc.serving.worker_cache import Chunks, Group, NewTokens, Request, WorkerCache
 
 
 @dataclass
@@ -32,12 +32,17 @@ class DMCMetadata(AttentionMetadata):
     decoding: Decoding | None
     requests: list[Request]
     _groups: list[Group] | None = None
+    _chunks: Chunks | None = None
+
+    def granted(self, cache: WorkerCache) -> list[Request]:
+        """Requests that were granted nothing are left out: so vLLM warms up."""
+        return [each for each in self.requests if each.blocks[0] in cache.granted.places]
 
     def groups(self, cache: WorkerCache) -> list[Group]:
-        """The same for all layers. Requests that were granted nothing are left out: so vLLM warms up."""
+        """The same for all layers."""
         if self._groups is None:
             places = cache.granted.places
-            known = [(each, places[each.blocks[0]]) for each in self.requests if each.blocks[0] in places]
+            known = [(each, places[each.blocks[0]]) for each in self.granted(cache)]
             single = [(each, place) for each, place in known if len(each.rows) == 1]
             self._groups = [
                 Group(slice(each.rows.start, each.rows.stop), [each], [place], len(each.rows))
@@ -48,6 +53,12 @@ class DMCMetadata(AttentionMetadata):
                 rows = _chosen([each.rows.start for each, _ in single])
                 self._groups.append(Group(rows, [each for each, _ in single], [place for _, place in single]))
         return self._groups
+
+    def chunks(self, cache: WorkerCache, angles: Tensor, dtype: torch.dtype) -> Chunks | None:
+        """The same for all layers; None: there is nothing to take in."""
+        if self._chunks is None and (requests := self.granted(cache)):
+            self._chunks = Chunks(requests, cache.header.layout.local_window, angles, dtype)
+        return self._chunks
 
 
 def _chosen(rows: list[int]) -> Tensor | slice:
@@ -92,7 +103,9 @@ class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
     def _requests(self, common: Any, start: int) -> list[Request]:
         """From ``start`` on. Waits for the device."""
         starts = common.query_start_loc_cpu[start:].tolist()
-        lengths = common.seq_lens[start:].tolist()
+        # Exact, since nothing is speculated.
+        known = common.seq_lens_cpu_upper_bound
+        lengths = (common.seq_lens if known is None else known)[start:].tolist()
         headers = common.block_table_tensor[start:, : self.kv_cache_spec.header_blocks].tolist()
         spans = zip(starts, starts[1:], lengths, headers, strict=False)  # padded to the sizes of captured graphs
         return [Request(range(a, b), header, length - (b - a)) for a, b, length, header in spans if b > a]
@@ -152,9 +165,17 @@ class DMCImpl(AttentionImpl):
         taken = 0
         if (decoding := attn_metadata.decoding) is not None:
             taken = len(decoding.tokens)
-            output[:taken] = layer.cache.decode(layer.layer_name, decoding, NewTokens(*(x[:taken] for x in new)))
+            layer.cache.decode(layer.layer_name, decoding, NewTokens(*(x[:taken] for x in new)), output[:taken])
         output[taken:].zero_()
         if not attn_metadata.requests:
+            return output
+        cache = layer.cache
+        if cache.kernels is not None and cache.kernels.take_in is not None:
+            chunks = attn_metadata.chunks(cache, layer.rotary.cos_sin_cache, query.dtype)
+            if chunks is not None:
+                stop = len(chunks.many.cos)
+                out = cache.take_in(layer.layer_name, chunks, NewTokens(*(x[:stop] for x in new)))
+                output[taken:stop] = out[taken:]
             return output
         for group in attn_metadata.groups(layer.cache):
             part = NewTokens(*(x[group.rows] for x in new))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from megatron_dmc.hf.adapter import ADAPTER_FILE, lacks_its_base
@@ -41,6 +42,11 @@ class DMCSettings(VerifyAndUpdateConfig):
         if not current_platform.is_cpu():
             logger.warning(
                 "megatron-dmc: serving has been tried on CPUs only; compare a few answers with the export's own generate()"
+            )
+        elif vllm_config.lora_config is not None:
+            logger.warning(
+                "megatron-dmc: on a CPU vLLM applies a LoRA also to requests without one that share its batch; give every "
+                "request one, or serve the base by itself"
             )
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
@@ -89,16 +95,29 @@ def _of_the_model(model: Any) -> Iterator[Refused]:
         yield Refused(
             "--runner", model.runner_type, "it was retrofitted to generate text; leave --runner and --convert out"
         )
-    if model.quantization is not None:
-        yield Refused(
-            "--quantization", model.quantization, "its decisions were learned on the exported weights; leave it out"
-        )
     if model.enable_sleep_mode:
         yield Refused("--enable-sleep-mode", True, "requests' slots would be lost in sleep; leave it out")
 
 
+def of_the_device(platform: Any, dtype: torch.dtype) -> Iterator[Refused]:
+    """platform: vLLM's. What torch's attention to chunks of prompts asks for."""
+    if platform.is_cpu():
+        return
+    if not platform.is_cuda_alike():
+        yield Refused("the device", platform.device_type, "only CPUs and what CUDA or ROCm drives can be used")
+    elif platform.is_cuda() and not platform.has_device_capability(80):
+        yield Refused(
+            "the device", platform.get_device_name(), "attention asks for compute capability 8.0 (A100) or more"
+        )
+    if dtype == torch.float32:
+        yield Refused("--dtype", "float32", "attention on a GPU takes bfloat16 or float16; leave it out")
+
+
 def _of_the_engine(config: Any) -> Iterator[Refused]:
+    from vllm.platforms import current_platform
+
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    yield from of_the_device(current_platform, model.dtype)
     if config.speculative_config is not None:
         method = config.speculative_config.method
         reason = "a rejected token that was merged cannot be taken out of its slot; leave it out"
@@ -128,8 +147,6 @@ def _of_the_engine(config: Any) -> Iterator[Refused]:
     if cache.cache_dtype not in ("auto", own):
         yield Refused("--kv-cache-dtype", cache.cache_dtype, f"slots are kept in the model's {own}; leave it out")
     yield from _of_the_blocks(model, cache)
-    if config.lora_config is not None:
-        yield Refused("--enable-lora", True, "its decisions were learned without; merge the LoRA before the retrofit")
 
 
 def _of_the_blocks(model: Any, cache: Any) -> Iterator[Refused]:
@@ -137,7 +154,8 @@ def _of_the_blocks(model: Any, cache: Any) -> Iterator[Refused]:
     from vllm.platforms import current_platform
 
     size, least = cache.block_size, default_block_size(model)
-    if not kernels.can_serve(_header(model, least), model.dtype, current_platform.device_type):
+    device = current_platform.device_type
+    if device not in kernels.NEEDED or kernels.of(_header(model, least), model.dtype, device) is None:
         return
     if _header_blocks(model, least) > 1:
         yield Refused(

@@ -77,7 +77,8 @@ class EngineRows(Rows):
 
     def __init__(self, header: Header, words: Tensor, seen: Tensor, slots: Tensor, *, grants: Grants, places: Tensor):
         self.layout, self.head_dim, self.header, self.seen = header.layout, header.head_dim, header, seen
-        self.form = "triton" if kernels.can_serve(header, slots.dtype, slots.device.type) else "torch"
+        chosen = kernels.of(header, slots.dtype, slots.device.type)
+        self.form = "torch" if chosen is None else chosen.name
         self.batch, self.kv_heads = words.shape[:2]
         self.words = words.flatten(0, 1)
         reals = self.words.view(torch.float32)

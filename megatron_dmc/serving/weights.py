@@ -22,6 +22,8 @@ class Checked:
             "v_proj.weight": (kv_heads * width, hidden),
             "o_proj.weight": (hidden, heads * width),
         }
+        # A quantized model's have other names and shapes, which vLLM knows.
+        self.own_shapes: set[str] = set() if getattr(config, "quantization_config", None) is None else set(self.shapes)
         self.source = config.dmc["decision_source"]
         if self.source == "projection":
             self.shapes |= {"decision.weight": (2 * kv_heads, hidden), "decision.bias": (2 * kv_heads,)}
@@ -39,7 +41,9 @@ class Checked:
         decides = part.startswith("decision.")
         if decides and part not in self.shapes:
             raise ValueError(f"{name} has no place where decision_source is {self.source}; export the model again")
-        shape = self.shapes.get(part, tuple(tensor.shape))
+        if decides and not tensor.is_floating_point():
+            raise ValueError(f"{name} is quantized; leave the decisions out when you quantize a model")
+        shape = tuple(tensor.shape) if part in self.own_shapes else self.shapes.get(part, tuple(tensor.shape))
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; export it again"
@@ -51,7 +55,7 @@ class Checked:
         """After the last weight; raises ValueError, one line."""
         for layer in range(self.layers):
             for part in self.shapes:
-                if (layer, part) not in self.seen:
+                if part not in self.own_shapes and (layer, part) not in self.seen:
                     raise ValueError(
                         f"model.layers.{layer}.self_attn.{part} is missing from the model's weights; export it again"
                     )

@@ -10,10 +10,10 @@ from torch import Tensor
 from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Memory
-from megatron_dmc.ops.decode.sequences import Chunk, Step
+from megatron_dmc.ops.decode.sequences import Chunk, ManyTokens, Step
 from megatron_dmc.ops.decode.torch import step
-from megatron_dmc.ops.decode.triton import step_in
 from megatron_dmc.ops.tokens import Tokens
+from megatron_dmc.serving import kernels
 from megatron_dmc.serving.copies import to_device
 from megatron_dmc.serving.decoding import Decoding, rotation_at
 from megatron_dmc.serving.grants import GrantedBlocks
@@ -92,6 +92,32 @@ class Group:
         return self._call
 
 
+class Chunks:
+    """Requests with any number of new tokens each, as kernels are told of them. Layers share it in a step.
+
+    Attributes:
+        many: what they know of them.
+        place: int64 [requests], the blocks that hold their state.
+    """
+
+    def __init__(self, requests: list[Request], window: int, angles: Tensor, dtype: torch.dtype):
+        """
+        Args:
+            window: local_window.
+            angles: [positions, cos | sin], each head_dim / 2 wide.
+            dtype: of the queries.
+        """
+        position = torch.zeros(max(each.rows.stop for each in requests), dtype=torch.long)
+        for each in requests:
+            position[each.rows.start : each.rows.stop] = torch.arange(each.seen, each.seen + len(each.rows))
+        starts, counts, seen, self.place = (
+            torch.tensor(numbers, dtype=torch.long)
+            for numbers in zip(*((x.rows.start, len(x.rows), x.seen, x.blocks[0]) for x in requests), strict=True)
+        )
+        new, leaving = (rotation_at(each, angles, dtype) for each in (position, position - window))
+        self.many = ManyTokens(seen + counts, starts, counts, *new, *leaving)
+
+
 class WorkerCache:
     """All blocks of this worker as cells [block, layer, head] of [slot, key | value], any of which any head may take.
 
@@ -119,7 +145,8 @@ class WorkerCache:
         self.rows = len(views) * self.heads
         self.blocks = self.words.view(blocks, self.rows, -1)
         self.granted = GrantedBlocks(requests, spec.most_blocks, blocks, self.rows, pool.device)
-        self.memories = {name: self._memory(name) for name in self.index} if spec.by_kernels else {}
+        self.kernels = kernels.of(header, spec.dtype, pool.device.type) if spec.by_kernels else None
+        self.memories = {name: self._memory(name) for name in self.index} if self.kernels else {}
         self.scheduled: list[int] = []
 
     def _memory(self, layer: str) -> Memory:
@@ -134,6 +161,7 @@ class WorkerCache:
             kept=words[..., KEPT],
             sums=reals[..., header.sums] if header.layout.has_sums else None,
             decisions=reals[..., header.decisions] if header.layout.local_window else None,
+            recent=reals[..., header.recent] if header.layout.recent else None,
             grants=self.granted.lists,
         )
 
@@ -150,26 +178,46 @@ class WorkerCache:
         if new:
             # They may hold what was a header, NaN as a number, and 0 * NaN is NaN.
             self.blocks.index_fill_(0, new_blocks, 0)
+        # vLLM's warm-up may have left anything in its null block, which is read with weight 0.
+        self.words[0].zero_()
 
     def reports(self) -> Reports:
         """After a step, of the requests that had tokens in it. Waits for nothing."""
         slots = self.blocks[..., KEPT][self.firsts].sum(1)
         if self.header.layout.absorbs:
             masses = self.blocks[..., self.header.sums.stop - 1][self.firsts].view(torch.float32)
-            slots = slots + (masses > 0).sum(1)
+            # Of a row that has kept nothing, it has not been written.
+            slots = slots + ((masses > 0) & (self.blocks[..., KEPT][self.firsts] > 0)).sum(1)
         lists = self.granted.lists
         numbers = torch.stack([lists.cursor[self.places], slots, lists.overflow[self.places]])
         return Reports(self.scheduled, numbers, self.rows)
 
-    def decode(self, layer: str, step: Decoding, new: NewTokens) -> Tensor:
+    def decode(self, layer: str, step: Decoding, new: NewTokens, out: Tensor) -> None:
         """One token of each request of a batch's beginning, by kernels: nothing is read back, so it can be captured.
 
-        Returns:
-            [requests, heads, head_dim] in the query's dtype; 0 for those that are none.
+        Args:
+            out: [requests, heads, head_dim], to be filled; 0 for those that are none.
         """
         memory = self.memories[layer]._replace(place=step.place)
         tokens = Tokens(*new[1:], step.cos, step.sin)
-        return step_in(memory, new.query, tokens, self.header.layout, step, 1 / math.sqrt(new.query.shape[-1]))
+        assert self.kernels is not None
+        scale = 1 / math.sqrt(new.query.shape[-1])
+        self.kernels.step_in(memory, new.query, tokens, self.header.layout, step, scale, out=out)
+
+    def take_in(self, layer: str, chunks: Chunks, new: NewTokens) -> Tensor:
+        """Any number of tokens of each request, by kernels.
+
+        Args:
+            new: the batch's, of which these are a part.
+
+        Returns:
+            [n, heads, head_dim], 0 for tokens of other requests.
+        """
+        assert self.kernels is not None and self.kernels.take_in is not None
+        memory = self.memories[layer]._replace(place=chunks.place)
+        tokens = Tokens(*new[1:], chunks.many.cos, chunks.many.sin)
+        scale = 1 / math.sqrt(new.query.shape[-1])
+        return self.kernels.take_in(memory, new.query, tokens, self.header.layout, chunks.many, scale)
 
     def attend(self, layer: str, group: Group, new: NewTokens, angles: Tensor) -> Tensor:
         """The next tokens of a group's requests in one layer: takes them in and returns their attention.

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.ops.attention import windowed_dmc_attention
 from megatron_dmc.ops.decisions import hard_merge_logits
-from megatron_dmc.ops.decode import LayerCache, naive
+from megatron_dmc.ops.decode import LayerCache
 from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.state import tensors
 from megatron_dmc.ops.decode.torch import has_wide_products
-from megatron_dmc.ops.rotary import rotate
 from megatron_dmc.ops.states import attention_states
 from megatron_dmc.ops.tokens import Tokens as KeysAndValues
+from tests.support.decoding import KINDS, Kind, by_kind, oracle, rotation, through_cache
 from tests.support.decoding import Stream as Tokens
-from tests.support.decoding import rotation
 from tests.support.oracle import Draw, Shape, draw_attention
 
 
@@ -30,53 +30,6 @@ def make_tokens(shape: Shape, merge: float = 0.6, dtype: torch.dtype = torch.flo
     # Heads merge at different rates, so that their lengths part.
     rate = merge * torch.linspace(0.87, 1.13, shape.kv_heads)
     return Tokens(drawn["query"], drawn["key"], drawn["value"], draw.uniform(*size) < rate, draw.omega(shape).to(dtype))
-
-
-class Kind(NamedTuple):
-    """How tokens are kept: LayerCache's first arguments."""
-
-    local_window: int = 0
-    operation: Any = "merge"
-    window_size: int | None = None
-
-
-KINDS = {
-    "exact": Kind(),
-    "truncated12": Kind(window_size=12),
-    **{f"{operation}-w{w}": Kind(w, operation) for operation in ("merge", "evict", "absorb") for w in (1, 16, 100)},
-    "merge-w5-truncated12": Kind(5, "merge", 12),
-}
-by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-def through_cache(tokens: Tokens, cuts: Sequence[int], cache: LayerCache) -> Tensor:
-    """Feeds the tokens in pieces of the given sizes."""
-    outputs, start = [], 0
-    for size in cuts:
-        part = tokens.cut(start, start + size)
-        positions = (cache.tokens if len(cache.tokens) else torch.zeros(1))[:, None] + torch.arange(size)
-        cos, sin = rotation(positions, tokens.key.shape[-1], tokens.key.dtype)
-        outputs.append(cache.attend(*part, cos, sin))
-        start += size
-    return torch.cat(outputs, dim=1)
-
-
-def oracle(tokens: Tokens, kind: Kind = KINDS["exact"]) -> tuple[Tensor, Tensor]:
-    """Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads], the window's tokens counted."""
-
-    def rotate_at(x: Tensor, position: int) -> Tensor:
-        cos, sin = rotation(torch.tensor([[position]]), x.shape[-1])
-        return rotate(x.view(1, 1, -1, x.shape[-1]), cos, sin).view_as(x)
-
-    batch, _, kv_heads, _ = tokens.key.shape
-    grouped = tokens.query.unflatten(2, (kv_heads, -1))
-    out, counts = torch.empty_like(grouped), torch.empty(batch, kv_heads, dtype=torch.long)
-    for b in range(batch):
-        for h in range(kv_heads):
-            head = (grouped[b, :, h], *(x[b, :, h] for x in tokens[1:]))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())  # type: ignore[call-arg]
-            counts[b, h] = len(slots) + min(tokens.key.shape[1], kind.local_window)
-    return out.flatten(2, 3), counts
 
 
 @functools.cache
@@ -94,26 +47,60 @@ CUTS = {
 }
 
 
+class Form(NamedTuple):
+    """What a cache runs on, in which dtype, and how near it comes to the oracle."""
+
+    backend: str
+    dtype: torch.dtype
+    tolerance: float
+
+    def cast(self, tokens: Tokens) -> Tokens:
+        return Tokens(*(x.to(self.dtype) if x.is_floating_point() else x for x in tokens))
+
+    def assert_close(self, found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=self.tolerance)
+
+
+FORMS = {"torch": Form("torch", torch.float64, 1e-10), "cpp": Form("cpp", torch.float32, 1e-5)}
+of_each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@of_each_form
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @by_kind
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_oracle(shape, kind, cuts):
+def test_equals_oracle(shape, kind, cuts, form):
     tokens, expected, counts = tokens_and_oracle(shape, kind)
-    cache = LayerCache(*kind)
-    out = through_cache(tokens, cuts(shape.seq), cache)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    cache = LayerCache(*kind, backend=form.backend)
+    out = through_cache(form.cast(tokens), cuts(shape.seq), cache)
+    form.assert_close(out, expected)
     assert torch.equal(cache.slots, counts)
 
 
 @by_kind
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 230, 6, 2, 64), Shape(2, 170, 3, 1, 128), Shape(1, 150, 5, 1, 100)], ids=str
+)
+def test_compiled_code_at_larger_sizes(shape, kind):
+    """More than one part of a chunk's queries, of its keys, and of a list; heads for which there is code of its own."""
+    form = FORMS["cpp"]
+    tokens, expected, counts = tokens_and_oracle(shape, kind)
+    cache = LayerCache(*kind, backend="cpp", page_size=8)
+    cuts = [shape.seq - 80, 1, 1, 70, *[1] * 8]
+    form.assert_close(through_cache(form.cast(tokens), cuts, cache), expected)
+    assert torch.equal(cache.slots, counts)
+
+
+@of_each_form
+@by_kind
 @pytest.mark.parametrize("alpha", [False, True], ids=["alpha0", "alpha1"])
-def test_corners(alpha, kind):
+def test_corners(alpha, kind, form):
     tokens = make_tokens(Shape(2, 40, 4, 2, 8))
     tokens = tokens._replace(alpha=torch.full_like(tokens.alpha, alpha))
     expected, counts = oracle(tokens, kind)
     for cuts in ([40], [20, 20], [1] * 40):
-        cache = LayerCache(*kind)
-        torch.testing.assert_close(through_cache(tokens, cuts, cache), expected, rtol=0, atol=1e-10)
+        cache = LayerCache(*kind, backend=form.backend)
+        form.assert_close(through_cache(form.cast(tokens), cuts, cache), expected)
         assert torch.equal(cache.slots, counts)
 
 
@@ -153,16 +140,17 @@ def test_autocast_changes_nothing(kind):
         assert torch.equal(through_cache(tokens, cuts, LayerCache(*kind)), expected)
 
 
+@of_each_form
 @by_kind
-def test_padding_of_ragged_chunks_is_ignored(kind):
+def test_padding_of_ragged_chunks_is_ignored(kind, form):
     """Rows of different lengths, in chunks that hold none, some or all of a row, are what each row is by itself."""
     batch, seq = 3, 24
-    tokens = make_tokens(Shape(batch, 3 * seq, 4, 2, 8), merge=0.85)
+    tokens = form.cast(make_tokens(Shape(batch, 3 * seq, 4, 2, 8), merge=0.85))
     lengths = torch.tensor([[23, 5, 0], [7, 22, 3], [1, 0, 1]])  # of the chunks
     for row, counts in enumerate(lengths.T):  # chunks begin and end with slots that close
         for start in counts.cumsum(0).tolist():
             tokens.alpha[row, start, 0] = False
-    cache = LayerCache(*kind)
+    cache = LayerCache(*kind, backend=form.backend)
     taken = torch.zeros(batch, dtype=torch.long)
     rows = torch.arange(batch)[:, None]
     outputs: list[list[Tensor]] = [[] for _ in range(batch)]
@@ -173,7 +161,7 @@ def test_padding_of_ragged_chunks_is_ignored(kind):
         if length is not None:  # what comes after a row's tokens is padding
             garbage = torch.arange(size) >= length[:, None]
             part.key[garbage], part.value[garbage], part.alpha[garbage] = 1e4, -1e4, False
-        out = cache.attend(*part, *rotation(positions, 8), lengths=length)
+        out = cache.attend(*part, *rotation(positions, 8, form.dtype), lengths=length)
         length = torch.ones_like(taken) if length is None else length
         taken = taken + length
         for b in range(batch):
@@ -181,21 +169,22 @@ def test_padding_of_ragged_chunks_is_ignored(kind):
     assert torch.equal(cache.tokens, taken)
     for b in range(batch):
         expected, counts = oracle(Tokens(*(x[b : b + 1, : taken[b]] for x in tokens)), kind)
-        torch.testing.assert_close(torch.cat(outputs[b])[None], expected, rtol=0, atol=1e-10)
+        form.assert_close(torch.cat(outputs[b])[None], expected)
         assert torch.equal(cache.slots[b : b + 1], counts)
 
 
+@of_each_form
 @by_kind
-def test_select_reorders_repeats_and_drops(kind):
-    tokens = make_tokens(Shape(3, 50, 4, 2, 8))
-    cache = LayerCache(*kind)
+def test_select_reorders_repeats_and_drops(kind, form):
+    tokens = form.cast(make_tokens(Shape(3, 50, 4, 2, 8)))
+    cache = LayerCache(*kind, backend=form.backend)
     through_cache(tokens.cut(0, 30), [20, 10], cache)
     for sequences in ([2, 0, 0, 1], [3, 2, 0]):
         cache.select(torch.tensor(sequences))
         tokens = Tokens(*(x[sequences] for x in tokens))
     out = through_cache(tokens.cut(30, 50), [1] * 5 + [10] + [1] * 5, cache)
     expected, counts = oracle(tokens, kind)
-    torch.testing.assert_close(out, expected[:, 30:], rtol=0, atol=1e-10)
+    form.assert_close(out, expected[:, 30:])
     assert torch.equal(cache.slots, counts)
 
 
@@ -278,7 +267,7 @@ def test_a_step_is_few_operations_on_fixed_tensors(kind, dtype):
     """What a CUDA graph needs: nothing is read back, and no tensor of the cache is another one after a step."""
     tokens = make_tokens(Shape(2, 70, 4, 2, 16), dtype=dtype)
     shared: dict = {}
-    caches = [LayerCache(*kind, shared=shared) for _ in range(2)]
+    caches = [LayerCache(*kind, shared=shared, backend="torch") for _ in range(2)]
     for cache in caches:
         through_cache(tokens.cut(0, 30), [30], cache)
         cache.reserve(40)
@@ -445,7 +434,6 @@ def test_an_empty_cache_can_be_saved():
         lambda state: state["sequences"].update(angles=None),
         lambda state: state["sequences"]["tokens"].fill_(-7),
         lambda state: state["sequences"]["tokens"].fill_(0),
-        lambda state: state["sequences"].update(angles=state["sequences"]["angles"].float()),
         lambda state: state["cells"]["table"].fill_(0),
         lambda state: state["cells"]["table"].copy_(state["cells"]["table"].flip(0)),
         lambda state: state["cells"]["taken"].fill_(0),
@@ -525,6 +513,96 @@ def test_bf16_cuts_agree(kind):
     steps = through_cache(tokens, [60] + [1] * 60, LayerCache(*kind))
     assert whole.dtype == steps.dtype == torch.bfloat16
     torch.testing.assert_close(steps.float(), whole.float(), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    ("part", "change", "line"),
+    [
+        ("query", lambda x: x[:, :, :3], "query must be [2, 4, heads, 8] with a multiple of 2 heads, got [2, 4, 3, 8]"),
+        ("query", lambda x: x[:, 1:], "query must be [2, 4, heads, 8]"),
+        ("query", lambda x: x[..., :4], "query must be [2, 4, heads, 8]"),
+        ("key", lambda x: x[0], "key must be [batch, seq, kv_heads, head_dim], got [4, 2, 8]"),
+        ("value", lambda x: x[..., :4], "value must be [2, 4, 2, 8], got [2, 4, 2, 4]"),
+        ("alpha", lambda x: x[:, :, :1], "alpha must be [2, 4, 2], got [2, 4, 1]"),
+        ("alpha", lambda x: x.byte(), "alpha must be bool in the cache, got torch.uint8"),
+        ("omega", lambda x: x[:1], "omega must be [2, 4, 2], got [1, 4, 2]"),
+        ("cos", lambda x: x[:, 1:], "cos must be [1, 4, 1, 8], got [1, 3, 1, 8]"),
+        ("sin", lambda x: x.squeeze(2), "sin must be [1, 4, 1, 8], got [1, 4, 8]"),
+        ("omega", lambda x: x.to("meta"), "all tensors must be on one device"),
+        (
+            "lengths",
+            lambda _: torch.tensor([4, 5]),
+            "lengths must be within 0 and the 4 tokens of the call, got [4, 5]",
+        ),
+        (
+            "lengths",
+            lambda _: torch.tensor([4, -1]),
+            "lengths must be within 0 and the 4 tokens of the call, got [4, -1]",
+        ),
+        ("lengths", lambda _: torch.tensor([4]), "lengths must be int64 [2], got torch.int64 [1]"),
+        ("lengths", lambda _: torch.tensor([4.0, 3.0]), "lengths must be int64 [2], got torch.float32 [2]"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_together_is_refused_and_changes_nothing(part, change, line, backend):
+    tokens = FORMS["cpp"].cast(make_tokens(Shape(2, 12, 4, 2, 8)))
+    cache = LayerCache(4, backend=backend)
+    through_cache(tokens.cut(0, 8), [8], cache)
+    given = tokens.cut(8, 12)._asdict()
+    given |= dict(zip(("cos", "sin"), rotation(torch.arange(8, 12)[None], 8, torch.float32), strict=True))
+    with pytest.raises(ValueError, match=re.escape(line)):
+        cache.attend(**{**given, "lengths": None, part: change(given.get(part))})
+    expected = through_cache(tokens, [12], LayerCache(4, backend="torch"))[:, 8:]
+    torch.testing.assert_close(cache.attend(**given), expected, rtol=0, atol=1e-5)
+
+
+@of_each_form
+@pytest.mark.parametrize(
+    "lengths",
+    [torch.tensor([3, 3], dtype=torch.int32), torch.tensor([3]).expand(2), torch.tensor([3, 0, 3, 0])[::2]],
+    ids=str,
+)
+def test_lengths_may_lie_in_memory_as_they_like(lengths, form):
+    tokens = form.cast(make_tokens(Shape(2, 12, 4, 2, 8)))
+    expected = through_cache(tokens, [12], LayerCache(4, backend="torch"))
+    cache = LayerCache(4, backend=form.backend)
+    through_cache(tokens.cut(0, 8), [8], cache)
+    at = rotation(torch.arange(8, 12)[None], 8, form.dtype)
+    out = cache.attend(*tokens.cut(8, 12), *at, lengths=lengths)
+    torch.testing.assert_close(out[:, :3], expected[:, 8:11], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[12], [1] * 12], ids=["chunk", "steps"])
+def test_compiled_code_sees_a_tensors_numbers(cuts):
+    """Negated when they are read, strided, of another dtype; the result has the query's."""
+    tokens = FORMS["cpp"].cast(make_tokens(Shape(2, 12, 4, 2, 8)))
+    expected = through_cache(tokens, cuts, LayerCache(4, backend="torch"))
+    swapped = Tokens(*(x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x for x in tokens))
+    given = swapped._replace(key=torch._neg_view(-tokens.key), query=tokens.query.double(), omega=tokens.omega.double())
+    assert given.key.is_neg()
+    out = through_cache(given, cuts, LayerCache(4, backend="cpp"))
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, expected.double(), rtol=0, atol=1e-5)
+
+
+@of_each_form
+def test_a_later_token_weighs_nothing_however_large_it_is(form):
+    tokens = form.cast(make_tokens(Shape(1, 40, 4, 2, 8)))
+    tokens.value[:, 30:] = 1e30
+    cut = through_cache(tokens.cut(0, 30), [30], LayerCache(4, backend=form.backend))
+    whole = through_cache(tokens, [40], LayerCache(4, backend=form.backend))[:, :30]
+    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-5)
+
+
+@by_kind
+def test_rotations_may_be_wider_than_keys(kind):
+    tokens = make_tokens(Shape(2, 60, 4, 2, 8), dtype=torch.bfloat16)
+    cache, other = LayerCache(*kind), LayerCache(*kind)
+    cache.attend(*tokens.cut(0, 40), *rotation(torch.arange(40)[None], 8, torch.float32))
+    other.load_state_dict(cache.state_dict())
+    at = rotation(torch.arange(40, 60)[None], 8, torch.float32)
+    assert torch.equal(other.attend(*tokens.cut(40, 60), *at), cache.attend(*tokens.cut(40, 60), *at))
 
 
 def test_clear_errors():

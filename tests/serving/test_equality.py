@@ -63,6 +63,20 @@ def test_greedy_outputs_are_the_exports_own(export: Callable[..., Served], case:
         assert running.is_as_at_first()
 
 
+@pytest.mark.parametrize("case", ["window-0", "window-16", "absorb", "evict", "window-4-window-size-3", "qwen2-neuron"])
+def test_without_kernels(export: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Where there is no compiler, or they cannot serve a model."""
+    from megatron_dmc.serving import kernels
+
+    monkeypatch.setattr(kernels, "OF_DEVICES", {})
+    family, dmc, config = CASES[case]
+    expected = export(dmc, family, **config)
+    with engine(expected) as running:
+        assert not running.manager.spec.by_kernels
+        assert running.generate(expected.prompts) == expected.outputs
+        assert running.is_as_at_first()
+
+
 @pytest.mark.parametrize(
     ("block_size", "most_tokens", "case"),
     [
@@ -89,12 +103,17 @@ def test_pages_and_chunks_of_any_size(
         assert running.is_as_at_first()
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.08), (torch.float16, 0.01)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "close", "eager"),
+    [(torch.bfloat16, 0.08, True), (torch.bfloat16, 0.08, False), (torch.float16, 0.01, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("source", ["projection", "neuron"])
 def test_half_precision_gives_the_exports_probabilities(
-    tmp_path: Path, source: str, dtype: torch.dtype, close: float
+    tmp_path: Path, source: str, dtype: torch.dtype, close: float, eager: bool
 ) -> None:
-    """With decisions that rounding cannot turn: one head merges every token, the other none."""
+    """With decisions that rounding cannot turn: one head merges every token, the other none. In bfloat16 a decision
+    lies in two channels; compiled, it gets there by torch.compile's own code."""
     model = served_model({"decision_source": source, "local_window": 4}, "qwen2", merge_bias=0.0)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -110,7 +129,8 @@ def test_half_precision_gives_the_exports_probabilities(
     with torch.no_grad():
         logits = model(torch.tensor([prompt]), use_cache=False).logits[0].float()
     expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
-    with engine(Served(tmp_path, [], [], []), dtype=str(dtype).removeprefix("torch.")) as running:
+    options = {"dtype": str(dtype).removeprefix("torch."), "enforce_eager": eager}
+    with engine(Served(tmp_path, [], [], []), **options) as running:
         (out,) = running.outputs([prompt], max_tokens=1, prompt_logprobs=0)
     pairs = zip(prompt[1:], out.prompt_logprobs[1:], strict=True)
     found = torch.tensor([each[token].logprob for token, each in pairs])

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support.engines import asynchronous, engine, params
 from tests.support.served import Served
@@ -25,7 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dmc.serving import kernels
 
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
+    monkeypatch.setitem(kernels.OF_DEVICES, "cpu", kernels.TRITON)
 
 
 @pytest.fixture
@@ -35,9 +34,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     calls, decode = [], WorkerCache.decode
 
-    def counts(self: Any, layer: str, step: Any, new: Any) -> torch.Tensor:
+    def counts(self: Any, layer: str, step: Any, new: Any, out: Any) -> None:
         calls.append(int((step.tokens > 0).sum()))
-        return decode(self, layer, step, new)
+        decode(self, layer, step, new, out)
 
     monkeypatch.setattr(WorkerCache, "decode", counts)
     return calls

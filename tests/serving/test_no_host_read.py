@@ -58,10 +58,11 @@ def moved(x: Any) -> Any:
 
 @pytest.mark.parametrize("operation", ["merge", "evict", "absorb"])
 def test_a_step_of_single_tokens_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
-    from megatron_dmc.serving import reports
+    from megatron_dmc.serving import kernels, reports
     from megatron_dmc.serving.backend import DMCImpl, DMCMetadataBuilder
     from megatron_dmc.serving.decoding import DecodingBuffers
 
+    monkeypatch.setitem(kernels.OF_DEVICES, "cpu", kernels.TRITON)
     launched: list[str] = []
     monkeypatch.setattr(Launch, "run", lambda self: launched.append(self.body.__name__))
     monkeypatch.setattr("megatron_dmc.ops.decode.triton._processors", lambda _: 132)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
         "--kv-cache-dtype cannot be 'bfloat16' for a model with DMC: slots are kept in the model's float32",
     ),
-    "lora": ({"enable_lora": True}, "--enable-lora cannot be True for a model with DMC"),
     "pooling": ({"runner": "pooling"}, "--runner cannot be 'pooling' for a model with DMC"),
     "embedding": ({"convert": "embed"}, "--runner cannot be 'pooling' for a model with DMC"),
-    "quantization": ({"quantization": "fp8"}, "--quantization cannot be 'fp8' for a model with DMC"),
 }
 
 
@@ -75,11 +74,52 @@ def test_what_is_served_is_not_refused(folder: Path) -> None:
     assert config_of(folder, block_size=32).cache_config.block_size == 32
 
 
+@dataclass(frozen=True)
+class Platform:
+    """As vLLM's, of devices that are not here."""
+
+    device_type: str
+    capability: int = 0
+
+    def is_cpu(self) -> bool:
+        return self.device_type == "cpu"
+
+    def is_cuda(self) -> bool:
+        return self.device_type == "cuda"
+
+    def is_cuda_alike(self) -> bool:
+        return self.is_cuda()
+
+    def has_device_capability(self, least: int) -> bool:
+        return self.capability >= least
+
+    def get_device_name(self) -> str:
+        return "a GPU"
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "lines"),
+    [
+        (Platform("cpu"), torch.float32, []),
+        (Platform("cuda", 90), torch.bfloat16, []),
+        (Platform("cuda", 90), torch.float32, ["--dtype cannot be 'float32'"]),
+        (Platform("cuda", 75), torch.float16, ["the device cannot be 'a GPU'"]),
+        (Platform("xpu"), torch.bfloat16, ["the device cannot be 'xpu'"]),
+    ],
+    ids=str,
+)
+def test_devices_that_attention_has_no_kernel_for(platform: Platform, dtype: torch.dtype, lines: list[str]) -> None:
+    from megatron_dmc.serving.config import of_the_device
+
+    found = [str(each) for each in of_the_device(platform, dtype)]
+    assert [a.startswith(b) for a, b in zip(found, lines, strict=True)] == [True] * len(lines)
+
+
 @pytest.fixture
 def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dmc.serving import kernels
 
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
+    monkeypatch.setattr(kernels, "NEEDED", {"cpu"})
 
 
 @pytest.mark.parametrize(("longest", "size"), [(1024, 16), (8000, 32), (100_000, 64), (500_000, 128)])

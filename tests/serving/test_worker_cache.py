@@ -1,4 +1,4 @@
-"""The worker's cache without an engine: kernels and the form for any device take turns on the same headers."""
+"""The worker's cache without an engine: single tokens and chunks take turns on the same headers, in every form."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.decoding import Stream, draw_stream, oracle, rotation
+from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation
 from tests.support.oracle import Shape
 
 HEADS, KV_HEADS, WIDTH, PAGE, BLOCKS, LONGEST = 4, 2, 32, 8, 24, 64
@@ -17,14 +17,32 @@ TURNS = [0, 1, 0, 7, 0, 0, 1, 5, 0, 1, 0, 0, 9, 0]
 SEQ = sum(max(n, 1) for n in TURNS)
 
 
-def make_cache(operation: Any, window: int, dtype: torch.dtype) -> Any:
+# Of single tokens and of chunks.
+FORMS = ["triton-and-torch", "triton", "cpp"]
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def make_cache_of(form: str, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> Any:
+    from megatron_dmc.serving import kernels
+
+    monkeypatch.setitem(kernels.OF_DEVICES, "cpu", kernels.CPP if form == "cpp" else kernels.TRITON)
+    cache = make_cache(kind, torch.float32)
+    if form == "triton-and-torch":
+        monkeypatch.delitem(kernels.OF_DEVICES, "cpu")
+    return cache
+
+
+def make_cache(kind: Kind, dtype: torch.dtype) -> Any:
     """Whatever somebody may have left lies in its blocks: numbers that look right, and NaN. vLLM's null block is zero."""
     from megatron_dmc.serving.header import Header
     from megatron_dmc.serving.spec import DMCSpec
     from megatron_dmc.serving.worker_cache import WorkerCache
 
-    settings = {"local_window": window, "operation": operation, "window_size": None, "decision_source": "projection"}
-    header = Header.of(settings, WIDTH, LONGEST, PAGE)
+    header = Header.of({**kind._asdict(), "decision_source": "projection"}, WIDTH, LONGEST, PAGE)
     assert header.blocks(dtype.itemsize) == 1
     spec = DMCSpec(
         block_size=PAGE,
@@ -32,7 +50,7 @@ def make_cache(operation: Any, window: int, dtype: torch.dtype) -> Any:
         head_size=WIDTH,
         dtype=dtype,
         reserved_slots=header.reserved_slots,
-        local_window=window,
+        local_window=kind.local_window,
         longest=LONGEST,
         by_kernels=True,
     )
@@ -51,7 +69,7 @@ def angles(dtype: torch.dtype) -> Tensor:
 def run(cache: Any, stream: Stream) -> Tensor:
     """Both requests' tokens, in TURNS: [requests, seq, heads, head_dim]."""
     from megatron_dmc.serving.decoding import DecodingBuffers
-    from megatron_dmc.serving.worker_cache import Group, NewTokens, Request
+    from megatron_dmc.serving.worker_cache import Chunks, Group, NewTokens, Request
 
     table, out, start = angles(stream.key.dtype), torch.empty_like(stream.query), 0
     buffers = DecodingBuffers(3, cache.header.layout.local_window, table, stream.key.dtype)
@@ -64,9 +82,16 @@ def run(cache: Any, stream: Stream) -> Tensor:
             # A graph may be filled up with a request of vLLM's null block.
             new = NewTokens(*(torch.cat([x[:, 0], x[:1, 0]]) for x in now))
             step = buffers.filled(torch.tensor([*FIRSTS, 0]), torch.tensor([stop, stop, 1], dtype=torch.int32))
-            found = cache.decode("layer", step, new)
+            found = torch.full_like(new.query, float("nan"))
+            cache.decode("layer", step, new, found)
             assert not found[2].any()
             out[:, start] = found[:2]
+        elif cache.kernels.take_in is not None:
+            spans = [Request(range(i * turn, (i + 1) * turn), each.blocks, start) for i, each in enumerate(requests)]
+            chunks = Chunks(spans, cache.header.layout.local_window, table, stream.key.dtype)
+            out[:, start:stop] = cache.take_in("layer", chunks, NewTokens(*(x.flatten(0, 1) for x in now))).view(
+                2, turn, HEADS, WIDTH
+            )
         elif turn == 1:
             group = Group(slice(0, 2), requests, places)
             out[:, start] = cache.attend("layer", group, NewTokens(*(x[:, 0] for x in now)), table)
@@ -78,23 +103,23 @@ def run(cache: Any, stream: Stream) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"], ids=["chunks-on-any-device", "chunks-as-on-a-gpu"])
-@pytest.mark.parametrize(("operation", "window"), [("merge", 0), ("merge", 4), ("evict", 3), ("absorb", 4)])
-def test_kernels_and_chunks_take_turns(
-    monkeypatch: pytest.MonkeyPatch, device: str, operation: Any, window: int
-) -> None:
-    from megatron_dmc.serving import kernels
-
-    monkeypatch.setattr(kernels, "DEVICES", {device})
+@pytest.mark.parametrize(
+    "kind",
+    [Kind(), Kind(4), Kind(3, "evict"), Kind(4, "absorb"), Kind(4, "merge", 3)],
+    ids=lambda kind: f"{kind.operation}{kind.local_window}-{kind.window_size}",
+)
+def test_single_tokens_and_chunks_take_turns(monkeypatch: pytest.MonkeyPatch, form: str, kind: Kind) -> None:
+    if kind.window_size and form != "cpp":
+        pytest.skip("Triton's kernels know no window_size")
     stream = draw_stream(Shape(2, SEQ, HEADS, KV_HEADS, WIDTH), torch.float32)
-    cache = make_cache(operation, window, torch.float32)
+    cache = make_cache_of(form, monkeypatch, kind)
     before = cache.blocks.clone()
     # By and by, as many as are needed, and one more that is taken back.
     changes = {7: (0, [3, 5, 8, 2]), 9: (0, [4, 11, 12, 13, 14, 15])}
     cache.begin_step(changes, ())
     cache.begin_step({7: (3, [20, 21, 22]), 9: (6, [])}, ())
     out = run(cache, stream)
-    torch.testing.assert_close(out.double(), oracle(stream, window, operation), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.double(), oracle(stream, kind)[0], rtol=0, atol=1e-5)
     mine = [*FIRSTS, 3, 5, 8, 2, 20, 21, 22, 4, 11, 12, 13, 14, 15]
     others = [block for block in range(BLOCKS) if block not in mine and block > 0]
     assert torch.equal(cache.blocks[others], before[others])
@@ -104,19 +129,19 @@ def test_kernels_and_chunks_take_turns(
         pages = (kept + cache.header.layout.base + PAGE - 1) // PAGE
         assert int(cache.granted.lists.cursor[cache.granted.places[first]]) == int(pages.sum())
         assert report.blocks == -(-int(pages.sum()) // KV_HEADS)
-        assert report.slots == int(kept.sum()) + (KV_HEADS if operation == "absorb" else 0)
+        assert report.slots == int(kept.sum()) + (KV_HEADS if kind.operation == "absorb" else 0)
 
 
 @pytest.mark.parametrize("turn", [0, 1, 5], ids=["kernel", "single", "chunk"])
-def test_too_few_blocks_are_reported_and_hurt_nobody(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
+def test_too_few_blocks_are_reported_and_hurt_nobody(monkeypatch: pytest.MonkeyPatch, form: str, turn: int) -> None:
     monkeypatch.setattr(f"{__name__}.TURNS", [turn] * (30 // max(turn, 1)))
     stream = draw_stream(Shape(2, 30, HEADS, KV_HEADS, WIDTH), torch.float32)
     stream.alpha[0] = False
-    cache = make_cache("merge", 4, torch.float32)
+    cache = make_cache_of(form, monkeypatch, Kind(4))
     cache.begin_step({7: (0, [3, 5]), 9: (0, [4, 11, 12, 13])}, ())
     before = cache.blocks.clone()
     out = run(cache, stream)
-    torch.testing.assert_close(out[1].double(), oracle(stream, 4, "merge")[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[1].double(), oracle(stream, Kind(4))[0][1], rtol=0, atol=1e-5)
     others = [block for block in range(BLOCKS) if block not in (0, *FIRSTS, 3, 5, 4, 11, 12, 13)]
     assert torch.equal(cache.blocks[others], before[others])
     reports = cache.reports()
@@ -124,20 +149,30 @@ def test_too_few_blocks_are_reported_and_hurt_nobody(monkeypatch: pytest.MonkeyP
     assert reports[7].blocks == 2
 
 
-def test_a_dummy_run_touches_nothing() -> None:
+def test_a_residual_slot_that_nobody_has_written_is_not_counted(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(f"{__name__}.TURNS", [0, 0])
+    cache = make_cache_of(form, monkeypatch, Kind(4, "absorb"))
+    cache.blocks[list(FIRSTS)] = 0x40E00000  # 7.0
+    cache.begin_step({7: (0, [3]), 9: (0, [4])}, ())
+    run(cache, draw_stream(Shape(2, 2, HEADS, KV_HEADS, WIDTH), torch.float32))
+    assert [report.slots for report in cache.reports().values()] == [0, 0]
+
+
+def test_a_dummy_run_touches_nothing(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """vLLM captures graphs with its null block, and warms up with blocks that nobody was granted."""
     from megatron_dmc.serving.decoding import DecodingBuffers
     from megatron_dmc.serving.worker_cache import NewTokens
 
     stream = draw_stream(Shape(2, 3, HEADS, KV_HEADS, WIDTH), torch.float32)
-    cache = make_cache("absorb", 4, torch.float32)
+    cache = make_cache_of(form, monkeypatch, Kind(4, "absorb"))
     cache.begin_step({7: (0, [3])}, ())
     before, numbers = cache.blocks.clone(), cache.granted.numbers.clone()
     buffers = DecodingBuffers(2, 4, angles(torch.float32), torch.float32)
     new = NewTokens(*(x[:, 0] for x in stream))
-    cache.decode("layer", buffers.filled(torch.tensor([0, 0]), torch.tensor([1, 5], dtype=torch.int32)), new)
+    out = torch.empty_like(new.query)
+    cache.decode("layer", buffers.filled(torch.tensor([0, 0]), torch.tensor([1, 5], dtype=torch.int32)), new, out)
     assert torch.equal(cache.blocks, before) and torch.equal(cache.granted.numbers, numbers)
-    cache.decode("layer", buffers.filled(torch.tensor([1, 2]), torch.tensor([1, 1], dtype=torch.int32)), new)
+    cache.decode("layer", buffers.filled(torch.tensor([1, 2]), torch.tensor([1, 1], dtype=torch.int32)), new, out)
     others = [block for block in range(BLOCKS) if block not in (1, 2)]
     assert torch.equal(cache.blocks[others], before[others])
     assert cache.granted.lists.granted.tolist()[1:] == numbers[BLOCKS:].view(3, -1)[1:, 0].tolist()

@@ -1,12 +1,14 @@
 """Tokens for the compressed cache, and its oracle."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention.types import Operation
-from megatron_dmc.ops.decode import naive
+from megatron_dmc.ops.decode import LayerCache, naive
 from megatron_dmc.ops.rotary import rotate
 from tests.support.oracle import Draw, Shape
 
@@ -45,14 +47,46 @@ def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float6
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def oracle(stream: Stream, local_window: int, operation: Operation, *, clears_last_channel: bool = False) -> Tensor:
-    """naive.decode of every sequence and head in float64: [batch, seq, heads, head_dim].
+class Kind(NamedTuple):
+    """How tokens are kept: LayerCache's first arguments."""
+
+    local_window: int = 0
+    operation: Operation = "merge"
+    window_size: int | None = None
+
+
+KINDS: dict[str, Kind] = {
+    "exact": Kind(),
+    "truncated12": Kind(window_size=12),
+    **{f"{operation}-w{w}": Kind(w, operation) for operation in get_args(Operation) for w in (1, 16, 100)},
+    "merge-w5-truncated12": Kind(5, "merge", 12),
+}
+by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def through_cache(tokens: Stream, cuts: Sequence[int], cache: LayerCache) -> Tensor:
+    """Feeds the tokens in pieces of the given sizes."""
+    outputs, start = [], 0
+    for size in cuts:
+        part = tokens.cut(start, start + size)
+        positions = (cache.tokens if len(cache.tokens) else torch.zeros(1))[:, None] + torch.arange(size)
+        cos, sin = rotation(positions, tokens.key.shape[-1], tokens.key.dtype)
+        outputs.append(cache.attend(*part, cos, sin))
+        start += size
+    return torch.cat(outputs, dim=1)
+
+
+def oracle(stream: Stream, kind: Kind, *, clears_last_channel: bool = False) -> tuple[Tensor, Tensor]:
+    """naive.decode of every sequence and head in float64.
 
     Args:
         clears_last_channel: the last channel of queries has no say in the scores.
+
+    Returns:
+        Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads], the window's tokens counted.
     """
-    kv_heads = stream.key.shape[2]
-    query, key, value, alpha, omega = (x if x.dtype == torch.bool else x.double() for x in stream)
+    batch, seq, kv_heads, _ = stream.key.shape
+    query, *rest = (x if x.dtype == torch.bool else x.double() for x in stream)
     grouped = query.unflatten(2, (kv_heads, -1))
 
     def rotate_at(x: Tensor, position: int) -> Tensor:
@@ -62,9 +96,10 @@ def oracle(stream: Stream, local_window: int, operation: Operation, *, clears_la
             rotated[..., -1] = 0
         return rotated
 
-    out = torch.empty_like(grouped)
-    for b in range(len(key)):
+    out, counts = torch.empty_like(grouped), torch.empty(batch, kv_heads, dtype=torch.long)
+    for b in range(batch):
         for h in range(kv_heads):
-            head = (grouped[b, :, h], key[b, :, h], value[b, :, h], alpha[b, :, h], omega[b, :, h])
-            out[b, :, h], _ = naive.decode(*head, rotate_at, local_window=local_window, operation=operation)
-    return out.flatten(2, 3)
+            head = (grouped[b, :, h], *(x[b, :, h] for x in rest))
+            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())
+            counts[b, h] = len(slots) + min(seq, kind.local_window)
+    return out.flatten(2, 3), counts

@@ -34,7 +34,7 @@ if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # in vLLM's workers, too,
 if os.environ.get("DMC_TEST_KERNELS") == "1":
     from megatron_dmc.serving import kernels
 
-    kernels.DEVICES.add("cpu")
+    kernels.OF_DEVICES["cpu"] = kernels.TRITON
 
 
 def main() -> None:
@@ -56,7 +56,10 @@ def main() -> None:
     outputs = [list(out.outputs[0].token_ids) for out in outputs]
     config = llm.llm_engine.vllm_config
     caches = [getattr(x, "cache", None) for x in config.compilation_config.static_forward_context.values()]
-    seen = {"v2": config.use_v2_model_runner, "kernels": any(cache and cache.memories for cache in caches)}
+    seen = {
+        "v2": config.use_v2_model_runner,
+        "kernels": next((cache.kernels.name for cache in caches if cache and cache.kernels), None),
+    }
     print(json.dumps({"outputs": outputs, "figures": figures, **seen}))
 
 

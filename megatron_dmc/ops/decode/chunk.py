@@ -12,7 +12,7 @@ from megatron_dmc.ops.attention.flash import HIDDEN, flash_forward
 from megatron_dmc.ops.attention.one_key import OneKey, join_one_key
 from megatron_dmc.ops.attention.types import Attended, BiasedKeys, KernelSettings, join
 from megatron_dmc.ops.decisions import hard_merge_logits
-from megatron_dmc.ops.decode import triton
+from megatron_dmc.ops.decode import cpp, triton
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Chunk
 from megatron_dmc.ops.pooling import pool
@@ -32,6 +32,8 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     Returns:
         [batch, seq, heads, head_dim]; what stands beyond a row's length is undefined.
     """
+    if rows.form == "cpp":
+        return cpp.take_in_chunk(query, new, rows, call, softmax_scale)
     rows.settle()
     layout = rows.layout
     settings = KernelSettings(softmax_scale, bias_channel=-1 if layout.clears_last_channel else None)

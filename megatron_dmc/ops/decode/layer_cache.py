@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.attention.types import Operation
 from megatron_dmc.ops.backend import choose
-from megatron_dmc.ops.decode import triton
+from megatron_dmc.ops.decode import cpp, triton
 from megatron_dmc.ops.decode.chunk import take_in_chunk
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.rows import AHEAD, Rows
@@ -22,7 +22,10 @@ from megatron_dmc.ops.tokens import Tokens
 
 # What a call says that finds the traces of another one.
 INTERRUPTED = "a call did not reach all layers, or not their end; the cache is of no use any more: reset it"
-FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "torch": torch_step}
+FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "cpp": cpp.step, "torch": torch_step}
+UNSUPPORTED: dict[str, Callable[..., str | None]] = {"triton": triton.unsupported, "cpp": cpp.unsupported}
+# What "auto" is on devices that have kernels.
+DEVICES = {"cuda": "triton", "cpu": "cpp"}
 
 
 def check_numbers(sequences: Tensor) -> None:
@@ -30,6 +33,30 @@ def check_numbers(sequences: Tensor) -> None:
     if sequences.ndim != 1 or sequences.dtype not in (torch.int64, torch.int32):
         found = f"{sequences.dtype} {list(sequences.shape)}"
         raise ValueError(f"sequences are chosen by their numbers, int64 [new batch], got {found}")
+
+
+def check_tokens(query: Tensor, new: Tokens, lengths: Tensor | None) -> None:
+    """Raises ValueError for what are no tokens of one call; see LayerCache.attend. Compiled code reads what it is told to."""
+    if new.key.ndim != 4:
+        raise ValueError(f"key must be [batch, seq, kv_heads, head_dim], got {list(new.key.shape)}")
+    batch, seq, kv_heads, head_dim = new.key.shape
+    if seq == 0:
+        raise ValueError("the compressed cache takes in at least one token, got none")
+    if query.ndim != 4 or query.shape[:2] != (batch, seq) or query.shape[3] != head_dim or query.shape[2] % kv_heads:
+        raise ValueError(
+            f"query must be [{batch}, {seq}, heads, {head_dim}] with a multiple of {kv_heads} heads, got {list(query.shape)}"
+        )
+    turn = (len(new.cos) if len(new.cos) == 1 else batch, seq, 1, head_dim)
+    shapes = (new.key.shape, new.key.shape, new.key.shape[:3], new.key.shape[:3], turn, turn)
+    for name, x, shape in zip(Tokens._fields, new, shapes, strict=True):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
+        if x.device != new.key.device or query.device != new.key.device:
+            raise ValueError(f"all tensors must be on one device, got {x.device}, {query.device} and {new.key.device}")
+    if new.alpha.dtype != torch.bool:
+        raise ValueError(f"alpha must be bool in the cache, got {new.alpha.dtype}")
+    if lengths is not None and (lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"lengths must be int64 [{batch}], got {lengths.dtype} {list(lengths.shape)}")
 
 
 class LayerCache:
@@ -44,8 +71,8 @@ class LayerCache:
         clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
-        backend: what a single step runs on, and what writes a chunk's slots: "triton", "torch", or "auto", which is Triton
-            on a GPU where it can be.
+        backend: what it runs on: "triton" (single steps, and what a chunk leaves), "cpp" (all, on a CPU), "torch", or "auto":
+            Triton on a GPU and C++ on a CPU where they can be.
         shared: what the caches of a model's layers know together, by device; an empty dict that all of them are given.
             Every one of them must then take in the same tokens. None: this cache stands alone.
     """
@@ -119,13 +146,13 @@ class LayerCache:
             [batch, seq, heads, head_dim] in query's dtype.
 
         Raises:
-            ValueError: the batch, the heads, the dtype or the device are not the cache's, there is no token, gradients are
-                wanted, or an earlier call was interrupted.
+            ValueError: shapes, dtypes or devices do not fit together or are not the cache's, lengths are not within the
+                tokens, there is no token, gradients are wanted, or an earlier call was interrupted.
         """
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, omega)):
             raise ValueError("the compressed cache gives no gradients: use torch.no_grad(), or attend without a cache")
-        if key.shape[1] == 0:
-            raise ValueError("the compressed cache takes in at least one token, got none")
+        new = Tokens(key, value, alpha, omega, cos, sin)
+        check_tokens(query, new, lengths)
         if self.rows is not None and len(key) != self.rows.batch:
             raise ValueError(f"the cache holds {self.rows.batch} sequences, got {len(key)}; reorder or reset it first")
         if self.rows is not None and key.shape[2:] != (self.rows.kv_heads, self.rows.head_dim):
@@ -139,8 +166,8 @@ class LayerCache:
         # Autocast would turn float32 into bf16.
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self._attend(query, Tokens(key, value, alpha, omega, cos, sin), lengths, scale)
-        return self._attend(query, Tokens(key, value, alpha, omega, cos, sin), lengths, scale)
+                return self._attend(query, new, lengths, scale)
+        return self._attend(query, new, lengths, scale)
 
     def _attend(self, query: Tensor, new: Tokens, lengths: Tensor | None, scale: float) -> Tensor:
         if self.rows is None:
@@ -171,16 +198,18 @@ class LayerCache:
             out = FORMS[form](query[:, 0], at_once, rows, call, scale)[:, None].to(query.dtype)
         else:
             assert call is not None
-            out = take_in_chunk(query, new, rows, call, scale)
+            out = take_in_chunk(query, new, rows, call, scale).to(query.dtype)
         self.calls = sequences.calls
         if self.stands_alone:
             sequences.finish()
         return out
 
     def _form(self, key: Tensor) -> str:
-        if self.backend != "auto":
-            return self.backend
-        return "triton" if key.is_cuda and triton.unsupported(self.layout, key) is None else "torch"
+        wanted = DEVICES.get(key.device.type, "torch") if self.backend == "auto" else self.backend
+        reason = UNSUPPORTED[wanted](self.layout, key) if wanted in UNSUPPORTED else None
+        if reason and self.backend != "auto":
+            raise ValueError(f"the cache cannot run on {wanted}: {reason}; leave backend at auto")
+        return "torch" if reason else wanted
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.

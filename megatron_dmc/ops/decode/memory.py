@@ -1,6 +1,6 @@
 """Where a kernel finds the rows of a layer: in this package's own tensors, or in the memory of a serving engine."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,23 @@ class Grants(NamedTuple):
         return strides.pop()
 
 
+class OneToken(Protocol):
+    """What a step must know of the sequences; Step in sequences.py is one once the new token has been counted.
+
+    Attributes:
+        tokens: int64 or int32 [batch], seen, with the new one. A sequence of 0 is none: nothing is read or written for it,
+            and its output is zero.
+        cos, sin: [batch, head_dim] of the new token's position.
+        leaving_cos, leaving_sin: of the position of the token that leaves the ring; without a ring, of the new token's.
+    """
+
+    tokens: Tensor
+    cos: Tensor
+    sin: Tensor
+    leaving_cos: Tensor
+    leaving_sin: Tensor
+
+
 class Memory(NamedTuple):
     """Slots and state of all rows. Any strides will do, if the last dimension is dense.
 
@@ -52,6 +69,7 @@ class Memory(NamedTuple):
         kept: int32 or int64 [places, kv_heads], see Rows; always up to date.
         sums: float32 [places, kv_heads, 2 * head_dim + 1], see Rows; None: the layout has none.
         decisions: float32 [places, kv_heads, local_window], see Rows; None: there is no ring.
+        recent: float32 [places, kv_heads, window_size], see Rows; None: the layout has none.
         place: int32 or int64 [batch]; None: sequence i's is i.
         hidden: bool [slots], see Cells; None: nobody reads it.
         grants: None: every row has all cells that it will need.
@@ -63,6 +81,7 @@ class Memory(NamedTuple):
     kept: Tensor
     sums: Tensor | None = None
     decisions: Tensor | None = None
+    recent: Tensor | None = None
     place: Tensor | None = None
     hidden: Tensor | None = None
     grants: Grants | None = None
@@ -87,5 +106,6 @@ class Memory(NamedTuple):
             kept=rows.kept.unflatten(0, heads),
             sums=None if rows.sums is None else rows.sums.unflatten(0, heads),
             decisions=None if rows.decisions is None else rows.decisions.unflatten(0, heads),
+            recent=None if rows.recent is None else rows.recent.unflatten(0, heads),
             hidden=cells.hidden,
         )

@@ -1,6 +1,7 @@
 """What all layers of a model know together, computed once for all of them: positions, rotations, what a call brings."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +88,25 @@ class Step:
         return torch.cat([matrix[..., :-1], torch.zeros_like(matrix[..., :1])], dim=-1)
 
 
+class ManyTokens(NamedTuple):
+    """What must be known of sequences with any number of new tokens.
+
+    Attributes:
+        tokens: int64 [batch], seen, with the new ones.
+        starts, counts: int64 [batch], each one's first among all new tokens, and how many it has.
+        cos, sin: [n, head_dim] of the new tokens' positions.
+        leaving_cos, leaving_sin: of the positions of the tokens that leave the ring when these come; without one, of theirs.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    counts: Tensor
+    cos: Tensor
+    sin: Tensor
+    leaving_cos: Tensor
+    leaving_sin: Tensor
+
+
 class Chunk:
     """Many tokens at once, together with those that the rings hold: columns [batch, held + new], a row's oldest first.
 
@@ -105,9 +125,12 @@ class Chunk:
     def __init__(self, layout: Layout, tokens: Tensor, lengths: Tensor | None, seq: int):
         self.window, self.seq = layout.local_window, seq
         self.tokens = tokens
-        self.lengths = torch.full_like(tokens, seq) if lengths is None else lengths
+        self.lengths = torch.full_like(tokens, seq) if lengths is None else lengths.to(tokens)
         self.held = tokens.clamp(max=self.window)
-        self.longest, most = torch.stack([self.held.amax(), tokens.amax()]).tolist()
+        of_all = [self.held.amax(), tokens.amax(), self.lengths.amin(), self.lengths.amax()]
+        self.longest, most, least, last = torch.stack(of_all).tolist()
+        if least < 0 or last > seq:
+            raise ValueError(f"lengths must be within 0 and the {seq} tokens of the call, got {self.lengths.tolist()}")
         self.left_before = most > self.window
         self.gap = (self.longest - self.held)[:, None]
 
@@ -140,6 +163,21 @@ class Chunk:
     def leaving(self) -> Tensor:
         """int64 [batch], how many columns leave the ring."""
         return (self.held + self.lengths - self.window).clamp(min=0)
+
+    @cached_property
+    def many(self) -> ManyTokens:
+        """The same for rows that need no columns, the new ones of all sequences one after another."""
+        batch, device = len(self.tokens), self.tokens.device
+        new = self.held[:, None] + torch.arange(self.seq, device=device)
+        columns = self.cos.shape[1]
+        if columns == self.seq:  # those of the ring are not known: nobody asks for the leaving tokens'
+            new = torch.arange(self.seq, device=device).expand(batch, -1)
+        angles = [x[:, :, 0].expand(batch, -1, -1) for x in (self.cos, self.sin)]
+        leaving = (new - self.window).clamp(min=0)
+        turns = [x[self.row, at].flatten(0, 1) for at in (new, leaving) for x in angles]
+        return ManyTokens(
+            self.tokens + self.lengths, self.seq * torch.arange(batch, device=device), self.lengths, *turns
+        )
 
     def arrange(self, before: Tensor, new: Tensor) -> Tensor:
         """[batch, longest, ...] and [batch, seq, ...] -> [batch, columns, ...]"""
@@ -194,13 +232,13 @@ class Sequences:
         if self.tokens is None:
             self.start(cos)
             assert self.tokens is not None
-        self.calls += 1
         if seq == 1 and lengths is None:
             self.call = self._step(cos[:, 0, 0], sin[:, 0, 0])
             self.tokens.add_(1)
         else:
             self.call = self._chunk(cos, sin, lengths)
             self.tokens.add_(self.call.lengths)
+        self.calls += 1
         return self.call
 
     def start(self, cos: Tensor) -> None:

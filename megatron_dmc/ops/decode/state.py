@@ -39,7 +39,12 @@ def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]
         rows = Rows(layout, len(tokens), state["kv_heads"], state["head_dim"], like=slots)
         # A call of no tokens makes the tensors that are to be replaced.
         sequences = Sequences(layout)
-        sequences.start(slots.new_empty(len(tokens), 1, 1, state["head_dim"]))
+        angles = state["sequences"].get("angles", slots)
+        sequences.start(
+            slots.new_empty(
+                len(tokens), 1, 1, state["head_dim"], dtype=angles.dtype if angles.is_floating_point() else None
+            )
+        )
         for name, holder in (("rows", rows), ("cells", rows.cells), ("sequences", sequences)):
             for key, x in tensors(holder).items():
                 new = state[name][key]

@@ -20,14 +20,13 @@ something, of the rest what is kept. ``cells.hidden``, which the form for any de
 
 import functools
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode import triton_kernels
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.decode.memory import Memory
+from megatron_dmc.ops.decode.memory import Memory, OneToken
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.triton_launch import AVAILABLE, Launch, fits, power_of_two
 from megatron_dmc.ops.tokens import Tokens
@@ -44,23 +43,6 @@ LEAST_SHARE = 128
 BLOCK_BYTES = 32 * 1024
 # Tokens that a program of write looks at.
 WRITTEN_BLOCK = 32
-
-
-class OneToken(Protocol):
-    """What a step must know of the sequences; Step in sequences.py is one once the new token has been counted.
-
-    Attributes:
-        tokens: int64 or int32 [batch], seen, with the new one. A sequence of 0 is none: nothing is read or written for it,
-            and its output is zero.
-        cos, sin: [batch, head_dim] of the new token's position.
-        leaving_cos, leaving_sin: of the position of the token that leaves the ring; without a ring, of the new token's.
-    """
-
-    tokens: Tensor
-    cos: Tensor
-    sin: Tensor
-    leaving_cos: Tensor
-    leaving_sin: Tensor
 
 
 def unsupported(layout: Layout, key: Tensor) -> str | None:
@@ -94,10 +76,19 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: OneToken, softmax_scale: 
     return step_in(Memory.of(rows), query, new, rows.layout, call, softmax_scale)
 
 
-def step_in(memory: Memory, query: Tensor, new: Tokens, layout: Layout, call: OneToken, softmax_scale: float) -> Tensor:
-    """:func:`step` for rows that lie anywhere."""
+def step_in(
+    memory: Memory,
+    query: Tensor,
+    new: Tokens,
+    layout: Layout,
+    call: OneToken,
+    softmax_scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`step` for rows that lie anywhere; out: a contiguous tensor that is to be filled."""
     length, advances = advance(memory, new, layout, call)
-    out, attends = attend(memory, query, length, layout, call, softmax_scale)
+    out, attends = attend(memory, query, length, layout, call, softmax_scale, out=out)
     for launch in (advances, *attends):
         launch.run()
     return out
@@ -204,6 +195,7 @@ def attend(
     call: OneToken,
     softmax_scale: float,
     *,
+    out: Tensor | None = None,
     splits: int | None = None,
     least_share: int = LEAST_SHARE,
 ) -> tuple[Tensor, list[Launch]]:
@@ -212,6 +204,7 @@ def attend(
     Args:
         query: [batch, heads, head_dim], before rotary embedding.
         length: int32 [batch * kv_heads], of the lists.
+        out: a contiguous tensor that is to be filled, as what is returned; None: a new one.
         splits: shares of a list at most, a power of two; None: as many as the device can use.
         least_share: slots of a share at least.
 
@@ -226,7 +219,8 @@ def attend(
         capacity = memory.table.shape[-1] * layout.page_size
         splits = splits_for(rows, capacity, _processors(query.device))
     block = block_for(head_dim, memory.slots.element_size())
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     part = weight = None
     if splits > 1:
         part = query.new_empty(rows, splits, group, head_dim, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Decode's Triton kernels: their numbers in Triton's interpreter, on a CPU, and what the compiler makes of them for GPUs."""
+"""Decode's kernels: Triton's, in its interpreter and as compiled for GPUs; and the C++ for CPUs."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_dmc.ops.decode import LayerCache
+from megatron_dmc.ops.decode import LayerCache, cpp
 from megatron_dmc.ops.decode import torch as torch_form
 from megatron_dmc.ops.decode import triton as triton_form
 from megatron_dmc.ops.decode.layout import Layout
@@ -20,11 +20,14 @@ from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.decode.triton_launch import AVAILABLE, CHANGING
 from megatron_dmc.ops.tokens import Tokens
-from tests.support.decoding import Stream, draw_stream, oracle, rotation
+from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation
 from tests.support.oracle import Draw, Shape
 from tests.support.processes import run
 
 needs_triton = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+
+FORMS = {"triton": triton_form, "cpp": cpp}
+of_each_form = pytest.mark.parametrize("form", [pytest.param("triton", marks=needs_triton), "cpp"])
 
 StepForm = Callable[[Tensor, Tokens, Rows, Any, float], Tensor]
 
@@ -130,14 +133,14 @@ CASES = [
 ]
 
 
-@needs_triton
+@of_each_form
 @pytest.mark.parametrize("operation", ["merge", "evict", "absorb"])
-def test_a_cache_runs_on_it(operation):
+def test_a_cache_runs_on_it(operation, form):
     """Chunks, steps, a reordering, and a change of the form in between."""
     case = Case(2, 4, 2, 32, 5, operation)
     stream = draw_stream(Shape(2, 30, 4, 2, 32), torch.float32)
-    cache, outputs, start = LayerCache(5, operation, backend="triton"), [], 0
-    for size, backend in ((7, "triton"), *[(1, "triton")] * 9, (3, "torch"), *[(1, "torch")] * 3, *[(1, "triton")] * 8):
+    cache, outputs, start = LayerCache(5, operation, backend=form), [], 0
+    for size, backend in ((7, form), *[(1, form)] * 9, (3, "torch"), *[(1, "torch")] * 3, *[(1, form)] * 8):
         positions = torch.arange(start, start + size).expand(2, -1)
         cache.backend = backend
         outputs.append(cache.attend(*stream.cut(start, start + size), *rotation(positions, 32, torch.float32)))
@@ -145,19 +148,19 @@ def test_a_cache_runs_on_it(operation):
         if start == 12:
             cache.select(torch.tensor([1, 0]))
             cache.select(torch.tensor([1, 0]))
-    expected = oracle(stream, case.window, operation)
+    expected, _ = oracle(stream, Kind(case.window, operation))
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected.float(), rtol=0, atol=1e-5)
 
 
-@needs_triton
+@of_each_form
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_oracle_and_the_form_for_any_device(case):
+def test_equals_the_oracle_and_the_form_for_any_device(case, form):
     stream = case.stream(torch.float32)
-    out, rows = steps(case, stream, few_shares if case.before else triton_form.step)
+    out, rows = steps(case, stream, few_shares if case.before and form == "triton" else FORMS[form].step)
     expected, expected_rows = steps(case, stream, torch_form.step)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     assert_same_state(rows, expected_rows, 1e-5)
-    truth = oracle(stream, case.window, case.operation, clears_last_channel=case.clears)
+    truth, _ = oracle(stream, Kind(case.window, case.operation), clears_last_channel=case.clears)
     for b, start in enumerate(case.lengths.tolist()):
         torch.testing.assert_close(out[b].double(), truth[b, start : start + case.steps], rtol=0, atol=1e-5)
 
@@ -170,25 +173,26 @@ HALF_CASES = [
 ]
 
 
-@needs_triton
+@of_each_form
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
-def test_half_precision_equals_the_form_for_any_device(case):
-    """In float16, since the interpreter multiplies matrices of bfloat16 wrongly."""
-    stream = case.stream(torch.float16)
-    out, rows = steps(case, stream, few_shares)
+def test_half_precision_equals_the_form_for_any_device(case, form):
+    """Triton in float16, since the interpreter multiplies matrices of bfloat16 wrongly."""
+    dtype, digits = (torch.float16, 1) if form == "triton" else (torch.bfloat16, 8)
+    stream = case.stream(dtype)
+    out, rows = steps(case, stream, few_shares if form == "triton" else cpp.step)
     expected, expected_rows = steps(case, stream, torch_form.step)
-    assert out.dtype == torch.float16
-    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=3e-3)
-    assert_same_state(rows, expected_rows, 2e-3)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=3e-3 * digits)
+    assert_same_state(rows, expected_rows, 2e-3 * digits)
 
 
-@needs_triton
-def test_a_weight_of_zero_keeps_its_decision():
+@of_each_form
+def test_a_weight_of_zero_keeps_its_decision(form):
     """Decisions wait as omega with a sign; zero has one, too."""
     case = Case(1, 2, 2, 32, 3, "evict", steps=9)
     stream = case.stream(torch.float32)
     stream.omega.zero_()
-    out, rows = steps(case, stream, triton_form.step)
+    out, rows = steps(case, stream, FORMS[form].step)
     expected, expected_rows = steps(case, stream, torch_form.step)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     assert_same_state(rows, expected_rows, 1e-6)
@@ -384,7 +388,7 @@ def with_grants_elsewhere(engine: Engine) -> Engine:
     return engine._replace(memory=engine.memory._replace(grants=moved))
 
 
-def engine_steps(case: Case, stream: Stream, engine: Engine, starts: list[int]) -> Tensor:
+def engine_steps(case: Case, stream: Stream, engine: Engine, starts: list[int], form: str) -> Tensor:
     """Outputs [steps, batch, heads, head_dim]; sequence i is there from step starts[i] on."""
     outputs, layout = [], Layout(case.window, case.operation, None, case.clears, case.page_size)
     for now in range(case.steps):
@@ -392,7 +396,7 @@ def engine_steps(case: Case, stream: Stream, engine: Engine, starts: list[int]) 
         part = Stream(*(x[torch.arange(case.batch), (tokens - 1).clamp(min=0)] for x in stream))
         call = make_call(tokens, case.head_dim, stream.key.dtype, case.window)
         new = Tokens(*part[1:], call.cos, call.sin)
-        outputs.append(triton_form.step_in(engine.memory, part.query, new, layout, call, case.head_dim**-0.5))
+        outputs.append(FORMS[form].step_in(engine.memory, part.query, new, layout, call, case.head_dim**-0.5))
     return torch.stack(outputs)
 
 
@@ -411,15 +415,15 @@ ENGINE_CASES = [
 ]
 
 
-@needs_triton
-def test_grants_may_lie_elsewhere():
+@of_each_form
+def test_grants_may_lie_elsewhere(form):
     case = ENGINE_CASES[1]._replace(steps=14)
     stream, outputs, taken = case.stream(torch.float32), [], []
     for elsewhere in (False, True):
         engine = make_engine(case, 14, [5, 1])
         if elsewhere:
             engine = with_grants_elsewhere(engine)
-        outputs.append(engine_steps(case, stream, engine, [0, 3]))
+        outputs.append(engine_steps(case, stream, engine, [0, 3], form))
         grants, at = engine.memory.grants, engine.headers.long()
         at = at if grants.place is None else grants.place[at].long()
         taken.append(
@@ -429,13 +433,13 @@ def test_grants_may_lie_elsewhere():
     assert torch.equal(taken[0][2], taken[1][2])
 
 
-@needs_triton
+@of_each_form
 @pytest.mark.parametrize("case", ENGINE_CASES, ids=str)
-def test_rows_in_an_engines_memory_take_their_cells(case):
+def test_rows_in_an_engines_memory_take_their_cells(case, form):
     stream, starts = case.stream(torch.float32), [0, 3][: case.batch]
     engine = make_engine(case, 14, [5] * case.batch)
     before = engine.words.clone()
-    out = engine_steps(case, stream, engine, starts)
+    out = engine_steps(case, stream, engine, starts, form)
     memory, page_size = engine.memory, case.page_size
     mine = set(engine.headers.tolist())
     for b, header in enumerate(engine.headers.tolist()):
@@ -463,15 +467,15 @@ def test_rows_in_an_engines_memory_take_their_cells(case):
     assert torch.equal(engine.words[others], before[others])
 
 
-@needs_triton
+@of_each_form
 @pytest.mark.parametrize("granted", [[1, 5], [0, 5]], ids=["too-few", "none"])
-def test_a_sequence_without_cells_hurts_nobody(granted):
+def test_a_sequence_without_cells_hurts_nobody(granted, form):
     case = Case(2, 2, 2, 32, 5, "absorb", 8, steps=24)
     stream = case.stream(torch.float32)
     stream.alpha[:, ::2] = False
     engine = make_engine(case, 14, granted)
     before = engine.words.clone()
-    out = engine_steps(case, stream, engine, [0, 0])
+    out = engine_steps(case, stream, engine, [0, 0], form)
     grants, headers = engine.memory.grants, engine.headers.tolist()
     assert grants.overflow[headers].tolist() == [1, 0]
     assert int(grants.cursor[headers[0]]) == granted[0] * CELLS_PER_BLOCK
@@ -486,15 +490,15 @@ def test_a_sequence_without_cells_hurts_nobody(granted):
     assert torch.equal(engine.words[others], before[others])
 
 
-@needs_triton
-def test_a_table_that_is_too_short_overflows():
+@of_each_form
+def test_a_table_that_is_too_short_overflows(form):
     case = Case(1, 1, 1, 32, 0, "merge", 8, steps=20)
     stream = case.stream(torch.float32)
     stream.alpha.zero_()
     engine = make_engine(case, 14, [5])
     memory = engine.memory._replace(table=engine.memory.table[..., :2])
     after = engine.memory.table[5, 0, 2:].clone()
-    out = engine_steps(case, stream, engine._replace(memory=memory), [0])
+    out = engine_steps(case, stream, engine._replace(memory=memory), [0], form)
     expected = alone(case, stream, 0, case.steps)[0]
     torch.testing.assert_close(out[:16, 0], expected[:16], rtol=0, atol=1e-5)
     assert not out.isnan().any()
@@ -638,7 +642,7 @@ SHARED_MEMORY = 99 * 1024
 _COMPILE = """
 import json, sys
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tests.ops import test_decode_triton as cases
+from tests.ops import test_decode_kernels as cases
 from tests.support.kernels import compiled
 
 for name, architecture in json.loads(sys.argv[1]):
