@@ -14,10 +14,9 @@ from torch import Tensor
 from megatron_dmc.ops.decode.cpp_library import StepFields, library
 from megatron_dmc.ops.decode.cpp_source import HELD, TYPES
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.decode.memory import Memory, OneToken
+from megatron_dmc.ops.decode.memory import Memory, OneToken, fits
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Chunk, ManyTokens
-from megatron_dmc.ops.decode.triton_launch import fits
 from megatron_dmc.ops.tokens import Tokens
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -73,7 +72,8 @@ def take_in_chunk(query: Tensor, new: Tokens, rows: Rows, call: Chunk, softmax_s
     kept = torch.empty_like(rows.kept)
     _compiled().megatron_dmc_kept_after(ctypes.byref(told.fields), kept.data_ptr())
     rows.cells.make_room(rows.lengths(kept, call.tokens + call.lengths))
-    return take_in(Memory.of(rows), query, flat, rows.layout, call.many, softmax_scale).unflatten(0, (batch, seq))
+    told.point_to(Memory.of(rows))
+    return told.run(_compiled().megatron_dmc_take_in).unflatten(0, (batch, seq))
 
 
 @torch.compiler.disable
@@ -110,15 +110,9 @@ class Told:
         self.given = {"query": query, "key": new.key, "value": new.value, "omega": new.omega}
         self.given |= {name: getattr(call, name) for name in ("cos", "sin", "leaving_cos", "leaving_sin")}
         self.given = {name: _as_known(fits(x)) for name, x in self.given.items()}
-        self.given |= {"tokens": call.tokens, "kept": memory.kept}
-        if memory.place is not None:
-            self.given["place"] = memory.place
+        self.given["tokens"] = call.tokens
         fields = self.fields = StepFields(
-            slots=memory.slots.data_ptr(),
-            hidden=_address(memory.hidden),
             out=self.out.data_ptr(),
-            cells=memory.cells,
-            pages=memory.table.shape[-1],
             page=layout.page_size,
             batch=len(call.tokens),
             kv_heads=memory.kv_heads,
@@ -135,15 +129,24 @@ class Told:
             scale=softmax_scale * math.log2(math.e),
         )
         for name, x in self.given.items():
-            self._give(name, x)
-            setattr(fields, f"{name}_type", _CODES[x.dtype])
+            self._give_typed(name, x)
         self._give("alpha", new.alpha)
-        for name in HELD:
-            if (held := getattr(memory, name)) is not None:
-                self._give(name, held)
+        self.point_to(memory)
         if isinstance(call, ManyTokens):
             self.spans = call.starts.contiguous(), call.counts.contiguous()
             fields.starts, fields.counts = (x.data_ptr() for x in self.spans)
+
+    def point_to(self, memory: Memory) -> None:
+        """Where the rows lie; they may have moved when room was made."""
+        fields, self.memory = self.fields, memory
+        fields.slots, fields.hidden = memory.slots.data_ptr(), _address(memory.hidden)
+        fields.cells, fields.pages = memory.cells, memory.table.shape[-1]
+        self._give_typed("kept", memory.kept)
+        if memory.place is not None:
+            self._give_typed("place", memory.place)
+        for name in HELD:
+            if (held := getattr(memory, name)) is not None:
+                self._give(name, held)
         if (grants := memory.grants) is not None:
             fields.granted_place = _address(grants.place)
             fields.granted, fields.granted_count = grants.blocks.data_ptr(), grants.granted.data_ptr()
@@ -154,6 +157,10 @@ class Told:
     def run(self, function: Any) -> Tensor:
         function(ctypes.byref(self.fields))
         return self.out
+
+    def _give_typed(self, name: str, x: Tensor) -> None:
+        self._give(name, x)
+        setattr(self.fields, f"{name}_type", _CODES[x.dtype])
 
     def _give(self, name: str, x: Tensor) -> None:
         """Its address, and the strides of its sequences, or tokens, and heads."""

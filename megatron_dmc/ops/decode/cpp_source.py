@@ -137,7 +137,7 @@ inline lanes power(lanes x) {
 }
 inline float power(float x) { return power(lanes{} + x)[0]; }
 
-// x [d] turned by the angles of cos and sin [d]; negative = true: turned back.
+// x [d] turned by the angles of cos and sin [d].
 inline void turn(float* x, const float* cos, const float* sin, int64_t d) {
   const int64_t half = d / 2;
   for (int64_t i = 0; i < half; ++i) {

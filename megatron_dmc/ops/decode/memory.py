@@ -109,3 +109,8 @@ class Memory(NamedTuple):
             recent=None if rows.recent is None else rows.recent.unflatten(0, heads),
             hidden=cells.hidden,
         )
+
+
+def fits(x: Tensor) -> Tensor:
+    """x, copied if its last dimension is not dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from megatron_dmc.ops.decode import triton_kernels
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.decode.memory import Memory, OneToken
+from megatron_dmc.ops.decode.memory import Memory, OneToken, fits
 from megatron_dmc.ops.decode.rows import Rows
-from megatron_dmc.ops.decode.triton_launch import AVAILABLE, Launch, fits, power_of_two
+from megatron_dmc.ops.decode.triton_launch import AVAILABLE, Launch, power_of_two
 from megatron_dmc.ops.tokens import Tokens
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -63,8 +63,3 @@ def kernel(body: Callable[..., None]) -> Any:
 def power_of_two(n: int, least: int = 1) -> int:
     """The first power of two that is not below n and least."""
     return max(least, 1 << (n - 1).bit_length())
-
-
-def fits(x: Tensor) -> Tensor:
-    """x, copied if its last dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
