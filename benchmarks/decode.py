@@ -1,4 +1,5 @@
-"""A decoding step of a whole model with the compressed cache against the plain model's, and the bytes both caches hold.
+"""A decoding step of a whole model with the compressed cache against the plain model's, and the bytes both caches hold; or
+the time and the peak memory of a prompt.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --prefill
@@ -9,6 +10,7 @@ trained model (``skewed``: half of them near 1.5, a few above 20, the mean as as
 """
 
 import argparse
+import sys
 from typing import Any
 
 import common
@@ -31,6 +33,7 @@ SIZES = {
     "tie_word_embeddings": True,
 }
 HEAD_DIM = 64
+PEAKS = ("plain", "compressed")
 
 
 def appending_rates(ratio: float, heads: int, skewed: bool) -> Tensor:
@@ -122,7 +125,7 @@ def measure(batch: int, seq: int, options: argparse.Namespace) -> dict[str, Any]
 def prefill(seq: int, options: argparse.Namespace) -> dict[str, Any]:
     """A prompt through both models, the plain one with its cache and without any."""
     plain, compressed = models(options)
-    prompt = torch.randint(SIZES["vocab_size"], (1, seq), generator=torch.Generator().manual_seed(1))
+    prompt = random_prompt(seq)
     seconds = common.interleaved_seconds(
         {
             "plain": lambda: plain(prompt, use_cache=True, logits_to_keep=1),
@@ -132,12 +135,26 @@ def prefill(seq: int, options: argparse.Namespace) -> dict[str, Any]:
         options.rounds,
         options.clock,
     )
+    peaks = {form: int(common.in_own_process(__file__, [*sys.argv[1:], "--peak", form])) for form in PEAKS}
     return {
         "prompt": seq,
         "plain ms": common.median_ms(seconds["plain"]),
         "time over plain": common.ratio_to("plain", seconds)["compressed"],
         "time over plain without a cache": common.ratio_to("without a cache", seconds)["compressed"],
+        "plain peak MiB": peaks["plain"] / 2**20,
+        "peak over plain": peaks["compressed"] / peaks["plain"],
     }
+
+
+def random_prompt(seq: int) -> Tensor:
+    return torch.randint(SIZES["vocab_size"], (1, seq), generator=torch.Generator().manual_seed(1))
+
+
+def peak_bytes(form: str, seq: int, options: argparse.Namespace) -> int:
+    """By which one prompt lets this process grow at most, the cache that is left included."""
+    model = dict(zip(PEAKS, models(options), strict=True))[form]
+    model(random_prompt(seq)[:, :64], use_cache=True, logits_to_keep=1)  # what is allocated or compiled once
+    return common.peak_growth(lambda: model(random_prompt(seq), use_cache=True, logits_to_keep=1))
 
 
 def main() -> None:
@@ -149,10 +166,14 @@ def main() -> None:
     parser.add_argument("--operation", default="merge")
     parser.add_argument("--local-window", type=int, default=16)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
     common.add_timing_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.no_grad():
+        if options.peak:
+            print(peak_bytes(options.peak, 2048, options))
+            return
         if options.prefill:
             rows = [prefill(2048, options)]
         else:

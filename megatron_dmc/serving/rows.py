@@ -3,23 +3,22 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.cells import Cells, Pages
+from megatron_dmc.ops.decode.ahead import Ahead, Pages
+from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.memory import Grants
 from megatron_dmc.ops.decode.rows import Rows
-from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.serving import kernels
 from megatron_dmc.serving.header import KEPT, Header
 
 
 class EngineCells(Cells):
-    """Cells of vLLM's blocks. What is hidden follows from the rows' lengths and is not kept.
+    """Cells of vLLM's blocks.
 
     Granted blocks hold zeros at first: a slot that nobody has written has weight 0, and 0 * NaN is NaN.
     """
 
     # vLLM's null block, which no request has.
     nowhere = 0
-    hidden = None  # type: ignore[assignment]
 
     def __init__(self, slots: Tensor, table: Tensor, taken: Tensor, page_size: int, grants: Grants, places: Tensor):
         """slots: of all blocks, [slots, 2 * head_dim]; table: the rows' page tables, where they are to be kept; places: of the
@@ -28,9 +27,6 @@ class EngineCells(Cells):
         self.grants, self.requests = grants, places
         self.used = len(slots) // page_size
         self._cut()
-
-    def write(self, slot: Tensor, content: Tensor, *, visible: bool = True) -> None:
-        self.slots.index_copy_(0, slot, content.to(self.slots.dtype))
 
     def dense(self) -> Tensor:
         return self.slots.unflatten(0, (-1, self.page_size))[self.table].flatten(1, 2)
@@ -52,9 +48,6 @@ class EngineCells(Cells):
         block, cell = number // grants.cells_per_block, number % grants.cells_per_block
         block = grants.blocks[at[request], block.clamp(max=grants.blocks.shape[1] - 1)]
         return torch.where(number < limit[request], block * grants.cells_per_block + cell, 0)
-
-    def _given_to(self, row: Tensor) -> None:
-        pass
 
     def _cut(self) -> None:
         """Only the pages that some row has are looked at. Where others have fewer, kernels leave what was there before."""
@@ -80,6 +73,7 @@ class EngineRows(Rows):
         chosen = kernels.of(header, slots.dtype, slots.device.type)
         self.form = "torch" if chosen is None else chosen.name
         self.batch, self.kv_heads = words.shape[:2]
+        self._appends = torch.empty(words.shape[:2], dtype=torch.bool, device=words.device)
         self.words = words.flatten(0, 1)
         reals = self.words.view(torch.float32)
         self.kept = self.words[:, KEPT].long()
@@ -98,27 +92,31 @@ class EngineRows(Rows):
         size = self.layout.page_size
         taken = (self.lengths(self.kept, seen) + size - 1) // size
         self.cells = EngineCells(slots, self.words[:, header.table], taken, size, grants, places)
-        self.column = self.kept.new_zeros(len(self.kept), self.layout.written_at_once)
-        self.ahead = self.kept.new_zeros(len(self.kept), 0)
+        self.ahead = None
         self.steps = 0
 
-    def open_pages(self, appends: Tensor, call: Step) -> None:
-        self.cells.make_room(self.lengths(self.kept + appends.flatten(), self.seen + 1))
-        self.look_ahead(1)
+    @property
+    def appends(self) -> Tensor:
+        return self._appends
 
-    def pages(self, call: Step) -> Pages:
+    def open_pages(self) -> Ahead:
+        appends = self.appends.flatten()
+        self.cells.make_room(self.lengths(self.kept + appends, self.seen + 1))
+        self.ahead = Ahead(self.layout, self.cells, self.kept, self.seen.repeat_interleave(self.kv_heads), 1)
+        self.ahead.moves[:, 0] = appends
+        return self.ahead
+
+    def pages(self, target: Tensor) -> Pages:
         """A copy: the pages of these rows lie among all others'."""
         cells, size = self.cells, self.layout.page_size
-        width = cells.table.shape[1]
-        number = torch.arange(width, device=self.kept.device)
-        row, number = (number < cells.taken[:, None]).nonzero(as_tuple=True)
-        # Faster by far than indexing: a page is copied as a whole.
-        content = cells.slots.view(-1, size * cells.slots.shape[1]).index_select(0, cells.table[row, number])
-        index = number[:, None] * size + torch.arange(size, device=number.device)
-        hidden = index >= self.lengths(self.count.flatten(), self.seen + 1)[row][:, None]
-        if self.recent is not None:
-            hidden |= (index >= self.layout.local_window) & (index < self.layout.base)
-        return Pages(content.view(len(row), size, -1), hidden, row.int(), row * width + number, width)
+        row, number, cell = cells.named()
+        # Faster by far than indexing: a page is copied as a whole. After them the null block's.
+        cell, owner = (torch.cat([x, x.new_zeros(1)]) for x in (cell, row))
+        content = cells.slots.view(-1, size * cells.slots.shape[1]).index_select(0, cell).view(len(cell), size, -1)
+        content[-1] = 0
+        bias = self.bias_of(row, number, self.count.flatten(), self.seen + 1)
+        bias = torch.cat([bias, bias.new_full((1, size), float("-inf"))])
+        return Pages.of(content, bias, owner, row * cells.table.shape[1] + number, cells.table)
 
     def finished(self) -> Tensor:
         """The words as they are after the call, [requests, kv_heads, words]."""

@@ -275,18 +275,14 @@ def test_a_step_is_few_operations_on_fixed_tensors(kind, dtype):
     for at in range(30, 70):
         names = one_step(caches, tokens, at).names
         assert not {"_local_scalar_dense", "nonzero", "item", "is_nonzero"} & set(names)
-        # The authors' truncated mean reads its tokens again.
-        most = 40 if kind.window_size else 34 if kind.operation == "absorb" else 30
-        # Low precision converts what enters the sums, what is written, keys, values and queries, and the result.
-        most += (8 if kind.window_size else 6) * (dtype == torch.bfloat16)
+        # In low precision the authors' truncated mean converts the tokens that it reads again.
+        most = 36 if kind.window_size and dtype == torch.bfloat16 else 30
         assert len(names) <= most, names
     assert before == {name: (x.data_ptr(), x.shape) for name, x in everything(caches[1])}
 
 
 def everything(cache: LayerCache) -> list[tuple[str, Tensor]]:
-    assert cache.rows is not None and cache.sequences is not None
-    holders = cache.rows, cache.rows.cells, cache.sequences
-    return [(f"{type(holder).__name__}.{name}", x) for holder in holders for name, x in tensors(holder).items()]
+    return [(f"{type(holder).__name__}.{name}", x) for holder in cache.holders() for name, x in tensors(holder).items()]
 
 
 @by_kind
@@ -419,8 +415,6 @@ def test_an_empty_cache_can_be_saved():
         lambda state: state["cells"].pop("table"),
         lambda state: state["cells"]["table"].add_(1000),
         lambda state: state["cells"]["table"].sub_(1),
-        lambda state: state["cells"]["owner"].add_(2),
-        lambda state: state["cells"]["place"].add_(100),
         lambda state: state["cells"]["taken"].add_(50),
         lambda state: state["rows"]["kept"].add_(5000),
         lambda state: state["rows"].update(kept=state["rows"]["kept"][:1]),
@@ -437,12 +431,10 @@ def test_an_empty_cache_can_be_saved():
         lambda state: state["cells"]["table"].fill_(0),
         lambda state: state["cells"]["table"].copy_(state["cells"]["table"].flip(0)),
         lambda state: state["cells"]["taken"].fill_(0),
-        lambda state: state["cells"]["owner"].fill_(0),
-        lambda state: state["cells"].update(hidden=state["cells"]["hidden"].to_sparse()),
+        lambda state: state["cells"].update(taken=state["cells"]["taken"].to_sparse()),
         lambda state: state["rows"]["kept"].fill_(0),
         lambda state: state["rows"].update(sums=state["rows"]["sums"][:, :3]),
         lambda state: state["rows"].update(decisions=state["rows"]["decisions"][:, :0]),
-        lambda state: state["rows"].update(column=state["rows"]["column"][:, :1]),
     ],
 )
 def test_a_damaged_state_is_refused(damage):

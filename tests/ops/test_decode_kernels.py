@@ -60,9 +60,10 @@ class Case(NamedTuple):
         return draw_stream(Shape(self.batch, seq, self.heads, self.kv_heads, self.head_dim), dtype)
 
 
-def begun(case: Case, stream: Stream) -> LayerCache:
+def begun(case: Case, stream: Stream, backend: str) -> LayerCache:
     """A cache after the tokens before the steps, with room for these."""
-    cache = LayerCache(case.window, case.operation, clears_last_channel=case.clears, page_size=case.page_size)
+    clears, page = case.clears, case.page_size
+    cache = LayerCache(case.window, case.operation, clears_last_channel=clears, page_size=page, backend=backend)
     seq = max(int(case.lengths.max()), 1)
     cos, sin = rotation(torch.arange(seq)[None], case.head_dim, stream.key.dtype)
     cache.attend(*stream.cut(0, seq), cos, sin, lengths=case.lengths)
@@ -83,7 +84,7 @@ def at_once(case: Case, stream: Stream, cache: LayerCache) -> tuple[Tensor, Toke
 
 def steps(case: Case, stream: Stream, form: StepForm) -> tuple[Tensor, Rows]:
     """Outputs [batch, steps, heads, head_dim] and what is left."""
-    cache, outputs = begun(case, stream), []
+    cache, outputs = begun(case, stream, "torch" if form is torch_form.step else "auto"), []
     assert cache.rows is not None
     for _ in range(case.steps):
         query, new, call = at_once(case, stream, cache)
@@ -108,8 +109,7 @@ def assert_same_state(found: Rows, expected: Rows, tolerance: float) -> None:
 
     assert torch.equal(found.kept.view_as(expected.count), expected.count)
     assert torch.equal(found.cells.table, expected.cells.table)
-    assert torch.equal(found.cells.hidden[:-1], expected.cells.hidden[:-1])
-    close(found.cells.slots[:-1], expected.cells.slots[:-1])
+    close(found.cells.first(found.cells.used), expected.cells.first(expected.cells.used))
     for name in ("sums", "decisions"):
         if (x := getattr(expected, name)) is not None:
             close(getattr(found, name), x)
@@ -520,15 +520,13 @@ def test_writing_what_a_chunk_leaves(window, page_size, head_dim, dtype):
     # Keys as a part of something wider, and values whose heads and tokens have changed places.
     key = draw.normal(batch, seq, kv_heads, 2 * head_dim).to(dtype)[..., head_dim:]
     value = draw.normal(batch, kv_heads, seq, head_dim).to(dtype).transpose(1, 2)
-    expected, hidden = rows.cells.slots.clone(), rows.cells.hidden.clone()
+    expected = rows.cells.slots.clone()
     for b, t, h in chosen.nonzero().tolist():
         place = torch.tensor([[layout.base + int(ordinal[b, t, h])]]).expand(batch * kv_heads, 1)
         slot = rows.cells.places(place)[b * kv_heads + h]
         expected[slot] = torch.cat([key[b, t, h], value[b, t, h]])
-        hidden[slot] = False
     triton_form.write(rows, chosen, ordinal, key, value)
     assert torch.equal(rows.cells.slots, expected)
-    assert torch.equal(rows.cells.hidden, hidden)
 
 
 def test_shares_follow_the_device_and_the_batch():
@@ -556,7 +554,6 @@ def fake_launches(case: Case, dtype: torch.dtype, *, grants: bool = False, split
         sums=empty(*heads, 2 * d + 1) if layout.has_sums else None,
         decisions=empty(*heads, case.window) if case.window else None,
         place=empty(case.batch, dtype=i32) if grants else None,
-        hidden=None if grants else empty(cells * case.page_size, dtype=torch.bool),
         grants=Grants(empty(case.batch, 9, dtype=i32), *numbers, cells_per_block=16, place=empty(case.batch, dtype=i32))
         if grants
         else None,

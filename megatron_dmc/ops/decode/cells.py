@@ -1,28 +1,7 @@
 """The memory of a layer's cache: one pool of cells, each a page of one row. Memory follows the sum of the rows' lengths."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Pages(NamedTuple):
-    """Pages as one step reads them, in any order.
-
-    Attributes:
-        content: [pages, page_size, 2 * head_dim], keys and values side by side.
-        hidden: bool [pages, page_size], slots that attention does not see.
-        owner: int32 [pages], each page's row.
-        place: int64 [pages], where in its row each stands: row * width + number.
-        width: more than any number.
-    """
-
-    content: Tensor
-    hidden: Tensor
-    owner: Tensor
-    place: Tensor
-    width: int
-
 
 # The pool grows by a 64th at least: a balance of unused memory and copies.
 GROWTH = 64
@@ -35,11 +14,8 @@ class Cells:
 
     Attributes:
         slots: [cells * page_size + 1, 2 * head_dim], keys and values side by side. The last one takes what nobody reads.
-        hidden: bool, a slot each: attention does not see it.
         table: int32 [rows, most pages of a row], cells; only the first ``taken`` of a row count.
         taken: int64 [rows], pages.
-        owner: int32 [cells in use], the row.
-        place: int64 [cells in use], where the table names the cell, counted through all rows.
         used: cells in use: the first ones.
     """
 
@@ -48,29 +24,28 @@ class Cells:
         self.page_size = page_size
         self.used = 0
         self.slots = like.new_zeros(1, 2 * head_dim)
-        self.hidden = torch.ones(1, dtype=torch.bool, device=like.device)
         self.table = torch.zeros(rows, 0, dtype=torch.int32, device=like.device)
         self.taken = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.owner = torch.zeros(0, dtype=torch.int32, device=like.device)
-        self.place = torch.zeros(0, dtype=torch.long, device=like.device)
 
     @property
     def nowhere(self) -> int:
         """The slot that takes what nobody reads."""
         return len(self.slots) - 1
 
-    def pages(self) -> Pages:
-        """All that are in use, as they lie in memory."""
-        content, hidden = (
-            x[: self.used * self.page_size].unflatten(0, (-1, self.page_size)) for x in (self.slots, self.hidden)
-        )
-        return Pages(content, hidden, self.owner, self.place, self.table.shape[1])
+    def first(self, cells: int) -> Tensor:
+        """The content of that many, used or not: [cells, page_size, 2 * head_dim]."""
+        self._grow(cells)
+        return self.slots[: cells * self.page_size].unflatten(0, (-1, self.page_size))
 
-    def write(self, slot: Tensor, content: Tensor, *, visible: bool = True) -> None:
-        """content [n, 2 * head_dim] in any dtype becomes that of slots [n], which attention sees from now on."""
+    def named(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all that are in use, row by row: the row, the number of its page, and the cell, each int64 [used]."""
+        number = torch.arange(self.table.shape[1], device=self.taken.device)
+        row, number = (number < self.taken[:, None]).nonzero(as_tuple=True)
+        return row, number, self.table[row, number].long()
+
+    def write(self, slot: Tensor, content: Tensor) -> None:
+        """content [n, 2 * head_dim] in any dtype becomes that of slots [n]."""
         self.slots.index_copy_(0, slot, content.to(self.slots.dtype))
-        if visible:
-            self.hidden.index_fill_(0, slot, False)
 
     def make_room(self, length: Tensor) -> None:
         """Gives every row the cells for a list of ``length`` slots, int64 [rows]. Waits for the device."""
@@ -89,18 +64,12 @@ class Cells:
         rank = torch.arange(total, device=row.device)
         self.table[row, self.taken[row] + rank - (end - fresh)[row]] = cell.int()
         self.taken = self.taken + fresh
-        self._given_to(row)
 
     def _take(self, fresh: Tensor, total: int) -> Tensor:
         """The next cells, one row's after another's: fresh [rows] of them, ``total`` in all."""
         before, self.used = self.used, self.used + total
-        self._grow()
+        self._grow(self.used)
         return torch.arange(before, self.used, device=fresh.device)
-
-    def _given_to(self, row: Tensor) -> None:
-        """The cells that were taken last are these rows'."""
-        self.owner = torch.cat([self.owner, row.int()])
-        self._find_places()
 
     def places(self, index: Tensor) -> Tensor:
         """Slots of the places ``index`` of the rows' lists, int64 [rows, n]; nowhere, where a row has no cell."""
@@ -124,30 +93,17 @@ class Cells:
         rank = torch.arange(used, device=row.device)
         page = rank - (end - taken)[owner]
         cell = self.table[row[owner], page]
-        pages, hidden = (x[cell] for x in self.pages()[:2])
-        self.slots = torch.cat([pages.flatten(0, 1), self.slots[-1:]])
-        self.hidden = torch.cat([hidden.flatten(), self.hidden[-1:]])
+        self.slots = torch.cat([self.first(self.used)[cell].flatten(0, 1), self.slots[-1:]])
         self.table = self.table.new_zeros(len(row), most)
         self.table[owner, page] = rank.int()
-        self.owner, self.taken, self.used = owner.int(), taken, used
-        self._find_places()
+        self.taken, self.used = taken, used
 
-    def _grow(self) -> None:
-        needed, capacity = self.used * self.page_size, len(self.slots) - 1
+    def _grow(self, cells: int) -> None:
+        needed, capacity = cells * self.page_size, len(self.slots) - 1
         if needed <= capacity:
             return
         extra = max(needed, capacity + capacity // GROWTH // self.page_size * self.page_size) - capacity
         # Zeros, not uninitialized memory: a slot that nobody has written has weight 0, and 0 * NaN is NaN.
         self.slots = torch.cat([self.slots, self.slots.new_zeros(extra, self.slots.shape[1])])
-        self.hidden = torch.cat([self.hidden, torch.ones_like(self.hidden[:1]).expand(extra)])
         # What was the last slot may hold anything.
         self.slots[capacity] = 0
-        self.hidden[capacity] = True
-
-    def _find_places(self) -> None:
-        width = self.table.shape[1]
-        page = torch.arange(width, device=self.table.device)
-        exists = page < self.taken[:, None]
-        where = torch.arange(exists.numel(), device=page.device).view_as(exists)
-        self.place = torch.empty(self.used, dtype=torch.long, device=page.device)
-        self.place[self.table[exists].long()] = where[exists]

@@ -91,7 +91,6 @@ def _write_ring(both: Tokens, rows: Rows, call: Chunk) -> None:
     exists = (place < (call.tokens + call.lengths)[:, None]).repeat_interleave(rows.kv_heads, dim=0)
     decided, key, value = (take(x, call.latest).transpose(1, 2).flatten(0, 1) for x in (decided, both.key, both.value))
     rows.decisions.copy_(decided.masked_fill(~exists, 0))
-    # Where there is none yet, any token lies, hidden.
     slot = rows.cells.places(place.expand(len(exists), -1))
     slot = torch.where(exists, slot, rows.cells.nowhere)
     rows.cells.write(slot.flatten(), torch.cat([key, value], dim=-1).flatten(0, 1))
@@ -131,7 +130,7 @@ def _merge(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: Kernel
     _write(rows, last, ordinal, key, value)
     if recent is not None:
         slot = rows.cells.places(rows.layout.local_window + recent[0])
-        rows.cells.write(slot.flatten(), recent[1].flatten(0, 1), visible=False)
+        rows.cells.write(slot.flatten(), recent[1].flatten(0, 1))
     return attended
 
 

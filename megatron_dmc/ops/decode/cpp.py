@@ -139,7 +139,7 @@ class Told:
     def point_to(self, memory: Memory) -> None:
         """Where the rows lie; they may have moved when room was made."""
         fields, self.memory = self.fields, memory
-        fields.slots, fields.hidden = memory.slots.data_ptr(), _address(memory.hidden)
+        fields.slots = memory.slots.data_ptr()
         fields.cells, fields.pages = memory.cells, memory.table.shape[-1]
         self._give_typed("kept", memory.kept)
         if memory.place is not None:

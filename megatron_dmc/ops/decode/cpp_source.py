@@ -26,7 +26,7 @@ GIVEN = (
 # Of which sequences that have many new tokens are told, int64: each one's first among all new tokens, and how many it has.
 SPANS = ("starts", "counts")
 HELD = ("table", "sums", "decisions", "recent")
-ADDRESSES = ("slots", "hidden", "out", "granted_place", "granted", "granted_count", "cursor", "overflow")
+ADDRESSES = ("slots", "out", "granted_place", "granted", "granted_count", "cursor", "overflow")
 NUMBERS = (
     *("cells", "pages", "page", "batch", "kv_heads", "group"),
     *("head_dim", "window", "base", "window_size", "merges", "absorbs"),
@@ -182,13 +182,12 @@ inline int64_t slot_at(const Step& s, const Row& r, int64_t place) {
 }
 
 template <typename T>
-void write(const Step& s, int64_t slot, const float* key, const float* value, bool visible) {
+void write(const Step& s, int64_t slot, const float* key, const float* value) {
   if (slot < 0) return;
   const int64_t d = s.head_dim;
   T* to = reinterpret_cast<T*>(s.slots) + slot * 2 * d;
   for (int64_t i = 0; i < d; ++i) narrow(key[i], to + i);
   for (int64_t i = 0; i < d; ++i) narrow(value[i], to + d + i);
-  if (visible && s.hidden) s.hidden[slot] = 0;
 }
 
 template <typename T>
@@ -236,7 +235,7 @@ void mean_of_recent(const Step& s, const Row& r, int64_t left, bool appends, flo
   float* omega = held(s.recent, s.recent_sequence, s.recent_head, r);
   if (appends) std::fill_n(omega, size, 0.0f);
   omega[place] = weight;
-  write<T>(s, slot_at(s, r, s.window + place), entering, entering + d, false);
+  write<T>(s, slot_at(s, r, s.window + place), entering, entering + d);
   float total = 0, both[2 * MOST];
   std::fill_n(mean, 2 * d, 0.0f);
   for (int64_t i = 0; i < size; ++i) {
@@ -317,9 +316,9 @@ void advance(const Step& s, const Row& r, int64_t number, int64_t tokens, Taken&
     // The slot as attention sees it, rotated at its last token's position; written again at every token.
     turn(mean, cos, sin, d);
     if (s.clears_last) mean[d - 1] = 0;
-    write<T>(s, slot_at(s, r, s.base + count_after - 1), mean, mean + d, true);
+    write<T>(s, slot_at(s, r, s.base + count_after - 1), mean, mean + d);
   } else if (leaves) {
-    if (appends) write<T>(s, slot_at(s, r, s.base + count_after - 1), entering, entering + d, true);
+    if (appends) write<T>(s, slot_at(s, r, s.base + count_after - 1), entering, entering + d);
     if (s.absorbs) {
       float* sums = held(s.sums, s.sums_sequence, s.sums_head, r);
       if (count == 0) std::fill_n(sums, 2 * d + 1, 0.0f);
@@ -329,14 +328,14 @@ void advance(const Step& s, const Row& r, int64_t number, int64_t tokens, Taken&
       }
       taken.mass = sums[2 * d];
       for (int64_t i = 0; i < 2 * d; ++i) taken.seen[i] = sums[i] / std::max(taken.mass, LEAST_MASS);
-      write<T>(s, slot_at(s, r, s.window), taken.seen, taken.seen + d, true);
+      write<T>(s, slot_at(s, r, s.window), taken.seen, taken.seen + d);
     }
   }
   if (s.window) {
     read(s.cos, s.cos_type, number * s.cos_sequence, d, cos);
     read(s.sin, s.sin_type, number * s.sin_sequence, d, sin);
     turn(both, cos, sin, d);
-    write<T>(s, ring_slot, both, both + d, true);
+    write<T>(s, ring_slot, both, both + d);
   }
 }
 

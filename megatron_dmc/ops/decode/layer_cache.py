@@ -253,8 +253,14 @@ class LayerCache:
         alone."""
         if self.rows is None or self.sequences is None:
             return 0
-        holders = [self.rows, self.rows.cells] + ([self.sequences] if self.stands_alone else [])
-        return bytes_of(*holders)
+        return bytes_of(*self.holders()[: None if self.stands_alone else -1])
+
+    def holders(self) -> list[Any]:
+        """Whose attributes its tensors are; what layers share comes last."""
+        rows = self.rows
+        assert rows is not None
+        ahead = [] if rows.ahead is None else [rows.ahead, rows.ahead.pages]
+        return [rows, rows.cells, *ahead, self.sequences]
 
     def to(self, device: torch.device | str) -> "LayerCache":
         """Moves everything to a device, what layers share with the first of them, and returns itself."""
@@ -316,6 +322,7 @@ class LayerCache:
         """Nothing can be written to tensors of the inference mode outside it: they are copied."""
         if torch.is_inference_mode_enabled() or self.rows is None:
             return
-        for holder in (self.rows, self.rows.cells, self.sequences):
-            if any(x.is_inference() for x in tensors(holder).values()):
+        if any(x.is_inference() for holder in self.holders() for x in tensors(holder).values()):
+            self.rows.settle()
+            for holder in self.holders():
                 change_tensors(holder, Tensor.clone)

@@ -71,7 +71,6 @@ class Memory(NamedTuple):
         decisions: float32 [places, kv_heads, local_window], see Rows; None: there is no ring.
         recent: float32 [places, kv_heads, window_size], see Rows; None: the layout has none.
         place: int32 or int64 [batch]; None: sequence i's is i.
-        hidden: bool [slots], see Cells; None: nobody reads it.
         grants: None: every row has all cells that it will need.
     """
 
@@ -83,7 +82,6 @@ class Memory(NamedTuple):
     decisions: Tensor | None = None
     recent: Tensor | None = None
     place: Tensor | None = None
-    hidden: Tensor | None = None
     grants: Grants | None = None
 
     @property
@@ -107,7 +105,6 @@ class Memory(NamedTuple):
             sums=None if rows.sums is None else rows.sums.unflatten(0, heads),
             decisions=None if rows.decisions is None else rows.decisions.unflatten(0, heads),
             recent=None if rows.recent is None else rows.recent.unflatten(0, heads),
-            hidden=cells.hidden,
         )
 
 

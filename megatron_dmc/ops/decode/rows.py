@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.cells import Cells, Pages
+from megatron_dmc.ops.decode.ahead import Ahead, Pages
+from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.pooling import PoolState
 from megatron_dmc.ops.residual import ResidualState
 
@@ -24,9 +24,7 @@ class Rows:
         decisions: [rows, local_window], of the ring's tokens: omega, and its sign is negative where alpha is 0. Zero where
             there is none: it merges with weight 0, which changes nothing.
         recent: [rows, window_size], omega of the open slot's last tokens, 0 of others.
-        ahead: int64 [rows, base + 1 + n], slots of the ring, the reserved ones, the last one kept and the n after it; n is how
-            many steps room was made for, AHEAD or what was reserved. [rows, 0] where room must be made first.
-        column: int64 [rows, slots that a step writes], which of ``ahead``: the last one kept; in the ring; a reserved one.
+        ahead: what steps by torch's operations need beside it; None where room must be made first, and in other forms.
         steps: tokens that every row can take in before more room must be made.
         form: what steps run on.
     """
@@ -47,14 +45,13 @@ class Rows:
             self.decisions = like.new_zeros(rows, layout.local_window, dtype=wide)
         if layout.recent:
             self.recent = like.new_zeros(rows, layout.recent, dtype=wide)
-        self.column = torch.zeros(rows, layout.written_at_once, dtype=torch.long, device=like.device)
-        self.ahead = torch.zeros(rows, 0, dtype=torch.long, device=like.device)
+        self.ahead: Ahead | None = None
         self.steps = 0
 
     def settle(self) -> None:
         """Brings ``kept`` up to date. Room must be made before the next step."""
         self.kept = self.count.flatten()
-        self.ahead = self.ahead[:, :0].clone()
+        self.ahead = None
         self.steps = 0
 
     def make_room(self, tokens: Tensor, steps: int) -> None:
@@ -63,34 +60,68 @@ class Rows:
         window = self.layout.local_window
         kept = self.kept + (tokens + steps - window).clamp(0, steps).repeat_interleave(self.kv_heads)
         self.cells.make_room(self.lengths(kept, tokens + steps))
-        self.look_ahead(steps)
         self.steps = steps
+        if self.form == "torch":
+            self.look_ahead(tokens, steps)
 
-    def look_ahead(self, steps: int) -> None:
-        """Finds the slots that the next steps may write to."""
-        base = self.layout.base
-        ahead = torch.arange(base + 1 + steps, device=self.kept.device).expand(len(self.kept), -1)
-        # Of a row that has kept nothing yet, there is no last one.
-        kept = torch.where((ahead > base) | (self.kept > 0)[:, None], self.kept[:, None] + ahead - 1, -1)
-        self.ahead = self.cells.places(torch.where(ahead < base, ahead, kept))
-        self.column[:, 0] = base
-        if self.layout.absorbs:
-            self.column[:, -1] = self.layout.local_window
+    def look_ahead(self, tokens: Tensor, steps: int) -> None:
+        """Finds what the next steps need, after ``tokens`` [batch]."""
+        cells = self.cells
+        content = cells.first(cells.used + 1)
+        row, number, cell = cells.named()
+        self.ahead = Ahead(self.layout, cells, self.kept, tokens.repeat_interleave(self.kv_heads), steps)
+        self.ahead.slot_bias = content.new_full((len(cells.slots),), float("-inf"), dtype=self.ahead.bias.dtype)
+        bias = self.ahead.slot_bias[: len(content) * cells.page_size].unflatten(0, (-1, cells.page_size))
+        bias[cell] = self.bias_of(row, number, self.kept, tokens)
+        owner = row.new_zeros(len(content))
+        owner[cell] = row
+        place = torch.empty_like(cell)
+        place[cell] = row * cells.table.shape[1] + number
+        self.ahead.pages = Pages.of(content, bias, owner, place, cells.table)
+
+    def bias_of(self, row: Tensor, number: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:
+        """What attention adds to the scores of pages' slots, see Pages: [pages, page_size].
+
+        Args:
+            row, number: int64 [pages].
+            kept: of all rows, [rows]; tokens: that were seen, [batch].
+        """
+        layout = self.layout
+        index = number[:, None] * layout.page_size + torch.arange(layout.page_size, device=row.device)
+        hidden = index >= self.lengths(kept, tokens)[row][:, None]
+        if layout.recent:
+            hidden |= (index >= layout.local_window) & (index < layout.base)
+        wide = torch.promote_types(self.cells.slots.dtype, torch.float32)
+        bias = torch.zeros_like(index, dtype=wide).masked_fill_(hidden, float("-inf"))
+        if layout.absorbs:
+            log_mass = self.residual_state.mass.flatten().log()[row]
+            bias += log_mass[:, None].where(index == layout.local_window, 0)
+        return bias
 
     @property
     def count(self) -> Tensor:
         """``kept`` of this moment, int64 [batch, kv_heads]."""
         kept = self.kept
-        if self.ahead.shape[1]:
-            kept = kept + self.column[:, 0] - self.layout.base
+        if self.ahead is not None:
+            kept = kept + self.ahead.column[:, 0] - 1
         return kept.unflatten(0, (self.batch, self.kv_heads))
 
-    def open_pages(self, appends: Tensor, call: Step) -> None:
-        """Before a step's token takes its place: appends, bool [batch, kv_heads]. Every row has its cells already."""
+    @property
+    def appends(self) -> Tensor:
+        """Where a step writes which rows its token opens a slot of: bool [batch, kv_heads]."""
+        assert self.ahead is not None
+        return self.ahead.moves.unflatten(0, (self.batch, self.kv_heads))[..., 0]
 
-    def pages(self, call: Step) -> Pages:
-        """What a step's queries see."""
-        return self.cells.pages()
+    def open_pages(self) -> Ahead:
+        """Once ``appends`` is known, where the step's token goes. Every row has its cells already."""
+        assert self.ahead is not None
+        return self.ahead
+
+    def pages(self, target: Tensor) -> Pages:
+        """What a step's queries see after it has written to the slots ``target``, int64 [n]."""
+        assert self.ahead is not None
+        self.ahead.slot_bias.index_copy_(0, target, self.ahead.bias.flatten())
+        return self.ahead.pages
 
     def lengths(self, kept: Tensor, seen: Tensor) -> Tensor:
         """Of the rows' lists, if ``seen`` tokens were and ``kept`` [rows] slots are, int64 [rows]; seen: [batch]."""
@@ -119,7 +150,7 @@ class Rows:
         heads = torch.arange(self.kv_heads, device=sequences.device)
         row = (sequences[:, None] * self.kv_heads + heads).flatten()
         self.cells.select(row)
-        for name in ("kept", "sums", "decisions", "recent", "column", "ahead"):
+        for name in ("kept", "sums", "decisions", "recent"):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, held[row])
         self.batch = len(sequences)

@@ -33,16 +33,23 @@ class Step:
             self.recent = ((tokens - layout.local_window) % layout.recent)[:, None]
         self.cos, self.sin = new
         self.leaving_cos, self.leaving_sin = leaving
+        self._zeros: Tensor | None = None
 
     @cached_property
     def sign(self) -> Tensor:
-        """The sign of a decision to merge, float [batch, 1]: a sequence's first token has nothing to merge into."""
-        return torch.where(self.first, -1.0, 1.0)
+        """The sign of a decision to merge, [batch, 1], float32 or wider: a first token has nothing to merge into."""
+        return torch.where(self.first, self.appends, -self.appends)
 
     @cached_property
     def appends(self) -> Tensor:
-        """The sign of the other decision."""
-        return self.cos.new_full((), -1.0, dtype=torch.float32)
+        """The sign of the other decision, []. float32 or wider."""
+        return self.cos.new_full((), -1.0, dtype=torch.promote_types(self.cos.dtype, torch.float32))
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Of a layer's output, float32 or wider: one tensor for all layers, which none of them changes."""
+        if self._zeros is None or self._zeros.shape != like.shape:
+            self._zeros = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        return self._zeros
 
     @cached_property
     def one(self) -> Tensor:

@@ -55,7 +55,7 @@ def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]
                     raise ValueError(f"{name}.{key} is {new.dtype} {list(new.shape)} on {new.device}")
                 # Whoever saved it goes on writing to its own, and so does another that is restored from the same state.
                 setattr(holder, key, new.detach().clone(memory_format=torch.contiguous_format))
-        rows.cells.used = len(rows.cells.owner)
+        rows.cells.used = int(rows.cells.taken.sum())
         _check(rows, sequences)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"this is no saved cache, or a damaged one ({error!r}); save it again") from None
@@ -69,27 +69,20 @@ def _check(rows: Rows, sequences: Sequences) -> None:
     width = cells.table.shape[1]
     bounds = {
         "slots": cells.slots.shape[1] == 2 * rows.head_dim and len(cells.slots) > cells.used * cells.page_size,
-        "hidden": len(cells.hidden) == len(cells.slots),
         "tokens": _within(sequences.tokens, 2**62),
         "taken": len(cells.taken) == count and _within(cells.taken, width + 1),
         "table": len(cells.table) == count and _within(cells.table, max(cells.used, 1)),
         "kept": _within(rows.kept, cells.page_size * width + 1),
     }
     _refuse(bounds)
-    row, page = (torch.arange(width, device=cells.taken.device) < cells.taken[:, None]).nonzero(as_tuple=True)
-    owner, place = torch.full_like(cells.owner, -1), torch.full_like(cells.place, -1)
-    cell = cells.table[row, page].long()
-    if len(cell) == cells.used == len(cells.place):
-        owner[cell], place[cell] = row.int(), row * width + page
+    cell = cells.named()[2]
     assert sequences.tokens is not None
     left = (sequences.tokens - rows.layout.local_window).clamp(min=0).repeat_interleave(rows.kv_heads)
     fit = (rows.kept <= left) & ((rows.kept > 0) == (left > 0))
     fit &= rows.lengths(rows.kept, sequences.tokens) <= cells.taken * cells.page_size
     _refuse(
         {
-            "table": len(cell) == cells.used and bool((owner >= 0).all()),
-            "owner": torch.equal(owner, cells.owner),
-            "place": torch.equal(place, cells.place),
+            "table": torch.equal(cell.sort().values, torch.arange(cells.used, device=cell.device)),
             "kept": bool(fit.all()),
         }
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.cells import Pages
+from megatron_dmc.ops.decode.ahead import Ahead, Pages
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.residual.torch import LEAST_MASS
@@ -20,93 +20,96 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: Step, softmax_scale: floa
     Returns:
         [batch, heads, head_dim], float32 or wider.
     """
-    take_in(new, rows, call)
+    target = take_in(new, rows, call)
     grouped = torch.bmm(query, call.query_rotation).unflatten(1, (rows.kv_heads, -1)).flatten(0, 1)
-    log_mass = rows.residual_state.mass.flatten().log() if rows.layout.absorbs else None
-    out = attend(grouped, rows.pages(call), softmax_scale, reserved=(rows.layout.local_window, log_mass))
-    return out.view_as(query)
+    return attend(grouped, rows.pages(target), softmax_scale, call.zeros(grouped)).view_as(query)
 
 
-def take_in(new: Tokens, rows: Rows, call: Step) -> None:
+def take_in(new: Tokens, rows: Rows, call: Step) -> Tensor:
     """The token that leaves the ring, or the new one where there is no ring, takes effect; arguments as step's.
 
     Its slot is written as attention sees it: rotated. An open slot is thus written again at every token that it takes.
+
+    Returns:
+        The slots that are written, int64 [n].
     """
     layout, slots, d = rows.layout, rows.cells.slots, rows.head_dim
     heads = (rows.batch, rows.kv_heads)
     one = call.one.expand(*heads, 1)
-    column = rows.column.unflatten(0, heads)
     if layout.local_window:
         assert rows.decisions is not None
         decisions, place = rows.decisions.unflatten(0, heads), call.place[..., None].expand(*heads, 1)
-        decided = torch.copysign(new.omega.to(decisions.dtype), torch.where(new.alpha, call.sign, call.appends))
+        decided = torch.copysign(new.omega, torch.where(new.alpha, call.sign, call.appends)).to(decisions.dtype)
         leaving = decisions.gather(-1, place)[..., 0]
         decisions.scatter_(-1, place, decided[..., None])
-        appends, weight = leaving.signbit(), leaving.abs()
-        column[..., 1].copy_(call.place)
+        appends = torch.signbit(leaving, out=rows.appends)
+        # With absorb, what is kept adds nothing.
+        weight = leaving.clamp(min=0) if layout.absorbs else leaving.abs()
     else:
-        appends = call.first >= new.alpha
+        appends = torch.ge(call.first, new.alpha, out=rows.appends)
         weight = new.omega.to(torch.promote_types(new.key.dtype, torch.float32))
-    if rows.recent is not None:
-        column[..., -1].copy_(call.recent + layout.local_window)
-    rows.open_pages(appends, call)
-    column[..., 0].add_(appends)
-    target = rows.ahead.gather(1, rows.column).unflatten(0, heads)
+    ahead = rows.open_pages()
+    column = ahead.column.add_(ahead.moves)
+    # A token that is neither kept nor merged is written nowhere.
+    target = ahead.slots.gather(1, column if layout.merges else column * ahead.moves).unflatten(0, heads)
     if layout.local_window:
-        old = slots.index_select(0, target[..., 1].flatten()).unflatten(0, heads).to(weight.dtype)
-        entering = torch.baddbmm(call.unit, old, call.entrance) if layout.merges else old
+        entering = slots.index_select(0, target[..., 1].flatten()).unflatten(0, heads)
+        if rows.recent is not None:
+            entering = torch.bmm(entering.to(weight.dtype), call.entrance[..., :-1])
+        elif layout.merges:
+            entering = torch.baddbmm(call.unit, entering.to(weight.dtype), call.entrance)
         ring = [torch.bmm(new.key, call.key_rotation), new.value]
     else:
-        entering, ring = torch.cat([new.key, new.value, one], dim=-1), []
+        entering, ring = torch.cat([new.key, new.value, *([] if rows.recent is not None else [one])], dim=-1), []
 
-    if not layout.merges:
-        # A token that is not kept is written nowhere.
-        target[..., 0].masked_fill_(~appends, rows.cells.nowhere)
     if rows.recent is not None:
-        means = _mean_of_recent(entering, weight, appends, rows, target[..., -1])
+        means = _mean_of_recent(entering, weight, appends, rows, (ahead, target, call))
     elif rows.sums is not None:
         sums = rows.sums.unflatten(0, heads)
         if layout.merges:
             sums.masked_fill_(appends[..., None], 0)
-        else:
-            weight = weight.masked_fill_(appends, 0)
-            entering = torch.cat([entering, one], dim=-1)
-        sums.addcmul_(entering, weight[..., None])
+        sums.addcmul_(entering if layout.merges else torch.cat([entering, one], dim=-1), weight[..., None])
         total = sums[..., -1:] if layout.merges else sums[..., -1:].clamp(min=LEAST_MASS)
         means = sums[..., :-1] / total
+        if layout.absorbs:
+            torch.log(sums[..., -1], out=ahead.bias.unflatten(0, heads)[..., -1])
     if layout.merges:
         written = [torch.bmm(means[..., :d], call.mean_rotation), means[..., d:], *ring]
-        target = target[..., : 1 + bool(ring)]
+        # Once more, so that what is written is one tensor.
+        written += [entering] if rows.recent is not None else []
     else:
-        written = [entering[..., : 2 * d], *ring, *([means] if layout.absorbs else [])]
-    rows.cells.write(target.flatten(), torch.cat(written, dim=-1).view(-1, 2 * d))
+        written = [entering, *ring, *([means] if layout.absorbs else [])]
+    torch.cat(written, dim=-1, out=ahead.content.view(*heads, -1))
+    rows.cells.write(target.flatten(), ahead.content.flatten(0, 1))
+    return target.flatten()
 
 
-def _mean_of_recent(entering: Tensor, weight: Tensor, appends: Tensor, rows: Rows, target: Tensor) -> Tensor:
+def _mean_of_recent(
+    entering: Tensor, weight: Tensor, appends: Tensor, rows: Rows, at: tuple[Ahead, Tensor, Step]
+) -> Tensor:
     """The open slot's mean over its last window_size tokens, [batch, kv_heads, 2 * head_dim].
 
     Args:
-        entering: [batch, kv_heads, 2 * head_dim + 1], the token, not rotated.
-        target: its slot, [batch, kv_heads].
+        entering: [batch, kv_heads, 2 * head_dim], the token, not rotated.
     """
     assert rows.recent is not None
-    slots, window = rows.cells.slots, rows.layout.local_window
-    reserved = slice(window, rows.layout.base)
-    rows.cells.write(target.flatten(), entering[..., :-1].flatten(0, 1), visible=False)
-    rows.recent.masked_fill_(appends.reshape(-1, 1), 0)
-    rows.recent.scatter_(1, rows.column[:, -1:] - window, weight.reshape(-1, 1))
-    tokens = slots.index_select(0, rows.ahead[:, reserved].flatten()).view(len(rows.kept), -1, 2 * rows.head_dim)
-    total = rows.recent.sum(1, keepdim=True).clamp_(min=LEAST_MASS)
-    mean = torch.bmm(rows.recent[:, None], tokens.to(weight.dtype))[:, 0] / total
-    return mean.view(*appends.shape, -1)
+    ahead, target, call = at
+    rows.cells.write(target[..., -1].flatten(), entering.flatten(0, 1))
+    recent = rows.recent.unflatten(0, appends.shape)
+    # What is no longer of the slot weighs nothing beside what is, and the sum is not zero.
+    recent.masked_fill_(appends[..., None], LEAST_MASS)
+    recent.scatter_(-1, call.recent[..., None].expand(*appends.shape, 1), weight[..., None])
+    tokens = rows.cells.slots.index_select(0, ahead.reserved).view(*rows.recent.shape, -1)
+    mean = torch.bmm(rows.recent[:, None], tokens.to(weight.dtype)).view_as(entering)
+    return mean / recent.sum(-1, keepdim=True)
 
 
-def attend(query: Tensor, pages: Pages, softmax_scale: float, *, reserved: tuple[int, Tensor | None]) -> Tensor:
+def attend(query: Tensor, pages: Pages, softmax_scale: float, zeros: Tensor) -> Tensor:
     """One query per head over its row's slots; the pages are read in the order in which they lie in memory.
 
     Args:
         query: [rows, group, head_dim], rotated.
-        reserved: a place in the rows' lists, and a bias of its slot, [rows] (None: none has one).
+        zeros: like query, float32 or wider.
 
     Returns:
         [rows, group, head_dim], float32 or wider.
@@ -115,17 +118,12 @@ def attend(query: Tensor, pages: Pages, softmax_scale: float, *, reserved: tuple
     query = query.index_select(0, pages.owner)
     if content.dtype in (torch.bfloat16, torch.float16) and not has_wide_products(content.device):
         content, query = content.float(), query.float()
-    scores = _products(content[..., :d], query.mT, softmax_scale)  # [pages, page_size, group]
-    scores.masked_fill_(pages.hidden[..., None], float("-inf"))
+    scores = _scores(content[..., :d], query.mT, softmax_scale, pages.bias[..., None])  # [pages + 1, page_size, group]
     # The scores of a row side by side. They are small beside keys and values, also where rows differ in length.
-    lists = scores.new_full((rows * pages.width, *scores.shape[1:]), float("-inf"))
-    lists = lists.index_copy_(0, pages.place, scores).view(rows, -1, group)
-    place, bias = reserved
-    if bias is not None and place < lists.shape[1]:
-        lists[:, place].add_(bias[:, None])
-    weights = lists.softmax(1).view(-1, *scores.shape[1:]).index_select(0, pages.place)
-    parts = _products(weights.mT.to(content.dtype), content[..., d:])
-    return parts.new_zeros(rows, group, d).index_add_(0, pages.owner, parts)
+    weights = scores.index_select(0, pages.page).view(rows, -1, group).softmax(1)
+    weights = weights.view(-1, *scores.shape[1:]).index_select(0, pages.place)
+    parts = _products(weights.mT.to(content.dtype), content[:-1, :, d:])
+    return zeros.index_add(0, pages.owner[:-1], parts)
 
 
 def has_wide_products(device: torch.device) -> bool:
@@ -133,11 +131,15 @@ def has_wide_products(device: torch.device) -> bool:
     return device.type == "cuda" and "dtype" in torch.ops.aten.bmm.overloads()
 
 
-def _products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale a @ b of matrices in float32 or wider. Scores rounded to bf16 would be off by much more than the keys are."""
+def _scores(keys: Tensor, query: Tensor, scale: float, bias: Tensor) -> Tensor:
+    """scale keys @ query + bias, in float32 or wider."""
+    if keys.dtype == bias.dtype:
+        return torch.baddbmm(bias, keys, query, alpha=scale)
+    return _products(keys, query).mul_(scale).add_(bias)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices in float32 or wider. Scores rounded to bf16 would be off by much more than the keys are."""
     if a.dtype in (torch.bfloat16, torch.float16):
-        products = torch.bmm(a, b, out_dtype=torch.float32)
-        return products if scale == 1.0 else products.mul_(scale)
-    if scale == 1.0:
-        return torch.bmm(a, b)
-    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)

@@ -15,7 +15,7 @@ in a CUDA graph. How its kernels are made (numbers are sizes and counts; no time
 - *join*: the shares by their log-sum-exps, a program per query head. Lists that fit into one share need none.
 
 Visibility follows from the counts: of the ring what has been written, of the reserved places the residual slot if it holds
-something, of the rest what is kept. ``cells.hidden``, which the form for any device reads, is written here and not read.
+something, of the rest what is kept.
 """
 
 import functools
@@ -64,7 +64,7 @@ def unsupported(layout: Layout, key: Tensor) -> str | None:
 def step(query: Tensor, new: Tokens, rows: Rows, call: OneToken, softmax_scale: float) -> Tensor:
     """Takes one token of every sequence into its rows, and lets its query see them.
 
-    ``rows.kept`` is brought up to date. ``rows.ahead`` and ``rows.column`` are not read.
+    ``rows.kept`` is brought up to date. ``rows.ahead`` is not read.
 
     Args:
         query: [batch, heads, head_dim], before rotary embedding.
@@ -121,7 +121,6 @@ def write_in(memory: Memory, layout: Layout, chosen: Tensor, ordinal: Tensor, ke
         **_placed(memory, layout),
         **_strides("table", memory.table),
         "pages": memory.table.shape[-1],
-        "hidden": _bytes(memory.hidden),
     }
     for name, x in (("key", key), ("value", value)):
         arguments |= {f"{name}_{part}": x.stride(i) for i, part in enumerate(("sequence", "token", "head"))}
@@ -155,7 +154,6 @@ def advance(memory: Memory, new: Tokens, layout: Layout, call: OneToken) -> tupl
         "leaving_cos": leaving_cos,
         "leaving_sin": leaving_sin,
         "tokens": call.tokens,
-        "hidden": _bytes(memory.hidden),
         "kept": memory.kept,
         "sums": memory.sums,
         "decisions": memory.decisions,
@@ -306,10 +304,6 @@ def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """With the same strides, the last one 1."""
     cos, sin = fits(cos), fits(sin)
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
-
-
-def _bytes(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.view(torch.uint8)
 
 
 @functools.cache

@@ -24,7 +24,6 @@ def advance(
     leaving_sin,
     tokens,
     slots,
-    hidden,
     place,
     table,
     kept,
@@ -247,8 +246,6 @@ def advance(
     tl.store(to + half + i, kept_high.to(out_type), mask=written)
     tl.store(to + D + i, kept_value_low.to(out_type), mask=written)
     tl.store(to + D + half + i, kept_value_high.to(out_type), mask=written)
-    if hidden is not None:
-        tl.store(hidden + last_slot, 0, mask=last_exists)
 
     if ABSORBS:
         to = slots + residual_slot * (2 * D)
@@ -257,8 +254,6 @@ def advance(
         tl.store(to + half + i, mean_high.to(out_type), mask=written)
         tl.store(to + D + i, mean_value_low.to(out_type), mask=written)
         tl.store(to + D + half + i, mean_value_high.to(out_type), mask=written)
-        if hidden is not None:
-            tl.store(hidden + residual_slot, 0, mask=residual_exists)
 
     if WINDOW > 0:
         written = i < tl.where(ring_exists, half, 0)
@@ -266,8 +261,6 @@ def advance(
         tl.store(old + half + i, (key_high * new_cos + key_low * new_sin).to(out_type), mask=written)
         tl.store(old + D + i, value_low.to(out_type), mask=written)
         tl.store(old + D + half + i, value_high.to(out_type), mask=written)
-        if hidden is not None:
-            tl.store(hidden + ring_slot, 0, mask=ring_exists)
 
 
 def attend(
@@ -426,7 +419,6 @@ def write(
     key,
     value,
     slots,
-    hidden,
     place,
     table,
     key_sequence,
@@ -477,5 +469,3 @@ def write(
     out = slots + slot[:, None] * (2 * D) + c[None, :]
     tl.store(out, keys.to(slots.dtype.element_ty), mask=read)
     tl.store(out + D, values.to(slots.dtype.element_ty), mask=read)
-    if hidden is not None:
-        tl.store(hidden + slot, 0, mask=exists)
