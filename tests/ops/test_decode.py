@@ -104,6 +104,20 @@ def test_corners(alpha, kind, form):
         assert torch.equal(cache.slots, counts)
 
 
+@of_each_form
+@by_kind
+@pytest.mark.parametrize("cuts", [[40], [20, 20], [1] * 40], ids=["prefill", "chunks", "steps"])
+def test_a_sequence_that_is_not_finite_harms_no_other(cuts, kind, form):
+    """Their slots lie side by side, and all of them write what nobody reads to one slot."""
+    tokens = form.cast(make_tokens(Shape(3, 40, 4, 2, 8)))
+    expected = through_cache(tokens, cuts, LayerCache(*kind, backend=form.backend))
+    for x in (tokens.key, tokens.value, tokens.omega):
+        x[1, 7:] = float("nan")
+    out = through_cache(tokens, cuts, LayerCache(*kind, backend=form.backend))
+    assert out[1, -1].isnan().any()
+    torch.testing.assert_close(out[[0, 2]], expected[[0, 2]], rtol=0, atol=0)
+
+
 @by_kind
 @pytest.mark.parametrize("clears", [False, True], ids=["all-channels", "last-cleared"])
 def test_training_form_is_the_cache(clears, kind):
