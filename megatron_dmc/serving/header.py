@@ -29,10 +29,11 @@ class Header:
     @classmethod
     def of(cls, dmc: Mapping[str, Any], head_dim: int, longest: int, page_size: int) -> "Header":
         """dmc: an export's settings."""
+        # What would hold more tokens than a request has.
         layout = Layout(
             min(dmc["local_window"], longest),
             dmc["operation"],
-            dmc["window_size"],
+            dmc["window_size"] and min(dmc["window_size"], longest),
             clears_last_channel=dmc["decision_source"] == "neuron",
             page_size=page_size,
         )

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "absorb-neuron-window-16": ("qwen3", {"operation": "absorb", "local_window": 16, "decision_source": "neuron"}, {}),
     "window-size-12": ("llama", {"window_size": 12}, {}),
     "window-4-window-size-3": ("llama", {"local_window": 4, "window_size": 3}, {}),
+    "window-size-longer-than-requests": ("llama", {"local_window": 4, "window_size": 4000}, {}),
     "mistral": ("mistral", {"local_window": 4}, {"head_dim": 32}),
     "qwen2": ("qwen2", {"local_window": 4}, {"head_dim": 32}),
     "qwen2-neuron": ("qwen2", {"decision_source": "neuron"}, {"tie_word_embeddings": True}),

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.support import vllm_command
 from tests.support.exports import VOCABULARY
 from tests.support.processes import environment, meeting_place
 from tests.support.served import NEW_TOKENS, Served, served, served_model
@@ -82,12 +81,12 @@ def listening(case: Served, log: Path) -> Iterator[str]:
     port = meeting_place()["MASTER_PORT"]
     options = {"--port": port, "--dtype": "float32", "--max-model-len": LONGEST, "--served-model-name": "served"}
     options |= {"--num-gpu-blocks-override": BLOCKS, "--max-num-batched-tokens": 128}
-    command = [vllm_command.__file__, "serve", case.folder, *(x for pair in options.items() for x in pair)]
+    command = ["serve", case.folder, *(x for pair in options.items() for x in pair)]
     # This process' environment is for engines in it.
     variables = environment(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *map(str, command), "--enforce-eager"], env=variables, stdout=output, stderr=output
+            [Path(sys.executable).with_name("vllm"), *map(str, command), "--enforce-eager"], env=variables, stdout=output, stderr=output
         )
         try:
             url = f"http://127.0.0.1:{port}"
