@@ -141,7 +141,7 @@ $(NEWEST_STAMP): | $(STAMP)
 vllm: $(SERVING_STAMP)
 
 # pip warns of the packages that are left out: nothing here needs them.
-$(SERVING_STAMP): setup.py tools/requirements_of.py
+$(SERVING_STAMP): Makefile setup.py tools/requirements_of.py
 	@echo "installing $(VLLM) into $(SERVING)"
 	@rm -rf $(SERVING)
 	@$(PYTHON) -m venv $(SERVING)
