@@ -10,6 +10,8 @@ CHUNK = r"""
 
 // Slots that tokens of a chunk's queries see: token i of it sees a key from token ``from`` until before token ``until``.
 constexpr int64_t QUERIES = 64, AT_ONCE = 4;
+// Channels are filled up with zeros to a multiple of it.
+constexpr int64_t PADDED = 16;
 
 template <typename T>
 struct Key {
@@ -73,9 +75,8 @@ void take_chunk(const Step& s, int64_t row, Chunk<T>& chunk) {
 }
 
 // Keys, 16 or 64 of them: transposed, so that a vector of scores is a sum over channels; then values.
-template <typename T, int W>
+template <typename T, int SIZE>
 struct Tile {
-  static constexpr int64_t SIZE = W * LANES;
   alignas(64) float keys[MOST * SIZE];
   alignas(64) float values[SIZE * MOST];
   alignas(64) float biases[SIZE];
@@ -110,20 +111,25 @@ struct Queries {
   int32_t token(int64_t q) const { return first + int32_t(q / group); }
 };
 
-// N queries from q on see a tile; V: padded / LANES where the compiler is to know it, 0: it is not.
-template <typename T, int W, int V, int N>
-void see(const Tile<T, W>& tile, Queries& queries, int64_t q, int64_t d) {
-  constexpr int64_t SIZE = Tile<T, W>::SIZE;
-  const int64_t padded = V ? V * LANES : queries.padded;
+// AT_ONCE queries from q on see a tile; D: padded where the compiler is to know it, 0: it is not.
+template <typename T, int SIZE, int D>
+void see(const Tile<T, SIZE>& tile, Queries& queries, int64_t q, int64_t d) {
+  constexpr int N = AT_ONCE, W = SIZE / LANES, B = W < SUMS ? W : SUMS;
+  const int64_t padded = D ? D : queries.padded;
   lanes scores[N][W];
-  for (int i = 0; i < N; ++i)
-    for (int w = 0; w < W; ++w) scores[i][w] = load(tile.biases + w * LANES);
   const float* query = queries.query.data() + q * padded;
-  for (int64_t c = 0; c < d; ++c)
-    for (int w = 0; w < W; ++w) {
-      const lanes key = load(tile.keys + c * SIZE + w * LANES);
-      for (int i = 0; i < N; ++i) scores[i][w] += query[i * padded + c] * key;
-    }
+  for (int first = 0; first < W; first += B) {
+    lanes sum[N][B];
+    for (int i = 0; i < N; ++i)
+      for (int b = 0; b < B; ++b) sum[i][b] = load(tile.biases + (first + b) * LANES);
+    for (int64_t c = 0; c < d; ++c)
+      for (int b = 0; b < B; ++b) {
+        const lanes key = load(tile.keys + c * SIZE + (first + b) * LANES);
+        for (int i = 0; i < N; ++i) sum[i][b] += query[i * padded + c] * key;
+      }
+    for (int i = 0; i < N; ++i)
+      for (int b = 0; b < B; ++b) scores[i][first + b] = sum[i][b];
+  }
   alignas(64) float weights[N][SIZE];
   float shrinks[N];
   for (int i = 0; i < N; ++i) {
@@ -170,32 +176,32 @@ void see(const Tile<T, W>& tile, Queries& queries, int64_t q, int64_t d) {
       for (int m = 0; m < M; ++m) store(sum[i][m], part + i * padded + first + m * LANES);
   };
   int64_t c = 0;
-  for (; c + 4 * LANES <= padded; c += 4 * LANES) add(c, std::integral_constant<int, 4>{});
+  for (; c + SUMS * LANES <= padded; c += SUMS * LANES) add(c, std::integral_constant<int, SUMS>{});
   for (; c < padded; c += LANES) add(c, std::integral_constant<int, 1>{});
 }
 
-template <typename T, int W, int V>
-void see_all(const Tile<T, W>& tile, Queries& queries, int64_t d) {
+template <typename T, int SIZE, int D>
+void see_all(const Tile<T, SIZE>& tile, Queries& queries, int64_t d) {
   const auto none = [&](int64_t first, int64_t last) {
     return queries.token(last) < tile.earliest || queries.token(first) >= tile.latest;
   };
   for (int64_t q = 0; q < queries.count; q += AT_ONCE)
-    if (!none(q, q + AT_ONCE - 1)) see<T, W, V, AT_ONCE>(tile, queries, q, d);
+    if (!none(q, q + AT_ONCE - 1)) see<T, SIZE, D>(tile, queries, q, d);
 }
 
-template <typename T, int W, int V>
+template <typename T, int SIZE, int D>
 void see_keys(const std::vector<Key<T>>& keys, Queries& queries, int64_t d) {
-  thread_local Tile<T, W> tile;
-  for (size_t at = 0; at < keys.size(); at += tile.SIZE) {
-    tile.fill(keys.data() + at, std::min<int64_t>(keys.size() - at, tile.SIZE), d, queries.padded);
-    see_all<T, W, V>(tile, queries, d);
+  thread_local Tile<T, SIZE> tile;
+  for (size_t at = 0; at < keys.size(); at += SIZE) {
+    tile.fill(keys.data() + at, std::min<int64_t>(keys.size() - at, SIZE), d, queries.padded);
+    see_all<T, SIZE, D>(tile, queries, d);
   }
 }
 
 // Some tokens of a chunk, from ``first`` on, of one row.
-template <typename T, int V>
+template <typename T, int D>
 void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
-  const int64_t d = s.head_dim, padded = (d + LANES - 1) / LANES * LANES;
+  const int64_t d = s.head_dim, padded = (d + PADDED - 1) / PADDED * PADDED;
   const int64_t stop = std::min(first + QUERIES, chunk.count);
   thread_local Queries queries;
   const int64_t real = (stop - first) * s.group;
@@ -219,7 +225,7 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
     const int64_t slot = slot_at(s, chunk.row, s.base + k);
     keys.push_back({slot < 0 ? nullptr : reinterpret_cast<const T*>(s.slots) + slot * 2 * d, from, INT32_MAX, 0});
   }
-  see_keys<T, 4, V>(keys, queries, d);
+  see_keys<T, 64, D>(keys, queries, d);
   keys.clear();
   if (s.window)
     for (int64_t k = std::max<int64_t>(first - s.window + 1 + chunk.held, 0); k < stop + chunk.held; ++k) {
@@ -227,13 +233,13 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
       keys.push_back({chunk.at(chunk.window, k, d), int32_t(from), int32_t(from + s.window), 0});
     }
   // By themselves, for the same reason: later tokens of the ring must not move them.
-  see_keys<T, 1, V>(keys, queries, d);
+  see_keys<T, 16, D>(keys, queries, d);
   keys.clear();
   if (!chunk.biases.empty())
     for (int64_t i = first; i < stop; ++i)
       if (chunk.biases[i] > LOWEST)
         keys.push_back({chunk.at(chunk.own, i, d), int32_t(i), int32_t(i + 1), chunk.biases[i]});
-  see_keys<T, 1, V>(keys, queries, d);
+  see_keys<T, 16, D>(keys, queries, d);
 
   for (int64_t q = 0; q < real; ++q) {
     const int64_t head = chunk.row.head * s.group + q % s.group;
@@ -245,7 +251,7 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
 
 template <typename T>
 void take_in(const Step& s) {
-  const int64_t rows = s.batch * s.kv_heads, padded = (s.head_dim + LANES - 1) / LANES;
+  const int64_t rows = s.batch * s.kv_heads, padded = (s.head_dim + PADDED - 1) / PADDED * PADDED;
   std::vector<Chunk<T>> chunks(rows);
   std::vector<std::pair<int64_t, int64_t>> tasks;
   int64_t tokens = 0;
@@ -258,8 +264,8 @@ void take_in(const Step& s) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(s.threads)) if (shared)
   for (int64_t t = int64_t(tasks.size()) - 1; t >= 0; --t) {
     const auto& chunk = chunks[tasks[t].first];
-    if (padded == 4) attend_chunk<T, 4>(s, chunk, tasks[t].second);
-    else if (padded == 8) attend_chunk<T, 8>(s, chunk, tasks[t].second);
+    if (padded == 64) attend_chunk<T, 64>(s, chunk, tasks[t].second);
+    else if (padded == 128) attend_chunk<T, 128>(s, chunk, tasks[t].second);
     else attend_chunk<T, 0>(s, chunk, tasks[t].second);
   }
 }

@@ -89,11 +89,24 @@ inline void read(const char* x, int64_t type, int64_t at, int64_t n, float* to) 
   }
 }
 
-// 16 numbers, whatever this machine's vectors are: the compiler cuts them up.
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t whole_lanes __attribute__((vector_size(64)));
-typedef uint16_t half_lanes __attribute__((vector_size(32)));
-constexpr int64_t LANES = 16;
+// As wide as this machine's registers: wider ones would live in memory.
+#if defined(__AVX512F__)
+#define VECTOR 64
+#elif defined(__AVX__)
+#define VECTOR 32
+#else
+#define VECTOR 16
+#endif
+typedef float lanes __attribute__((vector_size(VECTOR)));
+typedef int32_t whole_lanes __attribute__((vector_size(VECTOR)));
+typedef uint16_t half_lanes __attribute__((vector_size(VECTOR / 2)));
+constexpr int64_t LANES = VECTOR / 4;
+// Sums of 4 queries that are kept in registers at once, of which there are 32 or 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 4;
+#else
+constexpr int SUMS = 2;
+#endif
 
 inline lanes load(const float* x) {
   lanes y;
@@ -114,12 +127,12 @@ inline Result halved(Vector x) {
   std::memcpy(parts, &x, sizeof x);
   return parts[0] + parts[1];
 }
-inline float sum_of(lanes x) {
-  typedef float eight __attribute__((vector_size(32)));
-  typedef float four __attribute__((vector_size(16)));
-  const four y = halved<eight, four>(halved<lanes, eight>(x));
-  return (y[0] + y[1]) + (y[2] + y[3]);
-}
+typedef float sixteen __attribute__((vector_size(64)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+inline float sum_of(four x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+inline float sum_of(eight x) { return sum_of(halved<eight, four>(x)); }
+inline float sum_of(sixteen x) { return sum_of(halved<sixteen, eight>(x)); }
 
 // 2**x for x <= 0, within 2e-7; 2**-126 is the least.
 inline lanes power(lanes x) {
@@ -355,10 +368,11 @@ struct Task {
   float *parts, *highest, *total;
 };
 
-// q . k for slots' keys; V: head_dim / LANES where the compiler is to know it, 0: it is not.
-template <typename T, int V>
+// q . k for slots' keys; D: head_dim where the compiler is to know it, 0: it is not.
+template <typename T, int D>
 void scores_of(const float* q, const T* const* slots, int64_t n, int64_t d, float* scores) {
-  if constexpr (V > 0) {
+  if constexpr (D > 0) {
+    constexpr int V = D / LANES;
     lanes query[V];
     for (int v = 0; v < V; ++v) query[v] = load(q + v * LANES);
     for (int64_t j = 0; j < n; ++j) {
@@ -373,14 +387,17 @@ void scores_of(const float* q, const T* const* slots, int64_t n, int64_t d, floa
 }
 
 // part [d] = part * shrinks + sum of weights times slots' values.
-template <typename T, int V>
+template <typename T, int D>
 void add_values(const float* weights, const T* const* slots, int64_t n, int64_t d, float shrinks, float* part) {
-  if constexpr (V > 0) {
-    lanes sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(part + v * LANES) * shrinks;
-    for (int64_t j = 0; j < n; ++j)
-      for (int v = 0; v < V; ++v) sum[v] += weights[j] * load(slots[j] + d + v * LANES);
-    for (int v = 0; v < V; ++v) store(sum[v], part + v * LANES);
+  if constexpr (D > 0) {
+    constexpr int V = D / LANES < 8 ? D / LANES : 8;
+    for (int64_t first = 0; first < D; first += V * LANES) {
+      lanes sum[V];
+      for (int v = 0; v < V; ++v) sum[v] = load(part + first + v * LANES) * shrinks;
+      for (int64_t j = 0; j < n; ++j)
+        for (int v = 0; v < V; ++v) sum[v] += weights[j] * load(slots[j] + d + first + v * LANES);
+      for (int v = 0; v < V; ++v) store(sum[v], part + first + v * LANES);
+    }
   } else {
     for (int64_t i = 0; i < d; ++i) part[i] *= shrinks;
     for (int64_t j = 0; j < n; ++j)
@@ -396,13 +413,13 @@ struct Block {
   int64_t count = 0;
 };
 
-template <typename T, int V>
+template <typename T, int D>
 void take(const Block<T>& block, const Task& task, const float* queries, int64_t group, int64_t d) {
   const int64_t n = block.count;
   for (int64_t g = 0; g < group; ++g) {
     float scores[BLOCK];
     std::copy_n(block.biases, BLOCK, scores);
-    scores_of<T, V>(queries + g * MOST, block.slots, n, d, scores);
+    scores_of<T, D>(queries + g * MOST, block.slots, n, d, scores);
     float highest = task.highest[g];
     for (int64_t j = 0; j < n; ++j) highest = std::max(highest, scores[j]);
     lanes total{};
@@ -414,7 +431,7 @@ void take(const Block<T>& block, const Task& task, const float* queries, int64_t
     const float shrinks = power(task.highest[g] - highest);
     task.total[g] = task.total[g] * shrinks + sum_of(total);
     task.highest[g] = highest;
-    add_values<T, V>(scores, block.slots, n, d, shrinks, task.parts + g * d);
+    add_values<T, D>(scores, block.slots, n, d, shrinks, task.parts + g * d);
   }
 }
 
@@ -433,9 +450,9 @@ void read_queries(const Step& s, const Row& r, int64_t number, float* to, int64_
   }
 }
 
-template <typename T, int V>
+template <typename T, int D>
 void attend(const Step& s, const Task& task) {
-  const int64_t d = V ? V * LANES : s.head_dim, group = s.group;
+  const int64_t d = D ? D : s.head_dim, group = s.group;
   const Row r = row_of(s, task.row);
   thread_local std::vector<float> queries;
   queries.resize(group * MOST);
@@ -454,7 +471,7 @@ void attend(const Step& s, const Task& task) {
   const auto flush = [&] {
     // What is no slot has a weight that adds nothing.
     std::fill(block.biases + block.count, block.biases + BLOCK, LOWEST);
-    take<T, V>(block, task, queries.data(), group, d);
+    take<T, D>(block, task, queries.data(), group, d);
     block.count = 0;
   };
   const auto see = [&](int64_t first, int64_t last, float added) {
@@ -516,8 +533,8 @@ void step(const Step& s) {
     task.parts = parts.data() + t * size;
     task.highest = task.parts + s.group * s.head_dim;
     task.total = task.highest + s.group;
-    if (s.head_dim == 64) attend<T, 4>(s, task);
-    else if (s.head_dim == 128) attend<T, 8>(s, task);
+    if (s.head_dim == 64) attend<T, 64>(s, task);
+    else if (s.head_dim == 128) attend<T, 128>(s, task);
     else attend<T, 0>(s, task);
   }
   for (int64_t row = 0; row < rows; ++row) join<T>(s, row, tasks.data() + start[row], start[row + 1] - start[row]);
