@@ -1,6 +1,7 @@
 """How the C++ of decode is compiled and kept; what it computes: test_decode.py, test_decode_kernels.py."""
 
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -26,10 +27,12 @@ print(cache.rows.form, out.double().sum().item())
 """
 
 
-def run(cache: Path, *, folder: Path | None = None, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(
+    cache: Path, *, folder: Path | None = None, program: str = PROGRAM, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """In a process of its own, in ``folder``."""
     settings = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
@@ -69,6 +72,29 @@ def test_a_compiler_without_threads_will_do(tmp_path):
     )
     compiler.chmod(0o700)
     assert result(run(tmp_path, CXX=str(compiler)))[0] == "cpp"
+
+
+OTHER_WIDTHS = """
+import torch
+from megatron_dmc.ops.decode import LayerCache
+from tests.support.decoding import draw_stream, through_cache
+from tests.support.oracle import Shape
+for head_dim in (64, 80, 128):
+    stream = draw_stream(Shape(2, 150, 6, 2, head_dim), torch.float32)
+    for kind in ((0, "merge"), (16, "evict"), (5, "absorb"), (4, "merge", 7)):
+        found, expected = (
+            through_cache(stream, [100, 1, 1, 1, 47], LayerCache(*kind, backend=form)) for form in ("cpp", "torch")
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have vectors of one width")
+@pytest.mark.parametrize("without", ["avx512f", "avx"])
+def test_narrower_vectors_give_the_same(tmp_path, without):
+    """Of 32 and of 16 bytes; the machine's own are in all other tests."""
+    done = run(tmp_path, program=OTHER_WIDTHS, CXX=f"c++ -mno-{without}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_was_cut_off_is_made_again(tmp_path):

@@ -86,7 +86,10 @@ def listening(case: Served, log: Path) -> Iterator[str]:
     variables = environment(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("vllm"), *map(str, command), "--enforce-eager"], env=variables, stdout=output, stderr=output
+            [Path(sys.executable).with_name("vllm"), *map(str, command), "--enforce-eager"],
+            env=variables,
+            stdout=output,
+            stderr=output,
         )
         try:
             url = f"http://127.0.0.1:{port}"
