@@ -22,6 +22,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers were measured on."""
     described = {
         "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

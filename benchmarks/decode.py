@@ -178,6 +178,7 @@ def main() -> None:
             rows = [prefill(2048, options)]
         else:
             rows = [measure(*map(int, size.split("x")), options) for size in options.sizes]
+    del options.peak
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}
     name = "decode_prefill" if options.prefill else "decode"
     common.report(
