@@ -118,6 +118,26 @@ def test_a_sequence_that_is_not_finite_harms_no_other(cuts, kind, form):
     torch.testing.assert_close(out[[0, 2]], expected[[0, 2]], rtol=0, atol=0)
 
 
+@of_each_form
+@by_kind
+def test_a_prompt_after_a_step_for_which_one_sequence_had_room_ahead(kind, form):
+    """The other one's reserved slots, and the slot that it would open, are nowhere yet."""
+    tokens = make_tokens(Shape(2, 60, 4, 2, 8))
+    cache, outputs = LayerCache(*kind._replace(local_window=kind.local_window and 16), backend=form.backend), []
+    before, lengths = torch.tensor([0, 0]), torch.tensor([2, 12])
+    for start, stop in ((0, 12), (12, 13), (13, 60)):
+        positions = before[:, None] + torch.arange(stop - start)
+        cos, sin = rotation(positions, 8, form.dtype)
+        given = lengths if start == 0 else None
+        outputs.append(cache.attend(*form.cast(tokens.cut(start, stop)), cos, sin, lengths=given))
+        before = before + (lengths if start == 0 else stop - start)
+    for row, length in enumerate(lengths.tolist()):
+        alone = Tokens(*(torch.cat([x[row : row + 1, :length], x[row : row + 1, 12:]], dim=1) for x in tokens))
+        expected, _ = oracle(alone, kind._replace(local_window=kind.local_window and 16))
+        found = torch.cat([outputs[0][row, :length], *(x[row] for x in outputs[1:])])
+        form.assert_close(found, expected[0])
+
+
 @by_kind
 @pytest.mark.parametrize("clears", [False, True], ids=["all-channels", "last-cleared"])
 def test_training_form_is_the_cache(clears, kind):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.layout import Layout
+from megatron_dmc.ops.residual.torch import LEAST_MASS
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Ahead:
         moves: bool, like column: which of them the step moves on to the next one.
         bias: like column, of what is written, see Pages.
         reserved: int64 [rows * window_size], all slots of the open slots' last tokens, with a ``window_size``.
+        ones, least: [window_size] and [1], to sum these tokens' weights with; with a ``window_size``.
         content: [rows, slots that a step writes, 2 * head_dim], what is written.
         slot_bias: [slots], see Pages; of all slots of the pool. Absent where a step finds its pages itself, and so
         pages: as attention reads them.
@@ -67,6 +69,7 @@ class Ahead:
             steps: that can be taken.
         """
         window, device = layout.local_window, kept.device
+        wide = torch.promote_types(cells.slots.dtype, torch.float32)
         after = torch.arange(steps, device=device)
         kept = kept[:, None] + torch.arange(-1, steps, device=device)
         # Of a row that has kept nothing yet, there is no last one.
@@ -77,13 +80,14 @@ class Ahead:
             index.append(window + (seen[:, None] - window + after) % layout.recent)
             every = torch.arange(window, layout.base, device=device).expand(len(kept), -1)
             self.reserved = cells.places(every).flatten()
+            self.ones = torch.ones(layout.recent, dtype=wide, device=device)
+            self.least = torch.full((1,), LEAST_MASS, dtype=wide, device=device)
         elif layout.absorbs:
             index.append(torch.full_like(kept[:, 1:], window))
         self.slots = cells.places(torch.cat(index, dim=1))
         starts = [1, *(1 + number * steps for number in range(1, layout.written_at_once))]
         self.column = torch.tensor(starts, device=device).repeat(len(kept), 1)
         self.moves = torch.ones_like(self.column, dtype=torch.bool)
-        wide = torch.promote_types(cells.slots.dtype, torch.float32)
         self.bias = torch.zeros_like(self.column, dtype=wide)
         if layout.recent:
             self.bias[:, -1] = float("-inf")

@@ -96,12 +96,13 @@ def _mean_of_recent(
     ahead, target, call = at
     rows.cells.write(target[..., -1].flatten(), entering.flatten(0, 1))
     recent = rows.recent.unflatten(0, appends.shape)
-    # What is no longer of the slot weighs nothing beside what is, and the sum is not zero.
-    recent.masked_fill_(appends[..., None], LEAST_MASS)
+    recent.masked_fill_(appends[..., None], 0)
     recent.scatter_(-1, call.recent[..., None].expand(*appends.shape, 1), weight[..., None])
     tokens = rows.cells.slots.index_select(0, ahead.reserved).view(*rows.recent.shape, -1)
     mean = torch.bmm(rows.recent[:, None], tokens.to(weight.dtype)).view_as(entering)
-    return mean / recent.sum(-1, keepdim=True)
+    # Where there is no open slot yet, it is the mean of nothing, which must be finite.
+    total = torch.addmv(ahead.least, rows.recent, ahead.ones)
+    return mean / total.view(*appends.shape, 1)
 
 
 def attend(query: Tensor, pages: Pages, softmax_scale: float, zeros: Tensor) -> Tensor:
