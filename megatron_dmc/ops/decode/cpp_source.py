@@ -92,7 +92,7 @@ inline void read(const char* x, int64_t type, int64_t at, int64_t n, float* to) 
 // As wide as this machine's registers: wider ones would live in memory.
 #if defined(__AVX512F__)
 #define VECTOR 64
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 #define VECTOR 32
 #else
 #define VECTOR 16
