@@ -111,7 +111,8 @@ class EngineRows(Rows):
         cells, size = self.cells, self.layout.page_size
         row, number, cell = cells.named()
         # Faster by far than indexing: a page is copied as a whole. After them the null block's.
-        cell, owner = (torch.cat([x, x.new_zeros(1)]) for x in (cell, row))
+        cell = torch.cat([cell, cell.new_zeros(1)])
+        owner = torch.cat([row, row.new_full((1,), len(self.kept))])
         content = cells.slots.view(-1, size * cells.slots.shape[1]).index_select(0, cell).view(len(cell), size, -1)
         content[-1] = 0
         bias = self.bias_of(row, number, self.count.flatten(), self.seen + 1)

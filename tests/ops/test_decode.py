@@ -108,14 +108,18 @@ def test_corners(alpha, kind, form):
 @by_kind
 @pytest.mark.parametrize("cuts", [[40], [20, 20], [1] * 40], ids=["prefill", "chunks", "steps"])
 def test_a_sequence_that_is_not_finite_harms_no_other(cuts, kind, form):
-    """Their slots lie side by side, and all of them write what nobody reads to one slot."""
-    tokens = form.cast(make_tokens(Shape(3, 40, 4, 2, 8)))
-    expected = through_cache(tokens, cuts, LayerCache(*kind, backend=form.backend))
-    for x in (tokens.key, tokens.value, tokens.omega):
-        x[1, 7:] = float("nan")
-    out = through_cache(tokens, cuts, LayerCache(*kind, backend=form.backend))
-    assert out[1, -1].isnan().any()
-    torch.testing.assert_close(out[[0, 2]], expected[[0, 2]], rtol=0, atol=0)
+    """Their slots lie side by side, all of them write what nobody reads to one slot, and shorter lists are filled up."""
+    given = make_tokens(Shape(3, 40, 4, 2, 8))
+    given.alpha[0] = False  # its list is the longest
+    for bad, others in ((0, [1, 2]), (1, [0, 2])):
+        tokens = form.cast(given)
+        expected = through_cache(tokens, cuts, LayerCache(*kind, page_size=4, backend=form.backend))
+        tokens = Tokens(*(x.clone() for x in tokens))
+        for x in (tokens.query, tokens.key, tokens.value, tokens.omega):
+            x[bad, 7:] = float("nan")
+        out = through_cache(tokens, cuts, LayerCache(*kind, page_size=4, backend=form.backend))
+        assert out[bad, -1].isnan().any()
+        torch.testing.assert_close(out[others], expected[others], rtol=0, atol=0)
 
 
 @of_each_form
@@ -647,3 +651,32 @@ def test_clear_errors():
         with pytest.raises(ValueError, match="no gradients"):
             cache.attend(*tokens, *rotation(torch.arange(4)[None], 8))
         x.requires_grad_(False)
+
+
+@of_each_form
+@by_kind
+def test_room_may_be_made_while_another_layer_is_ahead(kind, form):
+    tokens, shared, outputs = form.cast(make_tokens(Shape(2, 40, 4, 2, 8))), {}, []
+    first, second = (LayerCache(*kind, backend=form.backend, shared=shared) for _ in range(2))
+    expected = through_cache(tokens, [1] * 40, LayerCache(*kind, backend=form.backend))
+    for at in range(40):
+        turn = rotation(torch.full((2, 1), at), 8, form.dtype)
+        first.attend(*tokens.cut(at, at + 1), *turn)
+        if at in (4, 20):
+            second.reserve(9)
+        outputs.append(second.attend(*tokens.cut(at, at + 1), *turn))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@of_each_form
+@pytest.mark.parametrize("tokens", [0, -1, -(2**62), 2**25, 2**62, 3.0, None])
+def test_room_that_cannot_be_made_leaves_the_cache_as_it_was(tokens, form):
+    given, kind = form.cast(make_tokens(Shape(2, 40, 4, 2, 8))), KINDS["merge-w5-truncated12"]
+    cache = LayerCache(*kind, backend=form.backend)
+    outputs = [through_cache(given.cut(0, 20), [20], cache)]
+    with pytest.raises(ValueError, match="room is made for"):
+        cache.reserve(tokens)
+    for at in range(20, 40):
+        outputs.append(cache.attend(*given.cut(at, at + 1), *rotation(torch.full((2, 1), at), 8, form.dtype)))
+    expected = through_cache(given, [40], LayerCache(*kind, backend=form.backend))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-5)

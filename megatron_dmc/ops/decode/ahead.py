@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_dmc.ops.decode.cells import Cells
 from megatron_dmc.ops.decode.layout import Layout
-from megatron_dmc.ops.residual.torch import LEAST_MASS
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Pages:
         content: [pages + 1, page_size, 2 * head_dim], keys and values side by side.
         bias: [pages + 1, page_size], added to the slots' scores: 0; -inf for what attention does not see; the log of its mass
             for a residual slot.
-        owner: int64 [pages + 1], each page's row; nobody's: any.
+        owner: int64 [pages + 1], each page's row; nobody's: one after the last.
         place: int64 [pages], where in its row each stands: row * width + number.
         page: int64 [rows * width], the other way round.
     """
@@ -81,7 +80,7 @@ class Ahead:
             every = torch.arange(window, layout.base, device=device).expand(len(kept), -1)
             self.reserved = cells.places(every).flatten()
             self.ones = torch.ones(layout.recent, dtype=wide, device=device)
-            self.least = torch.full((1,), LEAST_MASS, dtype=wide, device=device)
+            self.least = torch.full((1,), torch.finfo(wide).tiny, dtype=wide, device=device)
         elif layout.absorbs:
             index.append(torch.full_like(kept[:, 1:], window))
         self.slots = cells.places(torch.cat(index, dim=1))

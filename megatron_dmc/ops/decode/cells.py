@@ -67,8 +67,8 @@ class Cells:
 
     def _take(self, fresh: Tensor, total: int) -> Tensor:
         """The next cells, one row's after another's: fresh [rows] of them, ``total`` in all."""
+        self._grow(self.used + total)
         before, self.used = self.used, self.used + total
-        self._grow(self.used)
         return torch.arange(before, self.used, device=fresh.device)
 
     def places(self, index: Tensor) -> Tensor:

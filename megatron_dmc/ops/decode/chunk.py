@@ -232,9 +232,11 @@ def _with_past(
     if not call.left_before:
         return chunk
     cells, d = rows.cells, rows.head_dim
-    past = cells.dense().unflatten(0, (rows.batch, rows.kv_heads)).transpose(1, 2)
+    past = cells.dense()
     place = torch.arange(past.shape[1], device=visible.device)
     sees = (place >= rows.layout.base) & (place < (rows.layout.base + visible)[:, None])
+    # Where a row has no page lies another's, and 0 * NaN is NaN.
+    past = past.masked_fill_(~sees[..., None], 0).unflatten(0, (rows.batch, rows.kv_heads)).transpose(1, 2)
     bias = torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, HIDDEN)
     bias = bias.unflatten(0, (rows.batch, rows.kv_heads)).transpose(1, 2)
     keys = BiasedKeys(past[..., :d], past[..., d:], bias)

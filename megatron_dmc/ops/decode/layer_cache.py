@@ -22,6 +22,8 @@ from megatron_dmc.ops.tokens import Tokens
 
 # What a call says that finds the traces of another one.
 INTERRUPTED = "a call did not reach all layers, or not their end; the cache is of no use any more: reset it"
+# Steps for which room is made at most.
+MOST_RESERVED = 2**24
 FORMS: dict[str, Callable[..., Tensor]] = {"triton": triton.step, "cpp": cpp.step, "torch": torch_step}
 UNSUPPORTED: dict[str, Callable[..., str | None]] = {"triton": triton.unsupported, "cpp": cpp.unsupported}
 # What "auto" is on devices that have kernels.
@@ -215,12 +217,20 @@ class LayerCache:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.
 
         Raises:
-            ValueError: the cache is empty.
+            ValueError: the cache is empty, ``tokens`` is no positive number, or an earlier call was interrupted.
         """
         if self.rows is None or self.sequences is None or self.sequences.tokens is None:
             raise ValueError("the cache is empty: take the prompt in first")
+        if not isinstance(tokens, int) or not 0 < tokens <= MOST_RESERVED:
+            raise ValueError(f"room is made for 1 to {MOST_RESERVED} tokens, got {tokens!r}")
+        seen = self.sequences.tokens
+        if self.calls != self.sequences.calls:
+            # Another layer has begun a call already.
+            if self.calls != self.sequences.calls - 1 or not isinstance(self.sequences.call, Step):
+                raise ValueError(INTERRUPTED)
+            seen, tokens = seen - 1, tokens + 1
         self._thaw()
-        self.rows.make_room(self.sequences.tokens, tokens)
+        self.rows.make_room(seen, tokens)
 
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequences[i] was. For beam search, repetition, and to free finished sequences.

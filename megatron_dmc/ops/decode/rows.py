@@ -60,24 +60,25 @@ class Rows:
         window = self.layout.local_window
         kept = self.kept + (tokens + steps - window).clamp(0, steps).repeat_interleave(self.kv_heads)
         self.cells.make_room(self.lengths(kept, tokens + steps))
-        self.steps = steps
         if self.form == "torch":
             self.look_ahead(tokens, steps)
+        self.steps = steps
 
     def look_ahead(self, tokens: Tensor, steps: int) -> None:
         """Finds what the next steps need, after ``tokens`` [batch]."""
         cells = self.cells
         content = cells.first(cells.used + 1)
         row, number, cell = cells.named()
-        self.ahead = Ahead(self.layout, cells, self.kept, tokens.repeat_interleave(self.kv_heads), steps)
-        self.ahead.slot_bias = content.new_full((len(cells.slots),), float("-inf"), dtype=self.ahead.bias.dtype)
-        bias = self.ahead.slot_bias[: len(content) * cells.page_size].unflatten(0, (-1, cells.page_size))
+        ahead = Ahead(self.layout, cells, self.kept, tokens.repeat_interleave(self.kv_heads), steps)
+        ahead.slot_bias = content.new_full((len(cells.slots),), float("-inf"), dtype=ahead.bias.dtype)
+        bias = ahead.slot_bias[: len(content) * cells.page_size].unflatten(0, (-1, cells.page_size))
         bias[cell] = self.bias_of(row, number, self.kept, tokens)
-        owner = row.new_zeros(len(content))
+        owner = row.new_full((len(content),), len(self.kept))
         owner[cell] = row
         place = torch.empty_like(cell)
         place[cell] = row * cells.table.shape[1] + number
-        self.ahead.pages = Pages.of(content, bias, owner, place, cells.table)
+        ahead.pages = Pages.of(content, bias, owner, place, cells.table)
+        self.ahead = ahead
 
     def bias_of(self, row: Tensor, number: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:
         """What attention adds to the scores of pages' slots, see Pages: [pages, page_size].

@@ -34,6 +34,7 @@ class Step:
         self.cos, self.sin = new
         self.leaving_cos, self.leaving_sin = leaving
         self._zeros: Tensor | None = None
+        self._queries: Tensor | None = None
 
     @cached_property
     def sign(self) -> Tensor:
@@ -44,6 +45,14 @@ class Step:
     def appends(self) -> Tensor:
         """The sign of the other decision, []. float32 or wider."""
         return self.cos.new_full((), -1.0, dtype=torch.promote_types(self.cos.dtype, torch.float32))
+
+    def queries(self, like: Tensor, kv_heads: int) -> Tensor:
+        """Where a layer's queries [batch, heads, head_dim] go, by row: [batch * kv_heads + 1, group, head_dim], the last one
+        zero; one tensor for all layers."""
+        shape = (len(like) * kv_heads + 1, like.shape[1] // kv_heads, like.shape[2])
+        if self._queries is None or self._queries.shape != shape:
+            self._queries = like.new_zeros(shape)
+        return self._queries
 
     def zeros(self, like: Tensor) -> Tensor:
         """Of a layer's output, float32 or wider: one tensor for all layers, which none of them changes."""

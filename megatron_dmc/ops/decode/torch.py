@@ -21,8 +21,9 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: Step, softmax_scale: floa
         [batch, heads, head_dim], float32 or wider.
     """
     target = take_in(new, rows, call)
-    grouped = torch.bmm(query, call.query_rotation).unflatten(1, (rows.kv_heads, -1)).flatten(0, 1)
-    return attend(grouped, rows.pages(target), softmax_scale, call.zeros(grouped)).view_as(query)
+    grouped = call.queries(query, rows.kv_heads)
+    torch.bmm(query, call.query_rotation, out=grouped[:-1].view_as(query))
+    return attend(grouped, rows.pages(target), softmax_scale, call.zeros(grouped[:-1])).view_as(query)
 
 
 def take_in(new: Tokens, rows: Rows, call: Step) -> Tensor:
@@ -109,13 +110,13 @@ def attend(query: Tensor, pages: Pages, softmax_scale: float, zeros: Tensor) -> 
     """One query per head over its row's slots; the pages are read in the order in which they lie in memory.
 
     Args:
-        query: [rows, group, head_dim], rotated.
-        zeros: like query, float32 or wider.
+        query: [rows + 1, group, head_dim], rotated; the last one is zero, the query of nobody's page.
+        zeros: [rows, group, head_dim], float32 or wider.
 
     Returns:
         [rows, group, head_dim], float32 or wider.
     """
-    (rows, group, d), content = query.shape, pages.content
+    (rows, group, d), content = zeros.shape, pages.content
     query = query.index_select(0, pages.owner)
     if content.dtype in (torch.bfloat16, torch.float16) and not has_wide_products(content.device):
         content, query = content.float(), query.float()
