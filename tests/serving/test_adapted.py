@@ -102,7 +102,7 @@ def test_weights_in_8_bits_give_nearly_the_exports_probabilities(tmp_path: Path)
     pairs = zip(prompt[1:], out.prompt_logprobs[1:], strict=True)
     found = torch.tensor([each[token].logprob for token, each in pairs])
     print("mean difference", float((found - expected).abs().mean()), "spread", float(expected.std()))
-    # Without such instructions vLLM's products of 8 bits saturate; a plain Llama's are then off by 0.26 of the spread.
+    # Without VNNI instructions vLLM's products of 8 bits saturate; a plain Llama's are then off by 0.26 of the spread.
     bound = 0.1 if torch.cpu._is_vnni_supported() else 0.5
     assert 0 < float((found - expected).abs().mean()) < bound * float(expected.std())
 

@@ -53,8 +53,8 @@ class Ahead:
         reserved: int64 [rows * window_size], all slots of the open slots' last tokens, with a ``window_size``.
         ones, least: [window_size] and [1], to sum these tokens' weights with; with a ``window_size``.
         content: [rows, slots that a step writes, 2 * head_dim], what is written.
-        slot_bias: [slots], see Pages; of all slots of the pool. Absent where a step finds its pages itself, and so
-        pages: as attention reads them.
+        slot_bias: [slots], see Pages; of all slots of the pool.
+        pages: as attention reads them. It and slot_bias are absent where a step finds its pages itself.
     """
 
     slot_bias: Tensor

@@ -217,7 +217,8 @@ class LayerCache:
         """Makes room for that many more single steps, so that nothing is allocated or read back from the device meanwhile.
 
         Raises:
-            ValueError: the cache is empty, ``tokens`` is no positive number, or an earlier call was interrupted.
+            ValueError: the cache is empty, ``tokens`` is no positive number, other layers have taken several tokens
+                in that this one has not, or an earlier call was interrupted.
         """
         if self.rows is None or self.sequences is None or self.sequences.tokens is None:
             raise ValueError("the cache is empty: take the prompt in first")
@@ -226,8 +227,10 @@ class LayerCache:
         seen = self.sequences.tokens
         if self.calls != self.sequences.calls:
             # Another layer has begun a call already.
-            if self.calls != self.sequences.calls - 1 or not isinstance(self.sequences.call, Step):
+            if self.calls != self.sequences.calls - 1 or self.sequences.call is None:
                 raise ValueError(INTERRUPTED)
+            if not isinstance(self.sequences.call, Step):
+                raise ValueError("the layers are taking several tokens in: make room after that")
             seen, tokens = seen - 1, tokens + 1
         self._thaw()
         self.rows.make_room(seen, tokens)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.ahead import Ahead, Pages
+from megatron_dmc.ops.decode.ahead import Pages
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.residual.torch import LEAST_MASS
@@ -64,7 +64,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> Tensor:
         entering, ring = torch.cat([new.key, new.value, *([] if rows.recent is not None else [one])], dim=-1), []
 
     if rows.recent is not None:
-        means = _mean_of_recent(entering, weight, appends, rows, (ahead, target, call))
+        means = _mean_of_recent(entering, weight, appends, target[..., -1], rows, call)
     elif rows.sums is not None:
         sums = rows.sums.unflatten(0, heads)
         if layout.merges:
@@ -86,16 +86,17 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> Tensor:
 
 
 def _mean_of_recent(
-    entering: Tensor, weight: Tensor, appends: Tensor, rows: Rows, at: tuple[Ahead, Tensor, Step]
+    entering: Tensor, weight: Tensor, appends: Tensor, target: Tensor, rows: Rows, call: Step
 ) -> Tensor:
     """The open slot's mean over its last window_size tokens, [batch, kv_heads, 2 * head_dim].
 
     Args:
         entering: [batch, kv_heads, 2 * head_dim], the token, not rotated.
+        target: its slot, [batch, kv_heads].
     """
-    assert rows.recent is not None
-    ahead, target, call = at
-    rows.cells.write(target[..., -1].flatten(), entering.flatten(0, 1))
+    ahead = rows.ahead
+    assert ahead is not None and rows.recent is not None
+    rows.cells.write(target.flatten(), entering.flatten(0, 1))
     recent = rows.recent.unflatten(0, appends.shape)
     recent.masked_fill_(appends[..., None], 0)
     recent.scatter_(-1, call.recent[..., None].expand(*appends.shape, 1), weight[..., None])
