@@ -29,6 +29,7 @@ from megatron_dmc.cli import (
     preprocess,
     quickstart,
     quickstart_evaluate,
+    ratios,
     recipes,
     retrofit,
 )
@@ -67,6 +68,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "generate": generate,
     "evaluate": evaluate,
+    "ratios": ratios,
     "convert-from-hf": convert_from_hf,
     "convert-from-megatron": convert_from_megatron,
     "convert-to-hf": convert_to_hf,

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ _OF_TEXT = ("base", "amount")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
 # Of any number here; a seed of numpy has less than 32 bits.
 _MOST_DIGITS = 9
+_MOST_LOGIT = 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a plain model's Hugging Face folder, or an export of convert-to-hf; with --tasks a checkpoint, too",
     )
     parser.add_argument("--output", required=True, type=path, metavar="FILE.json", help="the report; must not exist")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--compression-ratio",
+        type=_number,
+        metavar="R",
+        help="of an export, another than it was trained for; megatron-dmc ratios measures which it can have",
+    )
+    other.add_argument(
+        "--merge-threshold",
+        type=_number,
+        metavar="T",
+        help="logits: a token merges where its decision logit is above it (default: the export's, which is 0 unless it was "
+        "changed)",
+    )
     text = parser.add_argument_group("on held-out text")
     text.add_argument("--text", type=path, metavar="PREFIX", help="a held-out dataset of megatron-dmc preprocess")
     text.add_argument(
@@ -100,7 +116,9 @@ def run(options: argparse.Namespace) -> None:
     from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
     from megatron_dmc.evaluation.exported.words import told
 
-    report = evaluate_exported(options.folder, options.text, base=options.base, amount=options.amount)
+    report = evaluate_exported(
+        options.folder, options.text, base=options.base, amount=options.amount, merge_threshold=_threshold(options)
+    )
     try:
         _write(output, report)
     finally:
@@ -149,6 +167,7 @@ def _run_tasks(options: argparse.Namespace, output: Path) -> None:
         seed=options.seed,
         include=options.include_path,
         runs_code=bool(options.confirm_run_unsafe_code),
+        merge_threshold=_threshold(options),
     )
     report = evaluate_tasks(options.folder, request)
     try:
@@ -156,6 +175,26 @@ def _run_tasks(options: argparse.Namespace, output: Path) -> None:
     finally:
         print_rows(report)
     print(f"{output}: evaluated {options.folder}")
+
+
+def _threshold(options: argparse.Namespace) -> float | None:
+    """The merge threshold that is asked for; None: the model's own."""
+    from megatron_dmc.evaluation.exported.ratios import chosen_threshold
+
+    return chosen_threshold(options.folder, options.compression_ratio, options.merge_threshold)
+
+
+def _number(text: str) -> float:
+    """A finite number that may be a logit."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or abs(value) > _MOST_LOGIT:
+        raise argparse.ArgumentTypeError(
+            f"must be a number from -{_MOST_LOGIT:g} to {_MOST_LOGIT:g}, got {text[:40]!r}"
+        )
+    return value
 
 
 def _names(text: str) -> tuple[str, ...]:

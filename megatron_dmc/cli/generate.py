@@ -14,6 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument(
+        "--merge-threshold",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="logits: a token merges where its decision logit is above it (default: 0, as it was trained)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
 
@@ -31,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
             options.temperature,
             options.seed,
             base=options.base,
+            merge_threshold=options.merge_threshold,
         )
 
 
@@ -40,6 +48,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.temperature != 0:
         Range(1e-3, 1000).check("--temperature (other than 0, which is greedy)", options.temperature)
     Range(0, 2**63 - 1).check("--seed", options.seed)
+    Range(-1e6, 1e6).check("--merge-threshold", options.merge_threshold)
     try:
         options.prompt.encode()
     except UnicodeEncodeError:

@@ -53,6 +53,7 @@ class DMCAttention(nn.Module):
         attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
         dmc_cache: DMCCache | None = None,
+        merge_threshold: float | Tensor = 0.0,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """As the family's attention. No mask is looked at: attention is causal, and padding is at the end.
@@ -62,6 +63,7 @@ class DMCAttention(nn.Module):
             position_embeddings: cos and sin, [batch or 1, seq, head_dim].
             lengths: real tokens of each row, int64 [batch]; None: all are.
             dmc_cache: the model's, which takes the tokens in.
+            merge_threshold: logits, above which a token merges; a number, or one for each row, [batch, 1, 1].
 
         Returns:
             [batch, seq, hidden], and None for the weights, which are never stored.
@@ -82,7 +84,7 @@ class DMCAttention(nn.Module):
             query, key = self._normed(query, key)
         if self.dmc["per_layer"]:
             decision_logits = decision_logits.mean(-1, keepdim=True).expand_as(decision_logits)
-        alpha = decision_logits > 0
+        alpha = decision_logits > merge_threshold
         if self.absorbs:
             omega = omega_of_absorbed(omega_logits)
         else:
@@ -101,7 +103,7 @@ class DMCAttention(nn.Module):
             )
             out = windowed_dmc_attention(
                 *states,
-                hard_merge_logits(decision_logits),
+                hard_merge_logits(decision_logits, merge_threshold),
                 omega=omega if self.absorbs else None,
                 bias_channel=-1 if self.neuron else None,
                 **when,

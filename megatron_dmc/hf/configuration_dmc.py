@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.hf.curve import CompressionCurve, check_threshold
 
 # Before a family's model type, where it merges.
 DMC_TYPE = "dmc_"
@@ -19,6 +20,9 @@ class DMCConfiguration:
             ``omega_floor`` is 2^-7 where others are given, as it was before it was a setting.
         prefill_chunk_tokens: a longer prompt goes through the layers in pieces of so many tokens. (The name is not
             prefill_chunk_size, because generate() has a setting of that name.)
+        merge_threshold: logits. A token merges where its decision logit is above it: a higher one compresses less. 0: as the
+            model was trained.
+        compression_curve: which threshold gives which ratio, as ``megatron-dmc ratios`` measured it; None: not measured.
         kwargs: the family's.
 
     Raises:
@@ -37,7 +41,14 @@ class DMCConfiguration:
     # Defaults of the family that no model with DMC may have, and its own ones.
     replaced_defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, dmc: dict[str, Any] | None = None, prefill_chunk_tokens: int = 4096, **kwargs: Any):
+    def __init__(
+        self,
+        dmc: dict[str, Any] | None = None,
+        prefill_chunk_tokens: int = 4096,
+        merge_threshold: float = 0.0,
+        compression_curve: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         self.dmc = DMCConfig.from_dict(dmc or {}).to_dict()
         if (
             isinstance(prefill_chunk_tokens, bool)
@@ -46,8 +57,21 @@ class DMCConfiguration:
         ):
             raise ValueError(f"prefill_chunk_tokens must be an integer >= 1, got {prefill_chunk_tokens!r}")
         self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.merge_threshold = check_threshold("merge_threshold", merge_threshold)
+        self.compression_curve = (
+            None if compression_curve is None else CompressionCurve.from_dict(compression_curve).to_dict()
+        )
         super().__init__(**{**self.replaced_defaults, **kwargs})
         self._refuse_what_attention_lacks()
+
+    def threshold_of(self, compression_ratio: float) -> float:
+        """The merge threshold for a ratio, in texts as long as those of the curve; raises ValueError where it is not known."""
+        if self.compression_curve is None:
+            raise ValueError(
+                "compression_ratio: it has not been measured which merge threshold gives it; run megatron-dmc ratios on the "
+                "export, or give a merge_threshold"
+            )
+        return CompressionCurve.from_dict(self.compression_curve).threshold(compression_ratio)
 
     def _refuse_what_attention_lacks(self) -> None:
         for name, value in self.must_be.items():

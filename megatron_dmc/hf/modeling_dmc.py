@@ -18,6 +18,7 @@ from megatron_dmc.hf.adapter import joined, lacks_its_base
 from megatron_dmc.hf.attention import DecisionProjection
 from megatron_dmc.hf.cache import CACHE_NAME, DMCCache
 from megatron_dmc.hf.configuration_dmc import DMC_TYPE
+from megatron_dmc.hf.curve import check_threshold
 from megatron_dmc.hf.padding import Packing
 
 
@@ -112,6 +113,7 @@ class DMCModel(DMCPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache: Any = None,
+        merge_threshold: float | Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The hidden states after the last layer and the final norm.
@@ -124,6 +126,8 @@ class DMCModel(DMCPreTrainedModel):
             past_key_values, cache: two names for the same argument (transformers 5.24 renamed it): a DMCCache, or None.
             use_cache: None follows the configuration, but means False where gradients are recorded: the cache has none.
             output_hidden_states: also return the states before every layer and after the final norm.
+            merge_threshold: logits, above which a new token merges: one number, or one for each sequence, [batch]. None: the
+                configuration's.
 
         Raises:
             ValueError: an argument that cannot be honoured; the message names it.
@@ -156,7 +160,8 @@ class DMCModel(DMCPreTrainedModel):
         lengths = None if packing is None else packing.lengths
         if cache is not None:
             cache.check()
-        states = self._run_layers(hidden, first, cache, lengths, keep_states)
+        threshold = self._threshold(merge_threshold, hidden)
+        states = self._run_layers(hidden, first, cache, lengths, keep_states, threshold)
         if packing is not None:
             states = [packing.unpack(x) for x in states]
         if cache is not None:
@@ -168,7 +173,13 @@ class DMCModel(DMCPreTrainedModel):
         )
 
     def _run_layers(
-        self, hidden: Tensor, first: Tensor, cache: DMCCache | None, lengths: Tensor | None, keep: bool
+        self,
+        hidden: Tensor,
+        first: Tensor,
+        cache: DMCCache | None,
+        lengths: Tensor | None,
+        keep: bool,
+        merge_threshold: float | Tensor,
     ) -> list[Tensor]:
         """The states after the final norm; with ``keep`` those before each layer come first. A cache takes chunks."""
         seq = hidden.shape[1]
@@ -186,10 +197,24 @@ class DMCModel(DMCPreTrainedModel):
                 # Under a name of its own: from a layer that checkpoints its activations, transformers takes the cache away.
                 dmc_cache=cache,
                 lengths=None if lengths is None else (lengths - start).clamp(0, stop - start),
+                merge_threshold=merge_threshold,
                 return_dict=True,
             )
             chunks.append(out.hidden_states if keep else [out.last_hidden_state])
         return [torch.cat(pieces, dim=1) for pieces in zip(*chunks, strict=True)]
+
+    def _threshold(self, merge_threshold: float | Tensor | None, hidden: Tensor) -> float | Tensor:
+        """A number, or [batch, 1, 1] in float32 on the device of the states."""
+        if merge_threshold is None:
+            merge_threshold = self.config.merge_threshold
+        if not isinstance(merge_threshold, Tensor):
+            return check_threshold("merge_threshold", merge_threshold)
+        if merge_threshold.shape != hidden.shape[:1] or not merge_threshold.is_floating_point():
+            raise ValueError(
+                f"merge_threshold must be a number, or one for each of the {len(hidden)} sequences, got "
+                f"{merge_threshold.dtype} {list(merge_threshold.shape)}"
+            )
+        return merge_threshold.to(hidden.device, torch.float32)[:, None, None]
 
     def _cache(self, past_key_values: Any, use_cache: bool) -> DMCCache | None:
         if past_key_values is None:
@@ -228,6 +253,7 @@ class DMCForCausalLM(DMCPreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
+        merge_threshold: float | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss where labels are given. Arguments as DMCModel's and transformers'."""
@@ -239,6 +265,7 @@ class DMCForCausalLM(DMCPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
+            merge_threshold=merge_threshold,
             return_dict=True,
             **kwargs,
         )

@@ -11,6 +11,8 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.inference.context import DMCInferenceContext
 from megatron_dmc.inference.loading import LoadedModel, load_model
+from megatron_dmc.model.attention import StepContext
+from megatron_dmc.model.gpt import dmc_layers
 
 
 @torch.no_grad()
@@ -77,10 +79,19 @@ def new_text(tokenizer: Tokenizer, prompt: Sequence[int], steps: Iterable[int]) 
 
 
 def run(
-    checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, *, base: str | None = None
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    *,
+    base: str | None = None,
+    merge_threshold: float = 0.0,
 ) -> None:
     """``megatron-dmc generate``: prints the prompt and its continuation as it is made."""
     loaded = load_model(checkpoint, base, must_merge=True)
+    for layer in dmc_layers(loaded.model):
+        layer.step = StepContext(merge_threshold=merge_threshold)
     ids = loaded.tokenizer.tokenize_prompt(prompt)
     if not ids:
         raise ConfigError("--prompt is empty; give at least one character")

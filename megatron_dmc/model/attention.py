@@ -52,12 +52,14 @@ class StepContext:
         channel_scale: factor on the last channel of q and k before and after rotary embedding (phase zero_out).
         alpha_gradient: what every alpha gets, the slope of the step's compression loss or minus the multiplier.
         uncounted: int64, numbers of samples whose decisions are not counted; None: all are.
+        merge_threshold: logits, above which a token merges, not in training.
     """
 
     merging: bool = True
     channel_scale: float = 1.0
     alpha_gradient: float = 0.0
     uncounted: Tensor | None = None
+    merge_threshold: float = 0.0
 
 
 class BaseAttention(NamedTuple):
@@ -244,7 +246,8 @@ class DMCSelfAttention(SelfAttention):
         return self.linear_proj(out)
 
     def decision_logits(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """decision_logits and omega_logits, [batch, seq, kv_heads], from query and key before their norm."""
+        """decision_logits, in use above their threshold, and omega_logits, [batch, seq, kv_heads], from query and key before
+        their norm."""
         assert self.dmc is not None
         biases = self.dmc.decision_bias, self.dmc.omega_bias
         if self.dmc.uses_key_channel:
@@ -260,6 +263,8 @@ class DMCSelfAttention(SelfAttention):
             total = tensor_parallel.reduce_from_tensor_model_parallel_region(decision_logits.sum(-1, keepdim=True))
             total = tensor_parallel.copy_to_tensor_model_parallel_region(total)
             decision_logits = (total / self.config.num_query_groups).expand_as(decision_logits)
+        if not self.training:
+            decision_logits = decision_logits - self.step.merge_threshold
         return decision_logits, omega_logits
 
     def _merge_logits(self, decision_logits: Tensor, sample_index: Tensor | None, places: TokenPlaces) -> Tensor:

@@ -58,9 +58,9 @@ def relaxed_merge_logits(decision_logits: Tensor, noise: Tensor, temperature: fl
     return (decision_logits + noise) / temperature
 
 
-def hard_merge_logits(decision_logits: Tensor) -> Tensor:
-    """Merge logits of the binary decision 1[a > 0]: +inf where it merges, -inf where it appends."""
-    return torch.where(decision_logits > 0, float("inf"), float("-inf")).to(decision_logits.dtype)
+def hard_merge_logits(decision_logits: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
+    """Merge logits of the binary decision 1[a > threshold]: +inf where it merges, -inf where it appends."""
+    return torch.where(decision_logits > threshold, float("inf"), float("-inf")).to(decision_logits.dtype)
 
 
 def clear_channel(x: Tensor) -> Tensor:

@@ -31,12 +31,27 @@ class DMCMetadata(AttentionMetadata):
 
     decoding: Decoding | None
     requests: list[Request]
+    _thresholds: Tensor | None = None
     _groups: list[Group] | None = None
     _chunks: Chunks | None = None
 
     def granted(self, cache: WorkerCache) -> list[Request]:
         """Requests that were granted nothing are left out: so vLLM warms up."""
         return [each for each in self.requests if each.blocks[0] in cache.granted.places]
+
+    def merges(self, decision_logits: Tensor, cache: WorkerCache) -> Tensor:
+        """Whether each token merges, bool as decision_logits [tokens, kv_heads]: by its request's threshold."""
+        if self.requests and self._thresholds is None:
+            firsts = torch.zeros(len(decision_logits), dtype=torch.int32)
+            for each in self.requests:
+                firsts[each.rows.start : each.rows.stop] = each.blocks[0]
+            self._thresholds = cache.thresholds.index_select(0, firsts.to(cache.thresholds.device))[:, None]
+        alpha = decision_logits > (0.0 if self._thresholds is None else self._thresholds)
+        if self.decoding is not None:
+            # For each layer anew: what were kept from vLLM's warm-up would be no part of the graph that it captures then.
+            thresholds = cache.thresholds.index_select(0, self.decoding.place)[:, None]
+            alpha[: len(thresholds)] = decision_logits[: len(thresholds)] > thresholds
+        return alpha
 
     def groups(self, cache: WorkerCache) -> list[Group]:
         """The same for all layers."""
@@ -160,8 +175,9 @@ class DMCImpl(AttentionImpl):
         if layer.cache is None or attn_metadata is None:
             return output.zero_()  # vLLM measures memory, of captured graphs too
         width = query.shape[-1]
-        decision = key[..., width:].contiguous().view(torch.float32)[..., 0]
-        new = NewTokens(query, key[..., :width], value, decision.signbit(), decision.abs())
+        decision_logits, omega = key[..., width:].contiguous().view(torch.float32).unbind(-1)
+        alpha = attn_metadata.merges(decision_logits, layer.cache)
+        new = NewTokens(query, key[..., :width], value, alpha, omega)
         taken = 0
         if (decoding := attn_metadata.decoding) is not None:
             taken = len(decoding.tokens)

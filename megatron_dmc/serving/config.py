@@ -10,6 +10,7 @@ from megatron_dmc.hf.adapter import ADAPTER_FILE, lacks_its_base
 from megatron_dmc.serving import kernels
 from megatron_dmc.serving.header import Header
 from megatron_dmc.serving.plugin import logger
+from megatron_dmc.serving.ratios import Thresholds
 
 
 class Refused(NamedTuple):
@@ -39,6 +40,7 @@ class DMCSettings(VerifyAndUpdateConfig):
         from vllm.platforms import current_platform
 
         _refuse(_of_the_engine(vllm_config))
+        Thresholds.of(vllm_config.model_config.hf_config, vllm_config.additional_config)
         if not current_platform.is_cpu():
             logger.warning(
                 "megatron-dmc: serving has been tried on CPUs only; compare a few answers with the export's own generate()"

@@ -13,17 +13,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from megatron_dmc.serving.metrics import DMCPromMetrics, DMCStats
 from megatron_dmc.serving.plugin import logger
+from megatron_dmc.serving.ratios import RATIO, THRESHOLD, Thresholds
 from megatron_dmc.serving.spec import Changes, DMCManager, Report
 from megatron_dmc.serving.worker_cache import WorkerCache
 
 
 @dataclass
 class Step(KVConnectorMetadata):
-    """Down, before a step. ended: first blocks of requests that have ended since the step before."""
+    """Down, before a step. ended: first blocks of requests that have ended since the step before. thresholds: above which the
+    tokens of a request merge, by first blocks, of new requests and where another one holds from now on."""
 
     number: int
     changes: Changes
     ended: list[int]
+    thresholds: dict[int, float]
 
 
 @dataclass
@@ -60,6 +63,7 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
     # Or a request's output would be held back when it is preempted.
     requires_kv_delivery = False
     manager: DMCManager
+    thresholds: Thresholds
     cache: WorkerCache
     step: Step | None = None
 
@@ -67,6 +71,7 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         (self.manager,) = kv_cache_manager.coordinator.single_type_managers
+        self.thresholds = Thresholds.of(self._vllm_config.model_config.hf_config, self._vllm_config.additional_config)
         self._say_how_many_fit()
 
     def _say_how_many_fit(self) -> None:
@@ -82,7 +87,16 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
-        return Step(*self.manager.start_step(list(scheduler_output.num_scheduled_tokens)))
+        for request in scheduler_output.scheduled_new_reqs:
+            self.thresholds.begin(request.req_id, request.sampling_params and request.sampling_params.extra_args)
+        self.thresholds.end(scheduler_output.finished_req_ids)
+        requests = list(scheduler_output.num_scheduled_tokens)
+        firsts = self.manager.first_blocks(requests)
+        pool = self.manager.block_pool
+        number, changes, ended = self.manager.start_step(requests)
+        begun = {request for request, first in firsts.items() if changes[first][0] == 0}
+        told = self.thresholds.step(firsts, begun, pool.get_num_free_blocks(), pool.num_gpu_blocks)
+        return Step(number, changes, ended, told)
 
     def update_connector_output(self, connector_output: Any) -> None:
         used = connector_output.kv_connector_worker_meta
@@ -99,8 +113,12 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         pass
 
-    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
-        return False, None
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, float] | None]:
+        """What a request that asked for a ratio has had, for its answer (vLLM's ``kv_transfer_params``)."""
+        threshold = self.thresholds.asked.get(request.request_id)
+        if threshold is None:
+            return False, None
+        return False, {RATIO: self.manager.ratio_of(request.request_id), THRESHOLD: threshold}
 
     # Of a worker.
     def register_kv_caches(self, kv_caches: Any) -> None:
@@ -121,7 +139,8 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(connector_metadata, Step)
         super().bind_connector_metadata(connector_metadata)
         self.step = connector_metadata
-        self.cache.begin_step(connector_metadata.changes, connector_metadata.ended)
+        step = connector_metadata
+        self.cache.begin_step(step.changes, step.ended, step.thresholds)
 
     def build_connector_worker_meta(self) -> Used | None:
         step, self.step = self.step, None

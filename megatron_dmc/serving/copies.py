@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 
-def to_device(parts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """Each part as int64 on the device, by one copy in the order of the current stream.
+def to_device(
+    parts: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> tuple[Tensor, ...]:
+    """Each part in this dtype on the device, by one copy in the order of the current stream.
 
     The pinned memory is torch's: it is used again only once the copy has been made, so steps in flight cannot overwrite one
     another's numbers.
     """
-    numbers = torch.tensor([x for part in parts for x in part], dtype=torch.int64, pin_memory=device.type == "cuda")
+    numbers = torch.tensor([x for part in parts for x in part], dtype=dtype, pin_memory=device.type == "cuda")
     return numbers.to(device, non_blocking=True).split([len(part) for part in parts])
 
 

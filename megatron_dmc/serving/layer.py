@@ -56,22 +56,22 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
             by_kernels=kernels.serve(self.header, self.dtype, current_platform.device_type),
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, decision_logits: Tensor, omega: Tensor) -> Tensor:
         """Attention of several requests' new tokens, which the backend tells apart.
 
         The call goes through vLLM's own attention operator, at which it splits graphs. That operator takes three tensors:
-        omega, negative where the token merges, lies behind the key as one float32 per head, in as many channels as that is.
+        what decides lies behind the key as two float32 per head, in as many channels as that is.
 
         Args:
             query: [tokens, heads, head_dim], before rotary embedding.
             key, value: [tokens, kv_heads, head_dim], before rotary embedding.
-            alpha: bool [tokens, kv_heads].
-            omega: float32 [tokens, kv_heads], above 0.
+            decision_logits: float32 [tokens, kv_heads]; a token merges where its request's threshold is lower.
+            omega: float32 [tokens, kv_heads].
 
         Returns:
             As query.
         """
-        decision = torch.where(alpha, -omega, omega).unsqueeze(-1).contiguous().view(key.dtype)
+        decision = torch.stack([decision_logits, omega], dim=-1).view(key.dtype)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         torch.ops.vllm.unified_attention_with_output(
             query, torch.cat([key, decision], dim=-1), value, out, _encode_layer_name(self.layer_name)

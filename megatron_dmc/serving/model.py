@@ -81,7 +81,7 @@ class DMCAttention(nn.Module):
             omega = omega_of_absorbed(omega_logits)
         else:
             omega = omega_from_logits(omega_logits, self.dmc["omega_floor"])
-        out = self.attn(query, key, value, decision_logits > 0, omega)
+        out = self.attn(query, key, value, decision_logits, omega)
         return self.o_proj(out.flatten(1))[0]
 
     def _normed(self, x: Tensor, norm: RMSNorm) -> Tensor:

@@ -139,13 +139,22 @@ class DMCManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         return tuple([] for _ in kv_cache_group_ids), 0
 
+    def first_blocks(self, request_ids: Sequence[str]) -> dict[str, int]:
+        """By which workers know the requests."""
+        return {request_id: self.req_to_blocks[request_id][0].block_id for request_id in request_ids}
+
+    def ratio_of(self, request_id: str) -> float:
+        """Tokens per slot of a request, as last reported."""
+        use = self.use.get(request_id, Use())
+        return use.tokens * self.rows / use.slots if use.slots else 1.0
+
     def start_step(self, request_ids: Sequence[str]) -> tuple[int, Changes, list[int]]:
         """The number of a step in which these requests have tokens, and what the worker has to know before it: changes, and
         the first blocks of requests that have ended."""
         self.step += 1
         changes, records = {}, {}
-        for request_id in request_ids:
-            use, first = self.use[request_id], self.req_to_blocks[request_id][0].block_id
+        for request_id, first in self.first_blocks(request_ids).items():
+            use = self.use[request_id]
             changes[first] = use.known, [block.block_id for block in use.held[use.known :]]
             records[first] = request_id, use, use.target
             use.known = len(use.held)

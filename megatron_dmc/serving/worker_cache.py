@@ -29,7 +29,7 @@ class NewTokens(NamedTuple):
     Attributes:
         query: [n, heads, head_dim], before rotary embedding.
         key, value: [n, kv_heads, head_dim], before rotary embedding.
-        alpha: bool [n, kv_heads].
+        alpha: bool [n, kv_heads], of decision logits above the requests' thresholds.
         omega: float32 [n, kv_heads].
     """
 
@@ -147,6 +147,8 @@ class WorkerCache:
         self.granted = GrantedBlocks(requests, spec.most_blocks, blocks, self.rows, pool.device)
         self.kernels = kernels.of(header, spec.dtype, pool.device.type) if spec.by_kernels else None
         self.memories = {name: self._memory(name) for name in self.index} if self.kernels else {}
+        # Above which a request's tokens merge, by its first block: at an address that a captured graph may keep.
+        self.thresholds = torch.zeros(blocks, device=pool.device)
         self.scheduled: list[int] = []
 
     def _memory(self, layer: str) -> Memory:
@@ -165,8 +167,14 @@ class WorkerCache:
             grants=self.granted.lists,
         )
 
-    def begin_step(self, changes: Mapping[int, tuple[int, list[int]]], ended: Iterable[int]) -> None:
-        """Before a step's forward pass, on its stream: the step before it may still run. See GrantedBlocks.plan."""
+    def begin_step(
+        self, changes: Mapping[int, tuple[int, list[int]]], ended: Iterable[int], thresholds: Mapping[int, float]
+    ) -> None:
+        """Before a step's forward pass, on its stream: the step before it may still run. See GrantedBlocks.plan.
+
+        Args:
+            thresholds: of requests whose threshold is another one from now on, by first blocks.
+        """
         writes = self.granted.plan(changes, ended)
         new = [block for _, blocks in changes.values() for block in blocks]
         self.scheduled = list(changes)
@@ -178,6 +186,9 @@ class WorkerCache:
         if new:
             # They may hold what was a header, NaN as a number, and 0 * NaN is NaN.
             self.blocks.index_fill_(0, new_blocks, 0)
+        if thresholds:
+            firsts, values = to_device([list(thresholds), list(thresholds.values())], self.words.device, torch.float64)
+            self.thresholds.index_copy_(0, firsts.long(), values.float())
         # vLLM's warm-up may have left anything in its null block, which is read with weight 0.
         self.words[0].zero_()
 

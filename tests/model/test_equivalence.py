@@ -13,6 +13,7 @@ from megatron_dmc.convert.hf_config import write_config
 from megatron_dmc.convert.mapping import to_hugging_face
 from megatron_dmc.hf.families import dmc_classes
 from megatron_dmc.inference.context import DMCInferenceContext
+from megatron_dmc.model.attention import StepContext
 from megatron_dmc.model.gpt import dmc_layers, transformer_config
 from megatron_dmc.model.layer_spec import get_dmc_layer_spec
 from tests.support.models import FAMILY_SIZES, SIZES, positions, random_model, tokens
@@ -40,17 +41,28 @@ FAMILY_VARIANTS = {
     for family in ("mistral", "qwen2", "qwen3")
     for name in ("projection-exact", "neuron-exact", "projection-absorb-local16", "neuron-evict-local16")
 }
-CASES = {name: (SIZES, dmc) for name, dmc in VARIANTS.items()} | FAMILY_VARIANTS
+CASES = {name: (SIZES, dmc, 0.0) for name, dmc in VARIANTS.items()}
+CASES |= {name: (*case, 0.0) for name, case in FAMILY_VARIANTS.items()}
+# Another ratio than the trained one: decisions above another threshold.
+CASES |= {
+    f"{name}-threshold{threshold}": (SIZES, VARIANTS[name], threshold)
+    for name, threshold in (
+        ("projection-exact-per_layer", 0.3),
+        ("neuron-merge-local16", -0.3),
+        ("projection-absorb-local16", 0.3),
+    )
+}
 LENGTH = 61
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def case(request: pytest.FixtureRequest, one_process: None) -> dict[str, Any]:
     """A model, a text, and the training form's logits with binary decisions."""
-    sizes, dmc = request.param
+    sizes, dmc, threshold = request.param
     model, ids = random_model(dmc, sizes=sizes), tokens(2, LENGTH)
     for layer in dmc_layers(model):
         layer.statistics.reset()
+        layer.step = StepContext(merge_threshold=threshold)
     with torch.no_grad():
         expected = model(ids, positions(ids), None)
     merged, _, seen, _ = torch.stack([layer.statistics.counts for layer in dmc_layers(model)]).unbind(1)
@@ -59,7 +71,11 @@ def case(request: pytest.FixtureRequest, one_process: None) -> dict[str, Any]:
     share = share * LENGTH / max(LENGTH - dmc.local_window, 1)
     if dmc.local_window < LENGTH:
         assert share.min() > 0 and share.max() < 1 and 0.2 < share.mean() < 0.8, "decisions are not mixed"
-    return {"sizes": sizes, "dmc": dmc, "model": model, "ids": ids, "expected": expected}
+    if threshold:
+        as_trained = random_model(dmc, sizes=sizes)
+        with torch.no_grad():
+            assert not torch.allclose(as_trained(ids, positions(ids), None), expected), "the threshold changes nothing"
+    return {"sizes": sizes, "dmc": dmc, "threshold": threshold, "model": model, "ids": ids, "expected": expected}
 
 
 def through_cache(case: dict[str, Any], sizes: list[int]) -> tuple[Tensor, DMCInferenceContext]:
@@ -98,7 +114,7 @@ def hugging_face(case: dict[str, Any]) -> Any:
     config = write_config(case["sizes"], case["dmc"], dtype=torch.float32, special_tokens={"pad_token_id": 0})
     config = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
     config_class, model_class = dmc_classes(case["sizes"].family)
-    model = model_class(config_class(**config)).eval()
+    model = model_class(config_class(**config, merge_threshold=case["threshold"])).eval()
     model.load_state_dict(weights)
     return model
 

@@ -1,5 +1,7 @@
 """Token for token what the export's own generate() gives, in every form of a model, and all blocks free afterwards."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import engine
+from tests.support.engines import engine, params
 from tests.support.served import Served, random_prompts, save, served_model
 
 # Family, its DMC settings, other values of its configuration.
@@ -144,3 +146,41 @@ def test_without_eager_mode_outputs_are_the_same(export: Callable[..., Served]) 
     with engine(expected, enforce_eager=False) as running:
         assert running.generate(expected.prompts[:4]) == expected.outputs[:4]
         assert running.is_as_at_first()
+
+
+def test_each_request_is_compressed_as_it_asks_for(export: Callable[..., Served], tmp_path: Path) -> None:
+    """In one batch: as the model was trained, by a threshold, and by a ratio of the measured curve."""
+    case = export({"local_window": 4})
+    curve = {"tokens": 100, "ratios": [1.5, 3.0, 6.0], "thresholds": [130.0, 60.0, -90.0]}
+    folder = tmp_path / "with-curve"
+    shutil.copytree(case.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"compression_curve": curve, "merge_threshold": 10.0}))
+    asked = [None, {"merge_threshold": 100.0}, {"compression_ratio": 3.0}, {"compression_ratio": 6}, {}]
+    thresholds = [10.0, 100.0, 60.0, -90.0, 10.0]
+    model = type(served_model({"local_window": 4})).from_pretrained(folder)
+    expected, ratios = [], []
+    for prompt, threshold in zip(case.prompts, thresholds, strict=True):
+        made = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=len(case.outputs[0]),
+            do_sample=False,
+            merge_threshold=threshold,
+            return_dict_in_generate=True,
+        )
+        expected.append(made.sequences[0, len(prompt) :].tolist())
+        ratios.append(next(made[name] for name in ("cache", "past_key_values") if name in made).compression_ratio)
+    assert len(set(ratios)) == len(ratios)
+    with engine(case._replace(folder=folder)) as running:
+        given = [params(max_tokens=len(expected[0]), extra_args=extra) for extra in asked]
+        outputs = running.llm.generate([{"prompt_token_ids": x} for x in case.prompts], given, use_tqdm=False)
+        assert [list(out.outputs[0].token_ids) for out in outputs] == expected
+        # The last token was never taken in.
+        for out, extra, ratio, threshold in zip(outputs, asked, ratios, thresholds, strict=True):
+            if not extra:
+                assert out.kv_transfer_params is None
+            else:
+                assert out.kv_transfer_params["merge_threshold"] == threshold
+                assert abs(out.kv_transfer_params["compression_ratio"] / ratio - 1) < 0.05
+        assert running.is_as_at_first()
+        assert not running.scheduler.connector.thresholds.asked

@@ -184,6 +184,24 @@ def test_a_stop_string_ends_an_answer(server: Server) -> None:
     assert server.is_idle_within(10)
 
 
+def test_a_request_chooses_how_hard_it_is_compressed(server: Server) -> None:
+    prompt = server.case.prompts[1]
+    model = served_model({"local_window": 4})
+    made = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        merge_threshold=60.0,
+        return_dict_in_generate=True,
+    )
+    cache = next(made[name] for name in ("cache", "past_key_values") if name in made)
+    answer = server.complete(prompt, extra_body={"vllm_xargs": {"merge_threshold": 60.0}})
+    assert answer.choices[0].token_ids == made.sequences[0, len(prompt) :].tolist() != server.case.outputs[1]
+    assert answer.kv_transfer_params["merge_threshold"] == 60.0
+    assert answer.kv_transfer_params["compression_ratio"] == pytest.approx(cache.compression_ratio, rel=0.02)
+    assert server.complete(prompt).choices[0].token_ids == server.case.outputs[1]
+
+
 def test_forty_requests_at_once(server: Server) -> None:
     """More than fit; uncompressed, nine of the long ones would."""
     numbers = [i % len(server.case.prompts) for i in range(40)]

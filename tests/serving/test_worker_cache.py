@@ -116,8 +116,8 @@ def test_single_tokens_and_chunks_take_turns(monkeypatch: pytest.MonkeyPatch, fo
     before = cache.blocks.clone()
     # By and by, as many as are needed, and one more that is taken back.
     changes = {7: (0, [3, 5, 8, 2]), 9: (0, [4, 11, 12, 13, 14, 15])}
-    cache.begin_step(changes, ())
-    cache.begin_step({7: (3, [20, 21, 22]), 9: (6, [])}, ())
+    cache.begin_step(changes, (), {})
+    cache.begin_step({7: (3, [20, 21, 22]), 9: (6, [])}, (), {})
     out = run(cache, stream)
     torch.testing.assert_close(out.double(), oracle(stream, kind)[0], rtol=0, atol=1e-5)
     mine = [*FIRSTS, 3, 5, 8, 2, 20, 21, 22, 4, 11, 12, 13, 14, 15]
@@ -138,7 +138,7 @@ def test_too_few_blocks_are_reported_and_hurt_nobody(monkeypatch: pytest.MonkeyP
     stream = draw_stream(Shape(2, 30, HEADS, KV_HEADS, WIDTH), torch.float32)
     stream.alpha[0] = False
     cache = make_cache_of(form, monkeypatch, Kind(4))
-    cache.begin_step({7: (0, [3, 5]), 9: (0, [4, 11, 12, 13])}, ())
+    cache.begin_step({7: (0, [3, 5]), 9: (0, [4, 11, 12, 13])}, (), {})
     before = cache.blocks.clone()
     out = run(cache, stream)
     torch.testing.assert_close(out[1].double(), oracle(stream, Kind(4))[0][1], rtol=0, atol=1e-5)
@@ -153,7 +153,7 @@ def test_a_residual_slot_that_nobody_has_written_is_not_counted(monkeypatch: pyt
     monkeypatch.setattr(f"{__name__}.TURNS", [0, 0])
     cache = make_cache_of(form, monkeypatch, Kind(4, "absorb"))
     cache.blocks[list(FIRSTS)] = 0x40E00000  # 7.0
-    cache.begin_step({7: (0, [3]), 9: (0, [4])}, ())
+    cache.begin_step({7: (0, [3]), 9: (0, [4])}, (), {})
     run(cache, draw_stream(Shape(2, 2, HEADS, KV_HEADS, WIDTH), torch.float32))
     assert [report.slots for report in cache.reports().values()] == [0, 0]
 
@@ -165,7 +165,7 @@ def test_a_dummy_run_touches_nothing(monkeypatch: pytest.MonkeyPatch, form: str)
 
     stream = draw_stream(Shape(2, 3, HEADS, KV_HEADS, WIDTH), torch.float32)
     cache = make_cache_of(form, monkeypatch, Kind(4, "absorb"))
-    cache.begin_step({7: (0, [3])}, ())
+    cache.begin_step({7: (0, [3])}, (), {})
     before, numbers = cache.blocks.clone(), cache.granted.numbers.clone()
     buffers = DecodingBuffers(2, 4, angles(torch.float32), torch.float32)
     new = NewTokens(*(x[:, 0] for x in stream))

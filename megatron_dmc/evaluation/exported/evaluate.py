@@ -75,7 +75,9 @@ class Heldout:
         return [torch.from_numpy(self.ids[begin : begin + tokens].copy()) for begin in begins]
 
 
-def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str | None = None) -> dict[str, Any]:
+def evaluate_exported(
+    folder: str, text: str, *, base: str | None, amount: str | None = None, merge_threshold: float | None = None
+) -> dict[str, Any]:
     """All that ``megatron-dmc evaluate`` reports of one model, as plain values.
 
     Args:
@@ -83,6 +85,7 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
         text: path prefix of a held-out dataset.
         base: the report of the base that the model was made from: the same samples are read. None: this is the base.
         amount: a name of AMOUNTS; of a base only, what is compared with it reads as much. None: "default".
+        merge_threshold: of a model that merges, in place of its own.
 
     Raises:
         ConfigError: no such model, text or report, or text that is too short.
@@ -130,7 +133,7 @@ def evaluate_exported(folder: str, text: str, *, base: str | None, amount: str |
             raise ConfigError(
                 f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
             )
-    report = _Evaluation(folder, dmc, before, heldout, settings).report()
+    report = _Evaluation(folder, dmc, before, heldout, settings, merge_threshold).report()
     if model_digest(Path(folder)) != weights:
         raise ConfigError(f"{folder} has changed while it was measured; measure it again")
     return report | {"weights": weights}
@@ -170,13 +173,15 @@ def _without(amount: Amount, kept: dict[str, Any], why: str) -> Amount:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """dmc: what the model adds to a plain one. before: the report of its base; None: the model is a base."""
+    """dmc: what the model adds to a plain one. before: the report of its base; None: the model is a base. merge_threshold: in
+    place of the model's own."""
 
     folder: str
     dmc: DMCConfig | None
     before: dict[str, Any] | None
     heldout: Heldout
     amount: Amount
+    merge_threshold: float | None = None
 
     def report(self) -> dict[str, Any]:
         """All but the digest of the weights."""
@@ -209,6 +214,7 @@ class _Evaluation:
             "model": self.folder,
             **({} if before is None else {"base": before["model"], "base_weights": before["weights"]}),
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
+            **({} if self.merge_threshold is None else {"merge_threshold": self.merge_threshold}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,
             "serving_dtype": _name(serving_dtype()),
@@ -220,7 +226,10 @@ class _Evaluation:
 
     def _load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """The model, and its base."""
-        return load(self.folder, dtype), None if self.before is None else load(self.before["model"], dtype)
+        model = load(self.folder, dtype)
+        if self.merge_threshold is not None:
+            model.config.merge_threshold = self.merge_threshold
+        return model, None if self.before is None else load(self.before["model"], dtype)
 
     def _work(self) -> int:
         """Tokens that are read, roughly, as the bar's length."""

@@ -46,6 +46,7 @@ class TaskRequest:
         limit: documents of each task.
         include: a folder of more tasks.
         runs_code: whether code that the model writes may run.
+        merge_threshold: of a model that merges, in place of its own.
     """
 
     tasks: tuple[str, ...]
@@ -56,6 +57,7 @@ class TaskRequest:
     seed: int | None = None
     include: str | None = None
     runs_code: bool = False
+    merge_threshold: float | None = None
 
 
 def evaluate_tasks(folder: str, request: TaskRequest) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
     register()
     try:
         # The device that lm-eval's command takes: the first GPU, or else the CPU.
-        return ObservedLM(
+        model = ObservedLM(
             str(source.folder),
             device="cuda:0",
             batch_size=request.batch_size,
@@ -162,6 +164,9 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
         raise ConfigError(
             f"{source.folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again"
         ) from None
+    if request.merge_threshold is not None:
+        model.config.merge_threshold = request.merge_threshold
+    return model
 
 
 def _run(model: ObservedLM, tasks: list[Any], request: TaskRequest) -> dict[str, Any]:
