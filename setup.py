@@ -66,6 +66,6 @@ setup(
         "eval": ["accelerate", "lm_eval>=0.4.13,<0.5", "transformers>=5.0,<6", "wonderwords"],
         "vllm": ["vllm>=0.32,<0.34"],  # `vllm serve` of an export; the same range stands in megatron_dmc/serving
         "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 # The tests are the CPU's, also where there is a GPU (make gpu-check is the GPU's). Before torch is imported.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Several processes share the cores: a thread that has nothing to do must not keep one busy while it waits.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton's kernels run in its interpreter. It reads this when it is imported, whoever imports it first; vLLM has kernels of its
 # own, which it does not want interpreted.
 if importlib.util.find_spec("vllm") is None:

@@ -24,6 +24,17 @@ QUICK_CASES = ("projection", "neuron")
 # What differs in these is attention's inputs, which tensor and context parallelism divide.
 FAMILY_CASES = {"Qwen2, neuron", "Qwen3, zero_out, neuron"}
 FAMILY_LAYOUTS = ("TP2+SP", "CP2", "DP2, distributed optimizer, overlap", "TP2xPP2")
+# Ten seconds a case or more, on two cores: one case for each operation, both sources of decisions, packed documents, an
+# adapter, a teacher, calibration. make cluster-check runs all cases in them.
+LARGE_LAYOUTS = ("CP2xTP2+SP", "TP2xPP2xDP2")
+LARGE_CASES = {
+    "projection",
+    "neuron",
+    "window, distilled",
+    "eviction, adapter, distilled",
+    "absorbing, packed documents",
+    "calibrated",
+}
 # Adam's step is 1e-3: weights that are one step old would show.
 WEIGHT_TOLERANCE = 1e-4
 
@@ -33,7 +44,7 @@ def parameters() -> list[Any]:
         (layout, case)
         for layout in LAYOUTS.values()
         for case in CASES
-        if layout.name != REFERENCE and (case.name not in FAMILY_CASES or layout.name in FAMILY_LAYOUTS)
+        if layout.name != REFERENCE and _group(layout, case) is not None
     ]
     return [
         pytest.param(
@@ -46,15 +57,25 @@ def parameters() -> list[Any]:
     ]
 
 
+def _group(layout: Layout, case: Case) -> str | None:
+    """Which of three sets of runs these belong to, each with all of its layouts and all of its cases; None: to none."""
+    if case.name in FAMILY_CASES:
+        return "families" if layout.name in FAMILY_LAYOUTS else None
+    if layout.name in LARGE_LAYOUTS:
+        return "large" if case.name in LARGE_CASES else None
+    return "all cases"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """The folder of all runs that the selected tests look at."""
     selected = [item.callspec.params for item in request.session.items if item.path == request.node.path]
-    layouts = [LAYOUTS[REFERENCE]] + [x for x in LAYOUTS.values() if x in [chosen["layout"] for chosen in selected]]
-    cases = [case for case in CASES if case in [chosen["case"] for chosen in selected]]
     folder = tmp_path_factory.mktemp("layouts")
-    failures = run_layouts(folder, layouts, cases, 8)
-    assert not failures
+    for group in ("all cases", "large", "families"):
+        chosen = [each for each in selected if _group(each["layout"], each["case"]) == group]
+        layouts = [x for x in LAYOUTS.values() if x.name == REFERENCE or x in [each["layout"] for each in chosen]]
+        cases = [case for case in CASES if case in [each["case"] for each in chosen]]
+        assert not chosen or not run_layouts(folder, layouts, cases, 8)
     return folder
 
 
