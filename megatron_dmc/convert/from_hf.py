@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 
 from megatron_dmc.checkpoint import copy_tokenizer
+from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.folders import check_companions, check_output, keep_special_tokens, new_folder, special_tokens
-from megatron_dmc.convert.hf_config import check_exportable, read_config
+from megatron_dmc.convert.hf_config import check_exportable, read_config, read_json
 from megatron_dmc.convert.progress import Written
 from megatron_dmc.convert.single_process import single_process
 from megatron_dmc.convert.to_checkpoint import check_multiple, write_model
@@ -38,6 +39,11 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     check_output(output, folder)
     check_multiple(pad_vocab_to_multiple_of)
     model, dmc = read_config(folder)
+    if threshold := read_json(folder / "config.json").get("merge_threshold"):
+        raise ConfigError(
+            f"{folder / 'config.json'}: merge_threshold is {threshold!r}, which a checkpoint has no place for; set it to 0, "
+            "and choose it again in the next export"
+        )
     check_head_dim(model, dmc)
     check_exportable(model)
     weights = Weights.of(folder, model, dmc)

@@ -86,7 +86,7 @@ class Thresholds:
         curve = getattr(hf_config, "compression_curve", None)
         values = additional.get(UNDER_LOAD) if isinstance(additional, Mapping) else None
         return cls(
-            float(getattr(hf_config, "merge_threshold", 0.0)),
+            check_threshold("merge_threshold", getattr(hf_config, "merge_threshold", 0.0)),
             None if curve is None else CompressionCurve.from_dict(curve),
             UnderLoad.of(values),
         )

@@ -11,6 +11,7 @@ import torch
 
 from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.from_hf import import_hf
 from megatron_dmc.convert.hf_config import read_config
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
@@ -127,6 +128,26 @@ def test_flags_for_what_has_no_curve(folder: Path) -> None:
     for given in ((4.0, None), (None, 1.0)):
         with pytest.raises(ConfigError, match="is no export of a model that merges"):
             chosen_threshold(folder / "base", *given)
+
+
+def test_a_checkpoint_has_no_curve(tmp_path: Path) -> None:
+    (tmp_path / "dmc.json").touch()
+    assert chosen_threshold(tmp_path, None, 1.0) == 1.0
+    with pytest.raises(
+        ConfigError, match=r"is a checkpoint, which has no curve; export it with megatron-dmc convert-to-hf"
+    ):
+        chosen_threshold(tmp_path, 4.0, None)
+
+
+def test_an_exports_threshold_has_no_place_in_a_checkpoint(folder: Path) -> None:
+    config = json.loads((folder / "export" / "config.json").read_text())
+    (folder / "export" / "config.json").write_text(json.dumps(config | {"merge_threshold": -1.5}))
+    with pytest.raises(
+        ConfigError, match=r"merge_threshold is -1\.5, which a checkpoint has no place for; set it to 0"
+    ):
+        import_hf(folder / "export", folder / "checkpoint")
+    (folder / "export" / "config.json").write_text(json.dumps(config | {"merge_threshold": 0.0}))
+    import_hf(folder / "export", folder / "checkpoint")
 
 
 def steep(threshold: float) -> float:

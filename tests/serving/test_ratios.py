@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.engines import engine, params
-from tests.support.served import Served
+from tests.support.served import Served, served_model
 
 CURVE = {"tokens": 100, "ratios": [1.5, 3.0, 6.0], "thresholds": [2.0, 0.5, -1.0]}
 UNDER_LOAD = {"free_share": 0.5, "compression_ratio": 6.0}
@@ -137,6 +138,19 @@ def test_a_small_pool_compresses_harder(export: Callable[..., Served], tmp_path:
         assert running.is_as_at_first()
         running.generate([case.prompts[-1]] * 3)
         assert running.manager.ratio > 1.2 * case.ratios[-1]
+
+
+def test_the_server_can_have_another_threshold(export: Callable[..., Served]) -> None:
+    case = export({"local_window": 4})
+    model = served_model({"local_window": 4})
+    expected = [
+        model.generate(torch.tensor([x]), max_new_tokens=20, do_sample=False, merge_threshold=60.0)[
+            0, len(x) :
+        ].tolist()
+        for x in case.prompts
+    ]
+    with engine(case, hf_overrides={"merge_threshold": 60.0}) as running:
+        assert running.generate(case.prompts, 20) == expected != [out[:20] for out in case.outputs]
 
 
 def test_a_policy_that_cannot_be_is_refused_at_start(export: Callable[..., Served]) -> None:

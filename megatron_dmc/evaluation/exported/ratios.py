@@ -19,7 +19,7 @@ from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
 from megatron_dmc.evaluation.exported.evaluate import Heldout
 from megatron_dmc.evaluation.exported.model import extend, load, serving_dtype
-from megatron_dmc.files import why_nothing_new
+from megatron_dmc.files import CHECKPOINT_MARK, why_nothing_new
 from megatron_dmc.hf.curve import MOST_THRESHOLD, CompressionCurve
 
 # Neighbouring points of a curve differ by this factor at most: the line between them is then right within a percent or two.
@@ -135,8 +135,14 @@ def chosen_threshold(folder: str | Path, ratio: float | None, threshold: float |
         return None
     flag = "--merge-threshold" if ratio is None else "--compression-ratio"
     path = Path(folder, "config.json")
-    # A checkpoint's has no such file, and no curve.
-    config = read_json(path) if path.exists() or ratio is not None else {"dmc": {}}
+    if (Path(folder) / CHECKPOINT_MARK).exists():
+        if ratio is not None:
+            raise ConfigError(
+                f"{flag}: {folder} is a checkpoint, which has no curve; export it with megatron-dmc convert-to-hf, and run "
+                "megatron-dmc ratios on the export"
+            )
+        return threshold
+    config = read_json(path)
     if "dmc" not in config:
         raise ConfigError(f"{flag}: {folder} is no export of a model that merges; leave it out")
     if ratio is None:

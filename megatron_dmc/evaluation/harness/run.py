@@ -165,7 +165,7 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
             f"{source.folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again"
         ) from None
     if request.merge_threshold is not None:
-        model.config.merge_threshold = request.merge_threshold
+        model.model.config.merge_threshold = request.merge_threshold
     return model
 
 
