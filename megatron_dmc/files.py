@@ -234,6 +234,16 @@ def _why_not(path: Path, *, is_folder: bool) -> str | None:
     return None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes the whole file or none, also where the power fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def _is_something_else(path: Path, wanted: str) -> str:
     if path.is_symlink() and not path.exists():
         return f"is a link to {os.readlink(path)}, which does not exist"

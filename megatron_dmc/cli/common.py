@@ -8,6 +8,7 @@ from typing import NoReturn
 from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import shortened
 from megatron_dmc.files import checkpoint_below, why_no_checkpoint, why_nothing_new
+from megatron_dmc.hf.curve import MOST_THRESHOLD, check_threshold
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,16 @@ def prefix(text: str) -> str:
     if os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text} is a device or a pipe; name files that can be written beside others")
     return text
+
+
+def logit(text: str) -> float:
+    """A finite number that a decision logit may be."""
+    try:
+        return check_threshold("it", float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number from -{MOST_THRESHOLD:g} to {MOST_THRESHOLD:g}, got {text[:40]!r}"
+        ) from None
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

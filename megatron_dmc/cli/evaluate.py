@@ -3,13 +3,12 @@
 import argparse
 import importlib.util
 import json
-import math
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.cli.common import path
+from megatron_dmc.cli.common import logit, path
 from megatron_dmc.config import ConfigError
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 
@@ -20,7 +19,6 @@ _OF_TEXT = ("base", "amount")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
 # Of any number here; a seed of numpy has less than 32 bits.
 _MOST_DIGITS = 9
-_MOST_LOGIT = 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other = parser.add_mutually_exclusive_group()
     other.add_argument(
         "--compression-ratio",
-        type=_number,
+        type=logit,
         metavar="R",
         help="of an export, another than it was trained for; megatron-dmc ratios measures which it can have",
     )
     other.add_argument(
         "--merge-threshold",
-        type=_number,
+        type=logit,
         metavar="T",
         help="logits: a token merges where its decision logit is above it (default: the export's, which is 0 unless it was "
         "changed)",
@@ -182,19 +180,6 @@ def _threshold(options: argparse.Namespace) -> float | None:
     from megatron_dmc.evaluation.exported.ratios import chosen_threshold
 
     return chosen_threshold(options.folder, options.compression_ratio, options.merge_threshold)
-
-
-def _number(text: str) -> float:
-    """A finite number that may be a logit."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or abs(value) > _MOST_LOGIT:
-        raise argparse.ArgumentTypeError(
-            f"must be a number from -{_MOST_LOGIT:g} to {_MOST_LOGIT:g}, got {text[:40]!r}"
-        )
-    return value
 
 
 def _names(text: str) -> tuple[str, ...]:

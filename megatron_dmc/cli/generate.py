@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from megatron_dmc.cli.common import add_checkpoint, check_checkpoint
+from megatron_dmc.cli.common import add_checkpoint, check_checkpoint, logit
 from megatron_dmc.config import ConfigError, Range
 
 HELP = "continue a text with a retrofit's checkpoint"
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument(
         "--merge-threshold",
-        type=float,
+        type=logit,
         default=0.0,
         metavar="T",
         help="logits: a token merges where its decision logit is above it (default: 0, as it was trained)",
@@ -48,7 +48,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.temperature != 0:
         Range(1e-3, 1000).check("--temperature (other than 0, which is greedy)", options.temperature)
     Range(0, 2**63 - 1).check("--seed", options.seed)
-    Range(-1e6, 1e6).check("--merge-threshold", options.merge_threshold)
     try:
         options.prompt.encode()
     except UnicodeEncodeError:

@@ -16,7 +16,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.experiments.places import small_recipes
-from megatron_dmc.files import LOCK, Claim
+from megatron_dmc.files import LOCK, Claim, write_whole
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
@@ -202,13 +202,3 @@ def read_object(path: Path, *needs: str, remedy: str = "remove it") -> dict[str,
     if found is None or not found.keys() >= set(needs):
         raise ConfigError(f"{path} is gone or damaged; {remedy}, and run again")
     return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the whole file or none, also where the power fails."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

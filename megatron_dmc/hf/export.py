@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dmc.config import ConfigError
+from megatron_dmc.files import write_whole
 from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 
 PACKAGE = "megatron_dmc"
@@ -57,9 +57,9 @@ def write_modeling_code(folder: Path) -> None:
     if not isinstance(architectures, list) or len(architectures) != 1 or not str(architectures[0]).endswith(CAUSAL_LM):
         raise ConfigError(f"{path}: architectures must name one class that ends in {CAUSAL_LM}, got {architectures!r}")
     for name, text in modeling_code(f"{FAMILY_PACKAGE}.{family}").items():
-        _write(folder / name, text)
+        write_whole(folder / name, text)
     config["auto_map"] = auto_map(family, architectures[0].removeprefix(DMC_CLASS))
-    _write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 class _Target(NamedTuple):
@@ -227,13 +227,3 @@ def _source(module: str) -> str:
         return _file(module).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{module}, which an export needs, cannot be read: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes the whole file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.tokenizer import check_own_vocabulary, load_tokenizer
 from megatron_dmc.evaluation.exported.evaluate import Heldout
 from megatron_dmc.evaluation.exported.model import extend, load, serving_dtype
-from megatron_dmc.files import CHECKPOINT_MARK, why_nothing_new
+from megatron_dmc.files import CHECKPOINT_MARK, why_nothing_new, write_whole
 from megatron_dmc.hf.curve import MOST_THRESHOLD, CompressionCurve
 
 # Neighbouring points of a curve differ by this factor at most: the line between them is then right within a percent or two.
@@ -70,7 +69,9 @@ def measure_ratios(folder: str, text: str, *, tokens: int, texts: int, most: flo
         curve = curve_of(ratio, tokens, most)
     if model_digest(Path(folder)) != digest:
         raise ConfigError(f"{folder} has changed while it was measured; measure it again")
-    _write(path, read_json(path) | {"compression_curve": curve.to_dict()})
+    write_whole(
+        path, json.dumps(read_json(path) | {"compression_curve": curve.to_dict()}, indent=2, sort_keys=True) + "\n"
+    )
     return curve
 
 
@@ -161,13 +162,3 @@ def chosen_threshold(folder: str | Path, ratio: float | None, threshold: float |
 def _progress() -> Progress:
     columns = TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn()
     return Progress(*columns, console=Console(stderr=True))
-
-
-def _write(path: Path, config: dict[str, Any]) -> None:
-    """The whole file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

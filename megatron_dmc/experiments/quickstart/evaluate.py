@@ -15,7 +15,8 @@ from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.experiments.measure import measure
 from megatron_dmc.experiments.quickstart import generate
 from megatron_dmc.experiments.quickstart.table import RUNS
-from megatron_dmc.experiments.small_run import CACHE_TOKENS, CommandFailed, write_whole
+from megatron_dmc.experiments.small_run import CACHE_TOKENS, CommandFailed
+from megatron_dmc.files import write_whole
 
 NEW_TOKENS = 64
 SUMMARY = Path("summary.json")

@@ -36,7 +36,8 @@ from megatron_dmc.experiments.real_model.retrofits import (
 )
 from megatron_dmc.experiments.real_model.source import Source, check_cache, fetch, first_layers
 from megatron_dmc.experiments.real_model.summary import BASE, read_stages, show, summarize
-from megatron_dmc.experiments.small_run import SmallRun, read_object, write_whole
+from megatron_dmc.experiments.small_run import SmallRun, read_object
+from megatron_dmc.files import write_whole
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1

@@ -16,7 +16,7 @@ from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage, remove
 from megatron_dmc.experiments.real_model.summary import BASE, read_measured
 from megatron_dmc.experiments.recipes import real_report
-from megatron_dmc.experiments.small_run import write_whole
+from megatron_dmc.files import write_whole
 
 RATIOS = (4, 8)
 WINDOWS = (32, 64, 16)

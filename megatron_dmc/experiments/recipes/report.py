@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_dmc.experiments.small_run import write_whole
+from megatron_dmc.files import write_whole
 
 BEGIN, END = "<!-- results:begin (written by make recipes) -->", "<!-- results:end -->"
 

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_dmc.errors import Terminated
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.recipes import report
-from megatron_dmc.experiments.small_run import CommandFailed, SmallRun, write_whole
+from megatron_dmc.experiments.small_run import CommandFailed, SmallRun
+from megatron_dmc.files import write_whole
 
 RATIOS = (4, 8)
 SWEEP_RATIOS = (2, 4, 8)
