@@ -17,6 +17,13 @@ FLOOR_STAMP := $(FLOOR)/.done-$(TRANSFORMERS_FLOOR)
 # What that version needs and today's transformers rules out.
 FLOOR_NEEDS := huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 certifi
 
+# The library of the baselines that need no training, with the newest transformers that it takes.
+KVPRESS ?= 0.5.5
+PRESSES := .venv-kvpress
+PRESSES_STAMP := $(PRESSES)/.done-$(KVPRESS)
+PRESSES_NEEDS := transformers==5.2.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 certifi \
+    typer-slim==0.24.0 cachetools==5.5.2 peft==0.21.2 fire==0.6.0 termcolor==3.3.0
+
 # Declares Python 3.12 and runs on 3.11, where pip builds it from source; it imports triton without asking for it.
 MEGATRON_NEWEST ?= 0.19.2
 NEWEST := .venv-megatron-newest
@@ -42,7 +49,7 @@ SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 TOKENS_FLAG = $(if $(TOKENS),--tokens "$(TOKENS)")
 
-.PHONY: help setup quickstart real-model recipes settings test bench gpu-check cluster-check slurm transformers-floor megatron-newest vllm clean
+.PHONY: help setup quickstart real-model recipes settings test bench gpu-check cluster-check slurm transformers-floor kvpress megatron-newest vllm clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
@@ -59,6 +66,7 @@ help:
 	@echo "                         some of them: CHECK_ARGS='--layouts TP2 \"micro-batch 4\" --cases \"window, distilled\"'"
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
+	@echo "make kvpress             kvpress beside $(VENV), for the baselines: PYTHONPATH=$(PRESSES) $(BIN)/megatron-dmc evaluate ... --baseline NAME"
 	@echo "make megatron-newest     the newest megatron-core that is tried, beside $(VENV), for the tests"
 	@echo "make vllm                vLLM for CPUs, beside $(VENV), for the tests of the serving plugin"
 	@echo "make clean               remove caches and build output (keeps $(VENV) and runs)"
@@ -90,11 +98,12 @@ settings: setup
 	$(BIN)/python -m megatron_dmc.recipe.settings > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
 
-test: setup transformers-floor megatron-newest vllm slurm
+test: setup transformers-floor kvpress megatron-newest vllm slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(SHARED) tests/hf $(PYTEST_ARGS)
+	PYTHONPATH=$(PRESSES) $(BIN)/python -m pytest tests/baselines $(PYTEST_ARGS)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(SHARED) -m "not distributed" tests/ops/test_decode_kernels.py \
 	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(PYTEST_ARGS)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m quick tests $(PYTEST_ARGS)
@@ -133,6 +142,14 @@ $(FLOOR_STAMP): | $(STAMP)
 	@echo "installing transformers==$(TRANSFORMERS_FLOOR) into $(FLOOR)"
 	@rm -rf $(FLOOR)
 	@$(PIP_INSTALL) --no-deps --target $(FLOOR) "transformers==$(TRANSFORMERS_FLOOR)" $(FLOOR_NEEDS)
+	@touch $@
+
+kvpress: $(PRESSES_STAMP)
+
+$(PRESSES_STAMP): | $(STAMP)
+	@echo "installing kvpress==$(KVPRESS) into $(PRESSES)"
+	@rm -rf $(PRESSES)
+	@$(PIP_INSTALL) --no-deps --target $(PRESSES) "kvpress==$(KVPRESS)" $(PRESSES_NEEDS)
 	@touch $@
 
 megatron-newest: $(NEWEST_STAMP)

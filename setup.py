@@ -64,6 +64,8 @@ setup(
         ],  # models as GGUF files; transformers reads them with both
         # accelerate: lm-eval's models need it. wonderwords: the words of the long-context tasks.
         "eval": ["accelerate", "lm_eval>=0.4.13,<0.5", "transformers>=5.0,<6", "wonderwords"],
+        # In an environment of its own: it takes older versions of transformers only.
+        "kvpress": ["kvpress>=0.5.5,<0.6", "transformers>=5.0,<6"],
         "vllm": ["vllm>=0.32,<0.34"],  # `vllm serve` of an export; the same range stands in megatron_dmc/serving
         "gpu": ["transformer-engine[pytorch]>=2.6"],  # no flash-attn: attention runs on torch's own flash kernels
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],

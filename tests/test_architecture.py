@@ -51,6 +51,7 @@ MAY_EDIT_THE_PATH = {"tests.support.scripts", "tests.training.test_transformer_e
 MOST_POSITIONAL = 6
 # Whoever calls these chose their arguments.
 MAY_HAVE_MORE = {
+    "megatron_dmc.baselines.press._attend": "transformers' interface of attention, as kvpress calls it",
     "megatron_dmc.distributed.adam.GroupAdamW.__init__": "apex' FusedAdam, which megatron-core calls",
     "megatron_dmc.hf.modeling_dmc.DMCModel.forward": "transformers' LlamaModel",
     "megatron_dmc.hf.modeling_dmc.DMCForCausalLM.forward": "transformers' LlamaForCausalLM",

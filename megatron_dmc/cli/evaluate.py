@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc.baselines.presses import PRESSES
 from megatron_dmc.cli.common import logit, path
 from megatron_dmc.config import ConfigError
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
@@ -15,7 +16,7 @@ from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
 # The flags of each of the two ways, by their names in the parsed options.
-_OF_TEXT = ("base", "amount")
+_OF_TEXT = ("base", "amount", "baseline")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
 # Of any number here; a seed of numpy has less than 32 bits.
 _MOST_DIGITS = 9
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["smoke", "brief", "default", "full"],
         help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
         "minutes for a model of 135 M parameters on two cores)",
+    )
+    text.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="of a plain model, beside its own report (--base): what a method that needs no training keeps of it at this "
+        f"--compression-ratio; one of {', '.join(PRESSES)}, by the library kvpress",
     )
     tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (extra [eval])")
     tasks.add_argument(
@@ -114,8 +121,14 @@ def run(options: argparse.Namespace) -> None:
     from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
     from megatron_dmc.evaluation.exported.words import told
 
+    baseline = _baseline(options)
     report = evaluate_exported(
-        options.folder, options.text, base=options.base, amount=options.amount, merge_threshold=_threshold(options)
+        options.folder,
+        options.text,
+        base=options.base,
+        amount=options.amount,
+        merge_threshold=_threshold(options) if baseline is None else None,
+        method=baseline,
     )
     try:
         _write(output, report)
@@ -135,10 +148,31 @@ def _check_flags(options: argparse.Namespace) -> None:
         raise ConfigError(
             "--text and --tasks are two evaluations; run one after the other, each with an --output of its own"
         )
+    if options.baseline is not None:
+        _check_baseline(options)
     chosen, others = ("--text", _OF_TASKS) if options.tasks is None else ("--tasks", _OF_TEXT)
     for name in others:
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect with {chosen}; leave it out")
+
+
+def _check_baseline(options: argparse.Namespace) -> None:
+    if options.compression_ratio is None or options.compression_ratio <= 1:
+        raise ConfigError("--baseline needs a ratio to compress to; add --compression-ratio 4, for example")
+    if options.base is None:
+        raise ConfigError(
+            "--baseline is measured beside the model's own report; evaluate the model without it first, and name that report "
+            "with --base"
+        )
+
+
+def _baseline(options: argparse.Namespace) -> Any:
+    """What keeps the model's cache; None: the model itself."""
+    if options.baseline is None:
+        return None
+    from megatron_dmc.baselines.press import Press
+
+    return Press(options.compression_ratio, options.baseline)
 
 
 def _run_tasks(options: argparse.Namespace, output: Path) -> None:

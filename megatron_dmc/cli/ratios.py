@@ -5,7 +5,7 @@ import argparse
 from megatron_dmc.cli.common import path
 from megatron_dmc.config import Range
 
-HELP = "measure at which compression ratios an export can be used, by another merge threshold"
+HELP = "which compression ratios an export can be used at, by another merge threshold"
 
 _MOST_TOKENS, _MOST_TEXTS, _MOST_RATIO = 2**20, 1000, 10_000
 

@@ -23,11 +23,12 @@ from megatron_dmc.evaluation.exported import evaluate
 from megatron_dmc.evaluation.exported import model as model_module
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
 from megatron_dmc.evaluation.exported.evaluate import evaluate_exported, recall_over_base
+from megatron_dmc.evaluation.exported.method import AsItIs
 from megatron_dmc.evaluation.exported.model import cache_bytes, load
 from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.exported.report import is_report, read_report
 from megatron_dmc.evaluation.exported.serving import serving
-from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
+from megatron_dmc.evaluation.exported.text_loss import CONTINUED, continued_loss, copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import Sample
 from tests.support.exports import VOCABULARY, dmc_model, plain_model
 from tests.support.llamas import save_random_base
@@ -52,7 +53,8 @@ def test_an_answer_is_recalled_where_greedy_generation_gives_it(model: Any) -> N
             made = model.generate(prompt[None], max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0)
         answer = made[0, len(prompt) :].tolist()
         for size in (1, 2, 7):
-            assert recalls(model, Sample(prompt.tolist(), answer[:size], 0))
+            for question in (0, 9, 60):
+                assert recalls(model, Sample(prompt.tolist(), answer[:size], 0, question))
             for place in range(size):
                 wrong = [*answer[:place], (answer[place] + 1) % VOCABULARY, *answer[place + 1 : size]]
                 assert not recalls(model, Sample(prompt.tolist(), wrong, 0))
@@ -76,6 +78,22 @@ def test_losses(model: Any) -> None:
     quarters = losses.view(3, 4, 8).mean((0, 2)).tolist()
     assert found["loss_by_quarter"] == pytest.approx(quarters, rel=1e-4)
     assert found["kl_by_quarter"] == pytest.approx(divergence.view(3, 4, 8).mean((0, 2)).tolist(), rel=1e-3)
+
+
+def test_the_loss_after_a_context(model: Any) -> None:
+    """Of each text's last tokens, as if the whole text were read at once."""
+    base, windows, told = dmc_model({"decision_source": "projection"}), prompts(3, CONTINUED + 40), []
+    found = continued_loss(model, base, windows, AsItIs(), told.append)
+    assert sum(told) == 2 * 3 * (CONTINUED + 40)
+    whole = torch.stack(windows)
+    with torch.no_grad():
+        logits, wanted = (each(whole[:, :-1], use_cache=False).logits.double() for each in (model, base))
+    predicted, expected = (each[:, -CONTINUED:].log_softmax(-1) for each in (logits, wanted))
+    losses = -predicted.gather(2, whole[:, -CONTINUED:, None])
+    assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+    divergence = (expected.exp() * (expected - predicted)).sum(-1).mean()
+    assert found["kl"] == pytest.approx(float(divergence), rel=1e-3)
+    assert "kl" not in continued_loss(model, None, windows, AsItIs(), told.append)
 
 
 def test_a_model_is_no_distance_from_itself(model: Any) -> None:
@@ -147,6 +165,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
             "loss",
             "loss_by_quarter",
             "copying",
+            "continued",
             "serving",
             "recall",
         ),
@@ -156,7 +175,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     status, said = evaluate("--output", "reports/again.json", "--base", "reports/base.json")
     assert status == 0, said
     again = json.loads(Path("reports/again.json").read_text())
-    assert re.search(r"loss \d\.\d+ nats per token, KL\(base \|\| model\) 0\.0000\n.*\nrecall 0 of 0 right", said)
+    assert re.search(r"loss \d\.\d+ nats per token, KL\(base \|\| model\) 0\.0000\n.*\n.*\nrecall 0 of 0 right", said)
     assert re.search(r"256 tokens: cache (\S+) MB \(base \1 MB\), first token after", said)
     assert again["base"] == "base" and again["kl"] == 0 and again["loss"] == report["loss"]
     assert again["serving"][0]["plain_cache_bytes"] == again["serving"][0]["cache_bytes"]

@@ -54,6 +54,10 @@ def test_the_question_leads_to_the_answer(task: str, tokenizer: Tokenizer, text:
     sample = draw(task, tokenizer, text, 300, 1)
     before = tokenizer.detokenize(sample.prompt[: sample.place])
     asked = tokenizer.detokenize(sample.prompt)
+    question = tokenizer.detokenize(sample.prompt[len(sample.prompt) - sample.question :])
+    begins = {"passkey": "What is the pass key?", "number": "Question: what is", "lookup": asked.split()[-1][:4]}
+    assert task == "copy" or question.strip().startswith(begins[task])
+    assert sample.question < 80 and len(sample.prompt) - sample.question > sample.place + len(sample.answer)
     size = {"passkey": len("The pass key is"), "number": len("'s secret number is"), "lookup": 7, "copy": 40}[task]
     assert before[-size:].casefold() == asked[-size:].casefold()
 
@@ -87,7 +91,7 @@ def test_a_loaded_tokenizer_draws_the_same(tokenizer: Tokenizer, text: numpy.nda
 
 
 def test_an_answer_that_stands_there_twice_is_no_sample() -> None:
-    assert once([5, 1, 2, 5, 3], [1, 2]) == ([5, 1, 2, 5, 3], [1, 2], 1)
+    assert once([5, 1, 2, 5, 3], [1, 2], 2) == ([5, 1, 2, 5, 3], [1, 2], 1, 2)
     for prompt in ([1, 2, 5, 1, 2], [5, 1, 3], []):
         with pytest.raises(Unfit):
             once(prompt, [1, 2])

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
 from megatron_dmc.data.tokenizer import Tokenizer, check_own_vocabulary, load_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
+from megatron_dmc.evaluation.exported.method import AsItIs, Method
 from megatron_dmc.evaluation.exported.model import load, loss_dtype, serving_dtype
 from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.exported.report import read_report
 from megatron_dmc.evaluation.exported.serving import serving
-from megatron_dmc.evaluation.exported.text_loss import copying_loss, text_loss
+from megatron_dmc.evaluation.exported.text_loss import continued_loss, copying_loss, text_loss
 from megatron_dmc.evaluation.recall_tasks import draw
 
 # A base that recalls none of so many samples is asked for no more of them.
@@ -76,7 +77,13 @@ class Heldout:
 
 
 def evaluate_exported(
-    folder: str, text: str, *, base: str | None, amount: str | None = None, merge_threshold: float | None = None
+    folder: str,
+    text: str,
+    *,
+    base: str | None,
+    amount: str | None = None,
+    merge_threshold: float | None = None,
+    method: Method | None = None,
 ) -> dict[str, Any]:
     """All that ``megatron-dmc evaluate`` reports of one model, as plain values.
 
@@ -86,6 +93,7 @@ def evaluate_exported(
         base: the report of the base that the model was made from: the same samples are read. None: this is the base.
         amount: a name of AMOUNTS; of a base only, what is compared with it reads as much. None: "default".
         merge_threshold: of a model that merges, in place of its own.
+        method: a baseline, which the model's cache is kept by; None: the model as it is.
 
     Raises:
         ConfigError: no such model, text or report, or text that is too short.
@@ -133,7 +141,9 @@ def evaluate_exported(
             raise ConfigError(
                 f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
             )
-    report = _Evaluation(folder, dmc, before, heldout, settings, merge_threshold).report()
+    if method is not None:
+        method.check(folder, min(*settings.recall_tokens, *settings.serving_tokens) // 2)
+    report = _Evaluation(folder, dmc, before, heldout, settings, merge_threshold, method or AsItIs()).report()
     if model_digest(Path(folder)) != weights:
         raise ConfigError(f"{folder} has changed while it was measured; measure it again")
     return report | {"weights": weights}
@@ -174,7 +184,7 @@ def _without(amount: Amount, kept: dict[str, Any], why: str) -> Amount:
 @dataclass(frozen=True)
 class _Evaluation:
     """dmc: what the model adds to a plain one. before: the report of its base; None: the model is a base. merge_threshold: in
-    place of the model's own."""
+    place of the model's own. method: how the model keeps what it has read."""
 
     folder: str
     dmc: DMCConfig | None
@@ -182,6 +192,7 @@ class _Evaluation:
     heldout: Heldout
     amount: Amount
     merge_threshold: float | None = None
+    method: Method = field(default_factory=AsItIs)
 
     def report(self) -> dict[str, Any]:
         """All but the digest of the weights."""
@@ -199,7 +210,9 @@ class _Evaluation:
             def advance(tokens: int) -> None:
                 progress.advance(bar, tokens)
 
-            row = self._losses(model, plain, advance)
+            row = self._losses(model, plain, advance) if self.method.acts_while_reading else {}
+            progress.update(bar, description="continued")
+            row["continued"] = [self._continued(model, plain, tokens, advance) for tokens in amount.recall_tokens]
             progress.update(bar, description="cache, speed")
             if serving_dtype() != loss_dtype():
                 del model, plain
@@ -215,6 +228,7 @@ class _Evaluation:
             **({} if before is None else {"base": before["model"], "base_weights": before["weights"]}),
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             **({} if self.merge_threshold is None else {"merge_threshold": self.merge_threshold}),
+            **({"baseline": asdict(self.method)} if is_dataclass(self.method) else {}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,
             "serving_dtype": _name(serving_dtype()),
@@ -226,7 +240,7 @@ class _Evaluation:
 
     def _load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """The model, and its base."""
-        model = load(self.folder, dtype)
+        model = self.method.load(self.folder, dtype)
         if self.merge_threshold is not None:
             model.config.merge_threshold = self.merge_threshold
         return model, None if self.before is None else load(self.before["model"], dtype)
@@ -236,29 +250,41 @@ class _Evaluation:
         amount, models = self.amount, 1 if self.before is None else 2
         recall = sum(tokens for task, tokens in amount.recall_parts if not _skipped(task, tokens, self.before))
         served = sum(tokens + _DECODING * amount.new_tokens for tokens in amount.serving_tokens)
-        losses = amount.window_tokens * models * amount.windows + amount.copies * sum(amount.copy_tokens)
+        losses = models * amount.copies * sum(amount.recall_tokens)
+        if self.method.acts_while_reading:
+            losses += amount.window_tokens * models * amount.windows + amount.copies * sum(amount.copy_tokens)
         return losses + models * served + amount.samples * recall
 
     def _losses(self, model: Any, plain: Any, advance: Callable[[int], None]) -> dict[str, Any]:
         amount = self.amount
         row = text_loss(model, plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance)
-        # The base's own was finite when it was measured, and it is the same model.
-        if not math.isfinite(row["loss"]) or not math.isfinite(row.get("kl", 0)):
-            raise ConfigError(
-                f"{self.folder}: its loss is {row['loss']}; its weights are damaged, convert or fetch it again"
-            )
+        self._check_finite(row)
         row["copying"] = []
         for tokens in amount.copy_tokens:
             halves = self.heldout.windows(amount.copies, tokens // 2)
             row["copying"].append({"tokens": tokens, "loss": copying_loss(model, halves, advance)})
         return row
 
+    def _check_finite(self, row: dict[str, Any]) -> None:
+        # The base's own was finite when it was measured, and it is the same model.
+        if not math.isfinite(row["loss"]) or not math.isfinite(row.get("kl", 0)):
+            raise ConfigError(
+                f"{self.folder}: its loss is {row['loss']}; its weights are damaged, convert or fetch it again"
+            )
+
+    def _continued(self, model: Any, plain: Any, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
+        windows = self.heldout.windows(self.amount.copies, tokens)
+        row = continued_loss(model, plain, windows, self.method, advance)
+        self._check_finite(row)
+        return {"tokens": tokens, **row}
+
     def _serving(self, model: Any, plain: Any, tokens: int, advance: Callable[[int], None]) -> dict[str, Any]:
         (text,) = self.heldout.windows(1, tokens)
         row: dict[str, Any] = {"tokens": tokens}
-        for prefix, each in (("", model), ("plain_", plain)):
+        for prefix, each, method in (("", model, self.method), ("plain_", plain, AsItIs())):
             if each is not None:
-                row |= {f"{prefix}{name}": value for name, value in serving(each, text, self.amount.new_tokens).items()}
+                found = serving(each, text, self.amount.new_tokens, method)
+                row |= {f"{prefix}{name}": value for name, value in found.items()}
                 advance(tokens + _DECODING * self.amount.new_tokens)
         return row
 
@@ -270,7 +296,7 @@ class _Evaluation:
         correct = samples = 0
         for index in range(self.amount.samples):
             sample = draw(task, self.heldout.tokenizer, self.heldout.ids, tokens, index)
-            correct += recalls(model, sample)
+            correct += recalls(model, sample, self.method)
             samples += 1
             advance(tokens)
             if base is None and samples == PROBE and correct == 0:

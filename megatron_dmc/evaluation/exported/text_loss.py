@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dmc.evaluation.exported.method import Method
+
 QUARTERS = 4
+# Tokens at a text's end that are predicted from a context in the cache.
+CONTINUED = 64
 
 
 @torch.inference_mode()
@@ -53,9 +57,38 @@ def copying_loss(model: Any, windows: Sequence[Tensor], advance: Callable[[int],
     return float(torch.stack(losses).double().mean())
 
 
-def _log_probabilities(model: Any, window: Tensor) -> Tensor:
-    """float32 [tokens - 1, vocabulary], on the model's device: of every token but the first."""
-    return model(window[None, :-1].to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
+@torch.inference_mode()
+def continued_loss(
+    model: Any, base: Any, windows: Sequence[Tensor], method: Method, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Loss, and KL(base || model), of a text's last CONTINUED tokens, in nats per token, once what is before them is in the
+    cache. So methods can be compared that compress a context after it was read.
+
+    Args:
+        base: None: the model is the base; no divergence is reported.
+        windows: int64 [tokens] each.
+        method: how the model keeps the context.
+        advance: as :func:`text_loss`'s.
+    """
+    losses, divergences = [], []
+    for window in windows:
+        logits, cache = method.read(model, window[:-CONTINUED])
+        more, _ = method.extend(model, window[-CONTINUED:-1], cache)
+        predicted = torch.cat([logits[-1:], more]).float().log_softmax(-1)
+        due = window[-CONTINUED:].to(predicted.device)
+        losses.append(-predicted.gather(1, due[:, None])[:, 0])
+        if base is not None:
+            wanted = _log_probabilities(base, window, CONTINUED)
+            divergences.append((wanted.exp() * (wanted - predicted)).sum(-1))
+        advance(len(window) * (1 if base is None else 2))
+    found = {"loss": float(torch.stack(losses).double().mean())}
+    return found if base is None else found | {"kl": float(torch.stack(divergences).double().mean())}
+
+
+def _log_probabilities(model: Any, window: Tensor, last: int = 0) -> Tensor:
+    """float32 [tokens - 1, vocabulary], on the model's device: of every token but the first, or of so many last ones."""
+    made = model(window[None, :-1].to(model.device), use_cache=False, logits_to_keep=last)
+    return made.logits[0].float().log_softmax(-1)
 
 
 def _summary(name: str, values: Tensor) -> dict[str, Any]:

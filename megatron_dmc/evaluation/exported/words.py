@@ -6,19 +6,29 @@ from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 
 
 def told(report: dict[str, Any]) -> str:
-    """A line each for loss, copying, recall, and the cache at every length; against the base where there is one."""
-    loss = f"loss {report['loss']:.3f} nats per token"
-    if "kl" in report:
-        loss += f", KL(base || model) {report['kl']:.4f}"
-    copying = ", ".join(f"{each['loss']:.3f} in {each['tokens']} tokens" for each in report["copying"])
+    """A line each for loss, copying, loss after a context, recall, and the cache at every length; against the base where there
+    is one."""
+    lines = []
+    if "loss" in report:
+        kl = f", KL(base || model) {report['kl']:.4f}" if "kl" in report else ""
+        lines.append(f"loss {report['loss']:.3f} nats per token{kl}")
+        lines.append(
+            "copying " + ", ".join(f"{each['loss']:.3f} in {each['tokens']} tokens" for each in report["copying"])
+        )
+    lines.append("after a context " + ", ".join(map(_continued, report["continued"])))
     counted = [row for row in report["recall"] if row["counts"]]
     recall = f"{_right(counted)} right answers in the tasks that the base can do"
-    if "kl" not in report:
+    if "base" not in report:
         recall = f"{_right(counted)} right answers, tasks that it cannot do left out"
     elif (over := recall_over_base(report)) is not None:
         recall += f", {over:.0%} of the base's accuracy"
     served = f"recall, cache and speed in {report['serving_dtype']}"
-    return "\n".join([loss, f"copying {copying}", f"recall {recall}", *map(_serving, report["serving"]), served])
+    return "\n".join([*lines, f"recall {recall}", *map(_serving, report["serving"]), served])
+
+
+def _continued(row: dict[str, Any]) -> str:
+    kl = f" (KL {row['kl']:.4f})" if "kl" in row else ""
+    return f"{row['loss']:.3f}{kl} in {row['tokens']} tokens"
 
 
 def _right(rows: list[dict[str, Any]]) -> str:

@@ -13,4 +13,4 @@ def make(source: Source) -> Sample:
     cue, answer = text[begin:border], text[border : border + ANSWER_TOKENS]
     if occurrences(cue, text) != [begin]:
         raise Unfit
-    return once([*source.opening, *text, *cue], answer)
+    return once([*source.opening, *text, *cue], answer, len(cue))

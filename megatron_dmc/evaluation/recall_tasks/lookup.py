@@ -25,7 +25,7 @@ def make(source: Source) -> Sample:
         lines.append(line)
     asked = source.random.choice(list(names))
     question, answer = source.question(f"\n{asked}:", names[asked])
-    return once([*opening, *(token for line in lines for token in line), *question], answer)
+    return once([*opening, *(token for line in lines for token in line), *question], answer, len(question))
 
 
 def _name(source: Source) -> str:

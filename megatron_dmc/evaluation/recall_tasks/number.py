@@ -13,4 +13,4 @@ def make(source: Source) -> Sample:
     question, answer = source.question(f"\n\nQuestion: what is {name}'s secret number?\n{name}'s secret number is", key)
     text = source.stretch(source.room(len(source.opening) + len(needle) + len(question), "number"))
     cut = source.random.randint(0, len(text))
-    return once([*source.opening, *text[:cut], *needle, *text[cut:], *question], answer)
+    return once([*source.opening, *text[:cut], *needle, *text[cut:], *question], answer, len(question))

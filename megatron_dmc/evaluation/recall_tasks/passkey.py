@@ -17,4 +17,4 @@ def make(source: Source) -> Sample:
     room = source.room(len(opening) + len(needle) + len(question), "passkey")
     before = filler * source.random.randint(0, room // len(filler))
     after = (filler * (room // len(filler) + 1))[: room - len(before)]
-    return once([*opening, *before, *needle, *after, *question], answer)
+    return once([*opening, *before, *needle, *after, *question], answer, len(question))

@@ -19,11 +19,13 @@ class Unfit(Exception):
 
 
 class Sample(NamedTuple):
-    """Token ids. The answer follows the prompt, and stands in it once, at ``place``."""
+    """Token ids. The answer follows the prompt, and stands in it once, at ``place``. The prompt's last ``question`` tokens ask
+    for it."""
 
     prompt: list[int]
     answer: list[int]
     place: int
+    question: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def occurrences(part: Sequence[int], whole: Sequence[int]) -> list[int]:
     return [i for i in range(len(whole) - size + 1) if list(whole[i : i + size]) == list(part)]
 
 
-def once(prompt: list[int], answer: list[int]) -> Sample:
-    """The sample, if the answer stands in the prompt once.
+def once(prompt: list[int], answer: list[int], question: int = 0) -> Sample:
+    """The sample, if the answer stands in the prompt once. question: tokens of the prompt's end that ask.
 
     Raises:
         Unfit: it stands there several times, by chance.
@@ -102,4 +104,4 @@ def once(prompt: list[int], answer: list[int]) -> Sample:
     found = occurrences(answer, prompt)
     if len(found) != 1:
         raise Unfit
-    return Sample(prompt, answer, found[0])
+    return Sample(prompt, answer, found[0], question)

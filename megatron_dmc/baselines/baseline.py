@@ -1,0 +1,111 @@
+"""What every baseline is asked for; ``evaluation/exported/method.py: Method`` is the same for a model with no baseline."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.families import FAMILIES
+from megatron_dmc.convert.hf_config import read_config
+from megatron_dmc.convert.weights import Weights
+from megatron_dmc.errors import in_one_line
+from megatron_dmc.hf.cache import CACHE_NAME
+
+
+class Kept(NamedTuple):
+    """A cache that keeps a part of what it was given.
+
+    Attributes:
+        cache: transformers' own.
+        tokens: that were read; more than the cache holds, and the next one's position.
+    """
+
+    cache: Any
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Baseline(ABC):
+    """A way to keep less of what a plain model has read. It is applied once a context is in the cache; what follows, a
+    question and its answer, is kept whole.
+
+    Attributes:
+        compression_ratio: tokens per slot of a context, above 1.
+    """
+
+    compression_ratio: float
+
+    # Nothing is dropped while a text is read, so its loss there says nothing.
+    acts_while_reading = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """In tables."""
+
+    @property
+    def attention(self) -> str:
+        """transformers' implementation that it needs."""
+        return "sdpa"
+
+    def check(self, folder: str, shortest: int) -> None:
+        """Before anything is loaded.
+
+        Args:
+            shortest: tokens of the shortest context.
+
+        Raises:
+            ConfigError: the folder holds no plain model, or so few tokens leave none to keep.
+        """
+        _, dmc = read_config(Path(folder))
+        if dmc is not None:
+            raise ConfigError(
+                f"--baseline {self.name} takes a plain model, {folder} is an export that merges; name its base"
+            )
+        if shortest / self.compression_ratio < 1:
+            raise ConfigError(
+                f"--compression-ratio {self.compression_ratio:g} keeps less than one of {shortest} tokens; ask for less"
+            )
+
+    def load(self, folder: str, dtype: torch.dtype) -> Any:
+        """The plain model in eval mode; raises ConfigError where transformers cannot load it."""
+        import transformers
+
+        config, _ = read_config(Path(folder))
+        Weights.of(Path(folder), config, None)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            kind = getattr(transformers, FAMILIES[config.family].architecture)
+            model = kind.from_pretrained(folder, dtype=dtype, return_dict=True, attn_implementation=self.attention)
+        # transformers raises whatever it happens to meet.
+        except Exception as error:
+            raise ConfigError(f"{folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again") from None
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @abstractmethod
+    def read(self, model: Any, context: Tensor) -> tuple[Tensor, Kept]:
+        """Takes a context, int64 [tokens], into a new cache and compresses it there.
+
+        Returns:
+            logits of its last token, [1, vocabulary]; and the cache.
+        """
+
+    def extend(self, model: Any, tokens: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
+        """The next tokens, int64 [n]: logits [n, vocabulary], and the cache, which has taken them in."""
+        positions = torch.arange(kept.tokens, kept.tokens + len(tokens), device=model.device)[None]
+        made = model(tokens[None].to(model.device), use_cache=True, position_ids=positions, **{CACHE_NAME: kept.cache})
+        return made.logits[0], Kept(made[CACHE_NAME], kept.tokens + len(tokens))
+
+    def slots(self, model: Any, kept: Kept) -> Tensor:
+        """That are kept, int64 [layers, kv_heads]."""
+        return torch.tensor([[layer.keys.shape[2]] * layer.keys.shape[1] for layer in kept.cache.layers])
+
+    def nbytes(self, model: Any, kept: Kept) -> int:
+        """Of the keys and values that are kept. Whether memory is really freed is the method's own affair."""
+        one = kept.cache.layers[0].keys
+        return int(self.slots(model, kept).sum()) * 2 * one.shape[-1] * one.element_size()
