@@ -72,11 +72,12 @@ def test_a_step_of_single_tokens_reads_nothing_back(monkeypatch: pytest.MonkeyPa
     builder.kv_cache_spec = layer.spec
     cache.memories = {name: moved(memory) for name, memory in cache.memories.items()}
     cache.blocks, cache.granted.lists = moved(cache.blocks), moved(cache.granted.lists)
+    cache.thresholds = moved(cache.thresholds)
     builder.buffers = DecodingBuffers(REQUESTS, 4, torch.empty(200, WIDTH, device=DEVICE), torch.bfloat16)
     table, lengths = (torch.empty(size, dtype=torch.int32, device=DEVICE) for size in ((REQUESTS, 3), (REQUESTS,)))
     common = Common(table, lengths, REQUESTS, torch.empty(REQUESTS + 1, dtype=torch.int32))
     query = torch.empty(REQUESTS, 6, WIDTH, dtype=torch.bfloat16, device=DEVICE)
-    key = torch.empty(REQUESTS, HEADS, WIDTH + 2, dtype=torch.bfloat16, device=DEVICE)
+    key = torch.empty(REQUESTS, HEADS, WIDTH + 4, dtype=torch.bfloat16, device=DEVICE)
     value, out = torch.empty_like(key[..., :WIDTH]), torch.empty_like(query)
     metadata = builder.build(0, common)
     DMCImpl().forward(layer, query, key, value, query, metadata, output=out)
