@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import re
+import secrets
 import socket
 import stat
 from pathlib import Path
@@ -235,13 +236,19 @@ def _why_not(path: Path, *, is_folder: bool) -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes the whole file or none, also where the power fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes the whole file or none, also where the power fails; a file that is there keeps its mode."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # A new one: what somebody has put there, a link perhaps, is not written to.
+        with temporary.open("x", encoding="utf-8") as file:
+            if path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_something_else(path: Path, wanted: str) -> str:

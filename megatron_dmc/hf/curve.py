@@ -14,8 +14,9 @@ MOST_THRESHOLD = 1e6
 def check_threshold(name: str, value: Any) -> float:
     """Raises ValueError for anything but a finite number within +-MOST_THRESHOLD."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or abs(value) > MOST_THRESHOLD:
-        raise ValueError(f"{name} must be a number from -{MOST_THRESHOLD:g} to {MOST_THRESHOLD:g}, got {value!r}")
+    # NaN is not within, either; an integer may be too large for a float.
+    if not is_number or not -MOST_THRESHOLD <= value <= MOST_THRESHOLD:
+        raise ValueError(f"{name} must be a number from -{MOST_THRESHOLD:g} to {MOST_THRESHOLD:g}, got {_shown(value)}")
     return float(value)
 
 
@@ -75,13 +76,20 @@ class CompressionCurve:
         if not is_number or not self.ratios[0] <= ratio <= self.ratios[-1]:
             raise ValueError(
                 f"compression_ratio must be from {self.ratios[0]:.3g} to {self.ratios[-1]:.3g}, which were measured, got "
-                f"{ratio!r}"
+                f"{_shown(ratio)}"
             )
         after = bisect_left(self.ratios, ratio)
         if self.ratios[after] == ratio:
             return self.thresholds[after]
         part = math.log(ratio / self.ratios[after - 1]) / math.log(self.ratios[after] / self.ratios[after - 1])
         return self.thresholds[after - 1] + part * (self.thresholds[after] - self.thresholds[after - 1])
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:100]
+    except ValueError:  # Python prints no integers of thousands of digits
+        return "an integer of thousands of digits"
 
 
 def _ascend(values: Sequence[float]) -> bool:

@@ -18,7 +18,7 @@ from megatron_dmc.hf.adapter import joined, lacks_its_base
 from megatron_dmc.hf.attention import DecisionProjection
 from megatron_dmc.hf.cache import CACHE_NAME, DMCCache
 from megatron_dmc.hf.configuration_dmc import DMC_TYPE
-from megatron_dmc.hf.curve import check_threshold
+from megatron_dmc.hf.curve import MOST_THRESHOLD, check_threshold
 from megatron_dmc.hf.padding import Packing
 
 
@@ -213,6 +213,12 @@ class DMCModel(DMCPreTrainedModel):
             raise ValueError(
                 f"merge_threshold must be a number, or one for each of the {len(hidden)} sequences, got "
                 f"{merge_threshold.dtype} {list(merge_threshold.shape)}"
+            )
+        # A single step skips the check, which would wait for a GPU.
+        if hidden.shape[1] > 1 and not bool((merge_threshold.abs() <= MOST_THRESHOLD).all()):
+            raise ValueError(
+                f"merge_threshold must be numbers from -{MOST_THRESHOLD:g} to {MOST_THRESHOLD:g}, got "
+                f"{merge_threshold.tolist()!r:.100}"
             )
         return merge_threshold.to(hidden.device, torch.float32)[:, None, None]
 

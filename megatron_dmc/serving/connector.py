@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from megatron_dmc.serving.metrics import DMCPromMetrics, DMCStats
 from megatron_dmc.serving.plugin import logger
-from megatron_dmc.serving.ratios import RATIO, THRESHOLD, Thresholds
+from megatron_dmc.serving.ratios import RATIO, THRESHOLD, TOKENS, Thresholds
 from megatron_dmc.serving.spec import Changes, DMCManager, Report
 from megatron_dmc.serving.worker_cache import WorkerCache
 
@@ -87,9 +87,10 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
+        # In this order: a new request may have the name of one that has ended.
+        self.thresholds.end(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             self.thresholds.begin(request.req_id, request.sampling_params and request.sampling_params.extra_args)
-        self.thresholds.end(scheduler_output.finished_req_ids)
         requests = list(scheduler_output.num_scheduled_tokens)
         firsts = self.manager.first_blocks(requests)
         pool = self.manager.block_pool
@@ -114,11 +115,13 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, float] | None]:
-        """What a request that asked for a ratio has had, for its answer (vLLM's ``kv_transfer_params``)."""
+        """For the answer to a request that asked for a ratio (vLLM's ``kv_transfer_params``): its threshold, and the ratio of
+        so many tokens as workers have reported on by now, all but the last step's."""
         threshold = self.thresholds.asked.get(request.request_id)
         if threshold is None:
             return False, None
-        return False, {RATIO: self.manager.ratio_of(request.request_id), THRESHOLD: threshold}
+        tokens, ratio = self.manager.reported(request.request_id)
+        return False, {THRESHOLD: threshold, **({RATIO: ratio, TOKENS: tokens} if tokens else {})}
 
     # Of a worker.
     def register_kv_caches(self, kv_caches: Any) -> None:

@@ -9,6 +9,8 @@ from megatron_dmc.serving.plugin import logger
 
 # A request's extra arguments (vllm_xargs of vLLM's server, extra_args of its SamplingParams).
 RATIO, THRESHOLD = "compression_ratio", "merge_threshold"
+# In its answer, beside the ratio: of so many of its tokens.
+TOKENS = "compressed_tokens"
 # Of vLLM's --additional-config.
 UNDER_LOAD = "dmc_under_load"
 # Steps in which a threshold moves as the pool fills, so that workers are told of few changes.
@@ -139,8 +141,11 @@ class Thresholds:
         try:
             ratio = check_threshold(RATIO, extra[RATIO])
         except ValueError:
+            ratio = 0.0
+        if ratio < 1:
             self._warn(
-                f"{RATIO} must be a number, got {extra[RATIO]!r:.100}; the request is compressed as the model was trained"
+                f"{RATIO} must be a number from 1 on, got {extra[RATIO]!r:.100}; the request is compressed as the model was "
+                "trained"
             )
             return None
         if self.curve is None:

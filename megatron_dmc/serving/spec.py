@@ -143,10 +143,10 @@ class DMCManager(SingleTypeKVCacheManager):
         """By which workers know the requests."""
         return {request_id: self.req_to_blocks[request_id][0].block_id for request_id in request_ids}
 
-    def ratio_of(self, request_id: str) -> float:
-        """Tokens per slot of a request, as last reported."""
+    def reported(self, request_id: str) -> tuple[int, float]:
+        """Tokens of a request that workers have reported on, and how many of them there are per slot."""
         use = self.use.get(request_id, Use())
-        return use.tokens * self.rows / use.slots if use.slots else 1.0
+        return use.tokens, use.tokens * self.rows / use.slots if use.slots else 1.0
 
     def start_step(self, request_ids: Sequence[str]) -> tuple[int, Changes, list[int]]:
         """The number of a step in which these requests have tokens, and what the worker has to know before it: changes, and

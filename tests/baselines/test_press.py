@@ -165,6 +165,29 @@ def test_what_cannot_be(
     assert not (tmp_path / "out.json").exists()
 
 
+@needs_kvpress
+def test_beside_another_models_report(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(folder)
+    base = str(tmp_path / "base.json")
+    assert main(["evaluate", "base", "--text", "text", "--output", base, "--amount", "smoke"]) == 0
+    save_random_base(tmp_path / "other", seed=5, num_hidden_layers=2, max_position_embeddings=512)
+    train_tokenizer(TEXT, 300, tmp_path / "other")
+    words = [
+        "evaluate",
+        str(tmp_path / "other"),
+        "--text",
+        "text",
+        "--base",
+        base,
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
+    assert main([*words, "--baseline", "snapkv", "--compression-ratio", "4"]) == 1
+    assert "was measured on another model than" in capfd.readouterr().err
+
+
 def test_without_its_base(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(folder)
     words = ["evaluate", "base", "--text", "text", "--output", str(tmp_path / "out.json"), "--baseline", "snapkv"]

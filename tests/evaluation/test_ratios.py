@@ -101,6 +101,10 @@ def test_evaluate_takes_it(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
         (["base"], "base is a plain model, which merges nothing"),
         (["export", "--tokens", "1025"], "--tokens 1025: the model has 1024 positions"),
         (["export", "--tokens", "2"], "--tokens must be >= 16"),
+        (
+            ["export", "--tokens", "20"],
+            "the last 16 of them stay as they are, so there is no ratio above 1.18; ask for more",
+        ),
         (["export", "--texts", "0"], "--texts must be >= 1"),
         (["export", "--most", "nan"], "--most must be a finite number"),
         (["nowhere"], "nowhere does not exist"),
@@ -150,6 +154,10 @@ def test_an_exports_threshold_has_no_place_in_a_checkpoint(folder: Path) -> None
     import_hf(folder / "export", folder / "checkpoint")
 
 
+def falling(x: float) -> float:
+    return 1 / (1 + math.exp(min(x, 500)))
+
+
 def steep(threshold: float) -> float:
     """A jump from 2 to 6 at 0.3."""
     return 2.0 if threshold > 0.3 else 6.0
@@ -157,15 +165,15 @@ def steep(threshold: float) -> float:
 
 def wavy(threshold: float) -> float:
     """Not quite falling."""
-    return 1 + 15 / (1 + math.exp(threshold)) * (1 + 0.05 * math.sin(20 * threshold))
+    return 1 + 15 * falling(threshold) * (1 + 0.05 * math.sin(20 * threshold))
 
 
 @pytest.mark.parametrize(
     ("ratio", "ends"),
     [
-        (lambda t: 1 + 15 / (1 + math.exp(t)), (1.5, 10)),
-        (lambda t: 1 + 15 / (1 + math.exp((t - 500) / 100)), (1.5, 10)),
-        (lambda t: 1 + 3 / (1 + math.exp(t)), (1.5, 3.9)),
+        (lambda t: 1 + 15 * falling(t), (1.5, 10)),
+        (lambda t: 1 + 15 * falling((t - 500) / 100), (1.5, 10)),
+        (lambda t: 1 + 3 * falling(t), (1.5, 3.9)),
         (steep, (2, 6)),
         (wavy, (1.5, 10)),
     ],
@@ -186,6 +194,35 @@ def test_curves_of_any_form(ratio: Callable[[float], float], ends: tuple[float, 
             assert ratio(curve.threshold(each)) == pytest.approx(each, rel=0.1 if ratio is wavy else 0.02)
 
 
-def test_a_model_that_never_merges() -> None:
-    curve = curve_of(lambda _: 1.0, 100, most=10)
-    assert curve == CompressionCurve(100, (1.0,), (curve.thresholds[0],))
+def test_decisions_of_two_kinds_far_apart() -> None:
+    """A quarter of the logits near 50, the rest near -50: no ratio changes for a long way around 0."""
+
+    def ratio(threshold: float) -> float:
+        merged = 0.25 * falling(threshold - 50) + 0.7 * falling(threshold + 50)
+        return 1 / (1 - merged)
+
+    curve = curve_of(ratio, 100, most=10)
+    assert curve.ratios[-1] >= 10
+    for asked in (1.34, 2.0, 6.0):
+        assert ratio(curve.threshold(asked)) == pytest.approx(asked, rel=0.02)
+
+
+def test_a_damaged_curve_is_measured_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    path = Path("export/config.json")
+    path.chmod(0o600)
+    Path("precious").write_text("mine")
+    Path("export/.config.json.tmp").symlink_to("../precious")
+    for curve in ({"tokens": 1}, {"tokens": 9, "ratios": [2.0, 10**400], "thresholds": [1, 0]}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"compression_curve": curve}))
+        assert main(["ratios", "export", "--text", "text", "--tokens", "60", "--texts", "1", "--most", "2.5"]) == 0
+        assert json.loads(path.read_text())["compression_curve"]["tokens"] == 60
+    assert path.stat().st_mode & 0o777 == 0o600
+    # What lies there under another's name is not written to.
+    assert Path("precious").read_text() == "mine" and not path.is_symlink()
+    assert sorted(x.name for x in Path("export").iterdir() if "tmp" in x.name) == [".config.json.tmp"]
+    capfd.readouterr()
+    assert main(["ratios", "export", "--text", "text", "--tokens", "60", "--texts", "1", "--most", "9"]) == 0
+    assert "it does not reach CR 9 in texts of 60 tokens" in capfd.readouterr().err

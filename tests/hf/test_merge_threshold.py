@@ -54,11 +54,23 @@ def test_generate_takes_it_with_padding_and_beams(
 @torch.no_grad()
 @pytest.mark.parametrize(
     "threshold",
-    [math.nan, math.inf, 1e7, "1", True, torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)],
+    [
+        math.nan,
+        math.inf,
+        1e7,
+        10**400,
+        pytest.param(10**9000, id="thousands-of-digits"),
+        "1",
+        True,
+        torch.full((3,), math.nan),
+        torch.zeros(2),
+        torch.zeros(3, 1),
+        torch.zeros(3, dtype=torch.int64),
+    ],
 )
 def test_what_is_no_threshold_is_refused(projection_model: Any, prompt: torch.Tensor, threshold: Any) -> None:
     cache = projection_model(prompt, use_cache=True)[CACHE_NAME]
-    with pytest.raises(ValueError, match="merge_threshold must be a number"):
+    with pytest.raises(ValueError, match=r"merge_threshold must be (a number|numbers)"):
         projection_model(prompt, merge_threshold=threshold, **{CACHE_NAME: cache})
     # Nothing has been taken in.
     assert cache.columns == prompt.shape[1]
@@ -112,6 +124,7 @@ def test_a_curve_of_one_point() -> None:
         {"ratios": [1.5, 1.5, 6.0]},
         {"ratios": [0.5, 3.0, 6.0]},
         {"ratios": [1.5, 3.0, math.inf]},
+        {"ratios": [1.5, 3.0, 10**400]},
         {"ratios": [1.5, "3", 6.0]},
         {"thresholds": [0.5, 2.0, -1.0]},
         {"thresholds": [2.0, math.nan, -1.0]},

@@ -180,7 +180,13 @@ def test_each_request_is_compressed_as_it_asks_for(export: Callable[..., Served]
             if not extra:
                 assert out.kv_transfer_params is None
             else:
-                assert out.kv_transfer_params["merge_threshold"] == threshold
-                assert abs(out.kv_transfer_params["compression_ratio"] / ratio - 1) < 0.05
+                had = out.kv_transfer_params
+                assert had["merge_threshold"] == threshold
+                # All but the last step's.
+                assert had["compressed_tokens"] == len(out.prompt_token_ids) + len(expected[0]) - 2
+                assert abs(had["compression_ratio"] / ratio - 1) < 0.05
+        (short,) = running.outputs(case.prompts[:1], max_tokens=1, extra_args={"merge_threshold": 100.0})
+        assert short.kv_transfer_params == {"merge_threshold": 100.0}
         assert running.is_as_at_first()
+        running.generate(case.prompts[:1], 2)
         assert not running.scheduler.connector.thresholds.asked

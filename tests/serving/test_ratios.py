@@ -65,8 +65,11 @@ def test_load_never_compresses_less() -> None:
     [
         ({"compression_ratio": 20}, -1.0, "20 was not measured; the request gets 6"),
         ({"compression_ratio": 1}, 2.0, "1 was not measured; the request gets 1.5"),
-        ({"compression_ratio": "six"}, 0.0, "compression_ratio must be a number, got 'six'"),
+        ({"compression_ratio": "six"}, 0.0, "compression_ratio must be a number from 1 on, got 'six'"),
         ({"compression_ratio": math.nan}, 0.0, "compression_ratio must be a number"),
+        ({"compression_ratio": -5}, 0.0, "compression_ratio must be a number from 1 on, got -5"),
+        ({"merge_threshold": ["a" * 100_000]}, 0.0, "merge_threshold must be a number"),
+        ({"merge_threshold": 10**400}, 0.0, "merge_threshold must be a number"),
         ({"compression_ratio": True}, 0.0, "compression_ratio must be a number"),
         ({"compression_ratio": [6] * 10_000}, 0.0, "compression_ratio must be a number"),
         ({"merge_threshold": math.inf}, 0.0, "merge_threshold must be a number"),
@@ -85,6 +88,30 @@ def test_what_cannot_be_had(
     assert found.step({"a": 7}, {"a"}, 9, 9) == {7: threshold}
     (said,) = (record.getMessage() for record in caplog.records if record.name == "vllm.megatron_dmc")
     assert line in said and len(said) < 300
+
+
+def test_a_name_is_used_again_at_once() -> None:
+    """The scheduler tells of the end of one request and of the begin of another of its name in the same step."""
+    from types import SimpleNamespace
+
+    from megatron_dmc.serving.connector import DMCConnector
+
+    connector = DMCConnector.__new__(DMCConnector)
+    connector.thresholds = thresholds()
+    pool = SimpleNamespace(get_num_free_blocks=lambda: 9, num_gpu_blocks=9)
+    connector.manager = SimpleNamespace(
+        block_pool=pool,
+        first_blocks=lambda requests: dict.fromkeys(requests, 7),
+        start_step=lambda requests: (1, {7: (0, [])}, []),
+    )
+
+    def step(ended: set[str], threshold: float) -> Any:
+        new = SimpleNamespace(req_id="x", sampling_params=params(extra_args={"merge_threshold": threshold}))
+        scheduled = SimpleNamespace(scheduled_new_reqs=[new], finished_req_ids=ended, num_scheduled_tokens={"x": 5})
+        return connector.build_connector_meta(scheduled).thresholds
+
+    assert step(set(), 1.5) == {7: 1.5}
+    assert step({"x"}, -2.5) == {7: -2.5}
 
 
 def test_a_ratio_that_was_never_measured(caplog: pytest.LogCaptureFixture) -> None:

@@ -142,6 +142,10 @@ def evaluate_exported(
                 f"--base {base} was measured on another model than {before['model']} holds now; measure the base again"
             )
     if method is not None:
+        if before is None or before["weights"] != weights:
+            raise ConfigError(
+                f"--base {base} was measured on another model than {folder}; measure {folder} itself first"
+            )
         method.check(folder, min(*settings.recall_tokens, *settings.serving_tokens) // 2)
     report = _Evaluation(folder, dmc, before, heldout, settings, merge_threshold, method or AsItIs()).report()
     if model_digest(Path(folder)) != weights:

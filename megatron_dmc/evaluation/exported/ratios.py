@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,18 @@ def measure_ratios(folder: str, text: str, *, tokens: int, texts: int, most: flo
         raise ConfigError(
             f"--tokens {tokens}: the model has {config.max_position_embeddings} positions; ask for that or fewer"
         )
+    if (highest := tokens / (dmc.local_window + 1 + dmc.absorbs)) < LEAST_RATIO:
+        raise ConfigError(
+            f"--tokens {tokens}: the last {dmc.local_window} of them stay as they are, so there is no ratio above "
+            f"{highest:.2f}; ask for more"
+        )
     path = Path(folder, "config.json")
     if (problem := why_nothing_new(path.with_name(f".{path.name}.tmp"))) is not None:
         raise ConfigError(f"{path} cannot be written: {problem}; copy the export to another folder")
     tokenizer = load_tokenizer(folder)
     check_own_vocabulary(tokenizer, config.vocab_size)
     heldout = Heldout.open(text, tokenizer, tokens)
+    _drop_damaged_curve(path)
     digest = model_digest(Path(folder))
     model = load(folder, serving_dtype())
     windows = heldout.windows(texts, tokens)
@@ -69,10 +75,26 @@ def measure_ratios(folder: str, text: str, *, tokens: int, texts: int, most: flo
         curve = curve_of(ratio, tokens, most)
     if model_digest(Path(folder)) != digest:
         raise ConfigError(f"{folder} has changed while it was measured; measure it again")
-    write_whole(
-        path, json.dumps(read_json(path) | {"compression_curve": curve.to_dict()}, indent=2, sort_keys=True) + "\n"
-    )
+    if curve.ratios[-1] < most:
+        print(f"{folder}: it does not reach CR {most:g} in texts of {tokens} tokens", file=sys.stderr)
+    _write(path, read_json(path) | {"compression_curve": curve.to_dict()})
     return curve
+
+
+def _drop_damaged_curve(path: Path) -> None:
+    """Or the model could not be loaded. It is to be measured anew."""
+    config = read_json(path)
+    if config.get("compression_curve") is None:
+        return
+    try:
+        CompressionCurve.from_dict(config["compression_curve"])
+    except ValueError:
+        del config["compression_curve"]
+        _write(path, config)
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def ratio_at(model: Any, texts: Sequence[Tensor], threshold: float) -> float:
@@ -91,26 +113,29 @@ def ratio_at(model: Any, texts: Sequence[Tensor], threshold: float) -> float:
 
 
 def curve_of(ratio: Callable[[float], float], tokens: int, most: float) -> CompressionCurve:
-    """Points from LEAST_RATIO or less to ``most`` or more, or as far as a model goes, each at most _APART from the next.
+    """Points from LEAST_RATIO to ``most``, and one beyond each, or as far as a model goes; each at most _APART from the next.
 
     Args:
         ratio: what the model has at a threshold; it falls as the threshold rises.
         tokens: of the texts it is measured on.
     """
+    # Nothing merges; everything does.
+    lowest, highest = ratio(MOST_THRESHOLD), ratio(-MOST_THRESHOLD)
     found = {0.0: ratio(0.0)}
-    for sign, reached in ((1, lambda r: r <= LEAST_RATIO), (-1, lambda r: r >= most)):
+    for sign, end in ((1, max(lowest, LEAST_RATIO)), (-1, min(highest, most))):
         step, last = 0.5, found[0.0]
-        # A model whose ratio stays what it is, step after step, has merged all it can, or nothing.
-        unchanged = 0
-        while not reached(last) and unchanged < 3 and step < MOST_THRESHOLD:
-            found[sign * step] = ratio(sign * step)
-            unchanged = unchanged + 1 if math.isclose(found[sign * step], last, rel_tol=1e-6) else 0
-            last, step = found[sign * step], 2 * step
+        while sign * (last - end) > 1e-6 * end and step < MOST_THRESHOLD:
+            last = found[sign * step] = ratio(sign * step)
+            step *= 2
     while (wanted := _gap(found, most)) is not None:
         found[wanted] = ratio(wanted)
+    thresholds = sorted(found, reverse=True)
+    # Beyond the ends nothing was asked between two points.
+    first = max((i for i, t in enumerate(thresholds) if found[t] <= LEAST_RATIO), default=0)
+    last_one = min((i for i, t in enumerate(thresholds) if found[t] >= most), default=len(thresholds) - 1)
     kept: list[tuple[float, float]] = []
     # From the highest threshold on. Of equal ratios the first: later layers see other states, so a ratio may even fall back.
-    for threshold in sorted(found, reverse=True):
+    for threshold in thresholds[first : last_one + 1]:
         if not kept or found[threshold] > kept[-1][0]:
             kept.append((found[threshold], threshold))
     return CompressionCurve(tokens, *zip(*kept, strict=True))
