@@ -106,6 +106,7 @@ def test_evaluate_takes_it(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
             "the last 16 of them stay as they are, so there is no ratio above 1.18; ask for more",
         ),
         (["export", "--texts", "0"], "--texts must be >= 1"),
+        (["export", "--tokens", "100", "--most", "1"], "--most must be 1.5 or more, got 1"),
         (["export", "--most", "nan"], "--most must be a finite number"),
         (["nowhere"], "nowhere does not exist"),
     ],
@@ -192,6 +193,14 @@ def test_curves_of_any_form(ratio: Callable[[float], float], ends: tuple[float, 
     if ratio is not steep:
         for each in torch.linspace(max(1.5, curve.ratios[0]), most, 30).tolist():
             assert ratio(curve.threshold(each)) == pytest.approx(each, rel=0.1 if ratio is wavy else 0.02)
+
+
+def test_a_curve_that_ends_where_it_begins() -> None:
+    assert curve_of(lambda t: 1 + 15 * falling(t), 100, most=LEAST_RATIO).ratios[-1] >= LEAST_RATIO
+
+
+def test_a_model_that_never_merges() -> None:
+    assert curve_of(lambda _: 1.0, 100, most=10).ratios == (1.0,)
 
 
 def test_decisions_of_two_kinds_far_apart() -> None:

@@ -48,6 +48,8 @@ def measure_ratios(folder: str, text: str, *, tokens: int, texts: int, most: flo
         raise ConfigError(
             f"--tokens {tokens}: the model has {config.max_position_embeddings} positions; ask for that or fewer"
         )
+    if most is not None and most < LEAST_RATIO:
+        raise ConfigError(f"--most must be {LEAST_RATIO} or more, got {most:g}")
     if (highest := tokens / (dmc.local_window + 1 + dmc.absorbs)) < LEAST_RATIO:
         raise ConfigError(
             f"--tokens {tokens}: the last {dmc.local_window} of them stay as they are, so there is no ratio above "
@@ -132,7 +134,8 @@ def curve_of(ratio: Callable[[float], float], tokens: int, most: float) -> Compr
     thresholds = sorted(found, reverse=True)
     # Beyond the ends nothing was asked between two points.
     first = max((i for i, t in enumerate(thresholds) if found[t] <= LEAST_RATIO), default=0)
-    last_one = min((i for i, t in enumerate(thresholds) if found[t] >= most), default=len(thresholds) - 1)
+    reached = (i for i, t in enumerate(thresholds) if i >= first and found[t] >= most)
+    last_one = min(reached, default=len(thresholds) - 1)
     kept: list[tuple[float, float]] = []
     # From the highest threshold on. Of equal ratios the first: later layers see other states, so a ratio may even fall back.
     for threshold in thresholds[first : last_one + 1]:
