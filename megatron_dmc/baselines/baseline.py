@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.convert.hf_config import read_config
-from megatron_dmc.convert.weights import Weights
-from megatron_dmc.errors import in_one_line
 from megatron_dmc.hf.cache import CACHE_NAME
 
 
@@ -70,22 +67,6 @@ class Baseline(ABC):
             raise ConfigError(
                 f"--compression-ratio {self.compression_ratio:g} keeps less than one of {shortest} tokens; ask for less"
             )
-
-    def load(self, folder: str, dtype: torch.dtype) -> Any:
-        """The plain model in eval mode; raises ConfigError where transformers cannot load it."""
-        import transformers
-
-        config, _ = read_config(Path(folder))
-        Weights.of(Path(folder), config, None)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            kind = getattr(transformers, FAMILIES[config.family].architecture)
-            model = kind.from_pretrained(folder, dtype=dtype, return_dict=True, attn_implementation=self.attention)
-        # transformers raises whatever it happens to meet.
-        except Exception as error:
-            raise ConfigError(f"{folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again") from None
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     @abstractmethod
     def read(self, model: Any, context: Tensor) -> tuple[Tensor, Kept]:

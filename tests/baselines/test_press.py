@@ -16,6 +16,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import ConfigError
 from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dmc.evaluation.exported.model import load
 from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.recall_tasks import Sample
 from tests.support.exports import dmc_model
@@ -51,7 +52,7 @@ def tokens(count: int) -> Tensor:
 @NAMES
 def test_nothing_is_dropped_at_a_ratio_of_one(folder: Path, name: str) -> None:
     press = Press(1.0, name)
-    model = press.load(str(folder / "base"), torch.float32)
+    model = load(folder / "base", torch.float32, press.attention)
     text = tokens(CONTEXT + MORE)
     with torch.inference_mode():
         expected = model(text[None]).logits[0, CONTEXT - 1 :]
@@ -67,7 +68,7 @@ def test_nothing_is_dropped_at_a_ratio_of_one(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("ratio", [2.0, 7.0])
 def test_what_is_dropped_is_not_attended_to(folder: Path, name: str, ratio: float) -> None:
     press = Press(ratio, name)
-    model = press.load(str(folder / "one"), torch.float32)
+    model = load(folder / "one", torch.float32, press.attention)
     text = tokens(CONTEXT + MORE)
     with torch.inference_mode():
         whole = model(text[None, :CONTEXT], use_cache=True).past_key_values.layers[0].keys[0]
@@ -91,9 +92,9 @@ def test_what_is_dropped_is_not_attended_to(folder: Path, name: str, ratio: floa
 def test_each_text_is_compressed_anew(folder: Path) -> None:
     """What a press has hidden in one text is not hidden in the next."""
     press = Press(4.0, "adakv_expected_attention")
-    model = press.load(str(folder / "base"), torch.float32)
+    model = load(folder / "base", torch.float32, press.attention)
     first, second = tokens(CONTEXT), tokens(2 * CONTEXT)[CONTEXT:]
-    alone = press.read(press.load(str(folder / "base"), torch.float32), second)
+    alone = press.read(load(folder / "base", torch.float32, press.attention), second)
     press.read(model, first)
     again = press.read(model, second)
     assert torch.equal(alone[0], again[0]) and press.slots(model, again[1]).sum() == 2 * 2 * CONTEXT // 4
@@ -102,7 +103,7 @@ def test_each_text_is_compressed_anew(folder: Path) -> None:
 @needs_kvpress
 def test_the_question_is_read_after_the_context_was_compressed(folder: Path) -> None:
     press = Press(4.0, "snapkv")
-    model = press.load(str(folder / "base"), torch.float32)
+    model = load(folder / "base", torch.float32, press.attention)
     prompt, question = tokens(CONTEXT), 9
     logits, kept = press.read(model, prompt[:-question])
     logits, kept = press.extend(model, prompt[-question:], kept)

@@ -244,7 +244,7 @@ class _Evaluation:
 
     def _load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """The model, and its base."""
-        model = self.method.load(self.folder, dtype)
+        model = load(self.folder, dtype, self.method.attention)
         if self.merge_threshold is not None:
             model.config.merge_threshold = self.merge_threshold
         return model, None if self.before is None else load(self.before["model"], dtype)

@@ -2,10 +2,9 @@
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from megatron_dmc.evaluation.exported.model import cache_bytes, extend, load
+from megatron_dmc.evaluation.exported.model import cache_bytes, extend
 
 
 class Method(Protocol):
@@ -17,11 +16,12 @@ class Method(Protocol):
 
     acts_while_reading: bool
 
+    @property
+    def attention(self) -> str | None:
+        """transformers' implementation that the model is loaded with; None: its own choice."""
+
     def check(self, folder: str, shortest: int) -> None:
         """Before anything is loaded: raises ConfigError for what cannot be, contexts of ``shortest`` tokens included."""
-
-    def load(self, folder: str, dtype: torch.dtype) -> Any:
-        """The model in eval mode."""
 
     def read(self, model: Any, context: Tensor) -> tuple[Tensor, Any]:
         """Takes a context, int64 [tokens], into a new cache: logits of its last token, [1, vocabulary]; and the cache."""
@@ -40,12 +40,10 @@ class AsItIs:
     """A plain model, or an export with its compressed cache."""
 
     acts_while_reading = True
+    attention: str | None = None
 
     def check(self, folder: str, shortest: int) -> None:
         pass
-
-    def load(self, folder: str, dtype: torch.dtype) -> Any:
-        return load(folder, dtype)
 
     def read(self, model: Any, context: Tensor) -> tuple[Tensor, Any]:
         return extend(model, context, last_only=True)

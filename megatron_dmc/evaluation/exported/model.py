@@ -31,10 +31,10 @@ def serving_dtype() -> torch.dtype:
     return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
+def load(folder: str | Path, dtype: torch.dtype | None = None, attention: str | None = None) -> Any:
     """The model in eval mode on the first GPU, or on the CPU: a plain one, or an export with its compressed cache.
 
-    ``dtype`` None is that of a loss.
+    ``dtype`` None is that of a loss, ``attention`` one of transformers' implementations; None: its own choice.
 
     Nothing of the folder's own code is run: an export's is this package's.
 
@@ -54,7 +54,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     try:
         architecture = FAMILIES[config.family].architecture
         kind = getattr(transformers, architecture) if dmc is None else dmc_classes(config.family)[1]
-        model = kind.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True)
+        settings = {} if attention is None else {"attn_implementation": attention}
+        model = kind.from_pretrained(folder, dtype=dtype or loss_dtype(), return_dict=True, **settings)
     # transformers raises whatever it happens to meet.
     except Exception as error:
         raise ConfigError(f"{folder} cannot be loaded: {in_one_line(error)}; convert or fetch it again") from None
