@@ -37,7 +37,7 @@ setup(
     # For `megatron-dmc quickstart` and `recipes` outside a checkout (megatron_dmc/experiments/places.py).
     data_files=[
         (f"share/megatron-dmc/examples/{name}", sorted(glob(f"examples/{name}/*.yaml", root_dir=ROOT)))
-        for name in ("quickstart", "smollm2")
+        for name in ("quickstart", "smollm2", "compare")
     ],
     entry_points={
         "console_scripts": ["megatron-dmc = megatron_dmc.cli:main"],

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from megatron_dmc.cli import (
     cluster_check,
+    compare,
     convert_from_hf,
     convert_from_megatron,
     convert_to_hf,
@@ -76,6 +77,7 @@ COMMANDS: dict[str, Command] = {
     "cluster-check": cluster_check,
     "quickstart": quickstart,
     "recipes": recipes,
+    "compare": compare,
     "quickstart-evaluate": quickstart_evaluate,
     "measure": measure,
 }

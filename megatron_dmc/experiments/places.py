@@ -25,6 +25,11 @@ def real_model_recipes() -> Path:
     return _installed(Path("examples", "smollm2"), "train.yaml")
 
 
+def comparison_recipes() -> Path:
+    """The folder with the recipes of a comparison (``examples/compare``). Raises ConfigError: it is nowhere."""
+    return _installed(Path("examples", "compare"), "dms.yaml")
+
+
 def _installed(recipes: Path, one: str) -> Path:
     # setup.py's data_files.
     installed = Path(sysconfig.get_path("data"), "share", "megatron-dmc")

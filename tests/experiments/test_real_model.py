@@ -19,9 +19,9 @@ from megatron_dmc.experiments.places import real_model_recipes
 from megatron_dmc.experiments.real_model import page
 from megatron_dmc.experiments.real_model import run as run_module
 from megatron_dmc.experiments.real_model.retrofits import RETROFITS, Budget, scaled_steps
-from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun
+from megatron_dmc.experiments.real_model.run import Options, RealModelRun
 from megatron_dmc.experiments.real_model.source import PACKAGES, Package, Source, check_cache, fetch, first_layers
-from megatron_dmc.experiments.real_model.summary import read_stages
+from megatron_dmc.experiments.stages import Clock, read_stages, remove
 from megatron_dmc.recipe import load_recipe
 from tests.support.gguf_files import write_gguf
 from tests.support.llamas import SMOLLM2, TOKENS, save_random_base
@@ -333,8 +333,8 @@ def test_a_folder_that_was_moved_elsewhere_is_let_be(tmp_path: Path) -> None:
     for name in (".export.removed", "elsewhere"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "file").touch()
-    run_module.remove(tmp_path / "export")
-    run_module.remove(tmp_path / "nothing")
+    remove(tmp_path / "export")
+    remove(tmp_path / "nothing")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["elsewhere", "elsewhere/file"]
 
 

@@ -87,6 +87,19 @@ AMOUNTS = {
         new_tokens=4,
     ),
     "brief": Amount(windows=16, recall_tokens=(2000,), samples=8, serving_tokens=(2000,)),
+    # Of `megatron-dmc compare`, whose rows are many; compare_512 for models that are trained on samples of 512 tokens.
+    "compare": Amount(
+        windows=3,
+        window_tokens=2048,
+        copies=3,
+        recall_tokens=(1000, 2000),
+        samples=6,
+        serving_tokens=(2000,),
+        new_tokens=16,
+    ),
+    "compare_512": Amount(
+        windows=16, copies=8, copy_tokens=(512,), recall_tokens=(250, 480), serving_tokens=(480,), new_tokens=16
+    ),
     "default": Amount(),
     "full": Amount(copies=16, recall_tokens=(300, 1000, 2000, 4000), samples=48),
 }

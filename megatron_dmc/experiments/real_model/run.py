@@ -10,8 +10,7 @@ import json
 import os
 import shlex
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import yaml
 from rich.console import Console
 
 from megatron_dmc.config import ConfigError
-from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data import iter_documents, standard_library_documentation, standard_library_documents
 from megatron_dmc.evaluation.exported.amount import AMOUNTS
 from megatron_dmc.evaluation.exported.model import bf16_is_fast
@@ -35,8 +33,9 @@ from megatron_dmc.experiments.real_model.retrofits import (
     Retrofit,
 )
 from megatron_dmc.experiments.real_model.source import Source, check_cache, fetch, first_layers
-from megatron_dmc.experiments.real_model.summary import BASE, read_stages, show, summarize
-from megatron_dmc.experiments.small_run import SmallRun, read_object
+from megatron_dmc.experiments.real_model.summary import BASE, show, summarize
+from megatron_dmc.experiments.small_run import read_object
+from megatron_dmc.experiments.stages import Clock, Stage, StagedRun
 from megatron_dmc.files import write_whole
 
 HELDOUT_FRACTION = 0.03
@@ -77,29 +76,7 @@ class Options:
         return chosen[0] if chosen else "default"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One part of the run.
-
-    Attributes:
-        title: what it is called.
-        makes: below the run's folder; it is there as a whole once the stage is done.
-        work: the words of a command, or what is done in this process.
-        expected: seconds on two cores.
-        export: what is made from it: that of its earlier form is removed.
-        report: of what is made, or of its export: that of an earlier form is set aside, and taken back if the export is the
-            same.
-    """
-
-    title: str
-    makes: str
-    work: Sequence[str] | Callable[[], None]
-    expected: float
-    export: str | None = None
-    report: str | None = None
-
-
-class RealModelRun(SmallRun):
+class RealModelRun(StagedRun):
     """A folder, and the stages that have run there.
 
     Args:
@@ -320,79 +297,6 @@ class RealModelRun(SmallRun):
     def _least_heldout(self) -> int:
         """Tokens in a row that the evaluation reads."""
         return AMOUNTS[self.options.amount].least_text
-
-    def _is_done(self, stage: Stage) -> bool:
-        return (self.folder / stage.makes).exists()
-
-    def _do(self, stage: Stage, clock: "Clock") -> None:
-        if self._is_done(stage):
-            return
-        if stage.export is not None:
-            remove(self.folder / stage.export)
-        if stage.report is not None:
-            _set_aside(self.folder / stage.report)
-        print(clock.line(), flush=True)
-        command = "" if callable(stage.work) else " ".join(["megatron-dmc", *stage.work])
-        # It is published: as somebody would write it in a checkout, not where the recipes lie on this machine.
-        command = command.replace(f"{self.recipes}/", "examples/smollm2/")
-        if callable(stage.work):
-            self.timed(stage.title, stage.work)
-        else:
-            self.stage(stage.title, stage.makes, stage.work)
-        if stage.report is not None and stage.export is None:
-            _take_back(self.folder / stage.report, model_digest(self.folder / stage.makes))
-        clock.done(stage)
-        path = self.folder / "stages.json"
-        before = read_stages(path)
-        row = {"stage": stage.title, "command": command, "seconds": round(self.seconds[stage.title], 1)}
-        write_whole(path, json.dumps([*(each for each in before if each["stage"] != stage.title), row], indent=1))
-
-
-class Clock:
-    """How much of a run is left, by what its stages are expected to take and by how long those before took."""
-
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self._began, self._count, self._number = time.monotonic(), len(stages), 1
-        self._expected, self._done = sum(stage.expected for stage in stages), 0.0
-
-    def line(self) -> str:
-        spent = time.monotonic() - self._began
-        # Before anything is done only the expectation is known; a short stage says little of the others' speed.
-        trust = self._done / (self._done + 60)
-        speed = 1 - trust + trust * spent / self._done if self._done else 1.0
-        left = (self._expected - self._done) * speed
-        return f"-- {self._number} of {self._count}, {_minutes(spent)} so far, about {_minutes(left)} left"
-
-    def done(self, stage: Stage) -> None:
-        self._done += stage.expected
-        self._number += 1
-
-
-def remove(folder: Path) -> None:
-    """A folder or a link to one, if it is there; first from its name, so that no half of it is taken for the whole."""
-    gone = folder.with_name(f".{folder.name}.removed")
-    if gone.exists():
-        shutil.rmtree(gone)
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder.rename(gone))
-
-
-def _set_aside(report: Path) -> None:
-    if report.exists():
-        report.replace(report.with_suffix(".before"))
-
-
-def _take_back(report: Path, digest: str) -> None:
-    """A report that was set aside, if it is of a model with this digest."""
-    before = report.with_suffix(".before")
-    if before.exists() and read_object(before, "weights")["weights"] == digest:
-        before.replace(report)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _up_to(documents: Sequence[str], characters: int) -> list[str]:

@@ -1,6 +1,5 @@
 """The run's numbers as one file, and as tables in the terminal."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.evaluation.exported.report import is_report
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.small_run import read_object
+from megatron_dmc.experiments.stages import read_stages
 
 if TYPE_CHECKING:
     from megatron_dmc.experiments.real_model.run import Options
@@ -81,15 +81,6 @@ def read_measured(path: Path, base: dict[str, Any] | None = None) -> dict[str, A
         beside = "" if base is None else f", or was not measured beside the {BASE}.json that is there now"
         raise ConfigError(f"{path} is damaged{beside}; remove it, and run again")
     return report
-
-
-def read_stages(path: Path) -> list[dict[str, Any]]:
-    """What a run did so far: stage, command and seconds. Nothing where the file is damaged: it only tells."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [{name: row[name] for name in ("stage", "command", "seconds")} for row in found]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
 
 
 LOSS_COLUMNS = ("model", "CR", "loss", "over base", "KL", "KL by quarter", "copying", "recall over base")

@@ -6,16 +6,17 @@ differ.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
-from megatron_dmc.experiments.real_model.run import Clock, Options, RealModelRun, Stage, remove
+from megatron_dmc.experiments.real_model.run import Options, RealModelRun
 from megatron_dmc.experiments.real_model.summary import BASE, read_measured
 from megatron_dmc.experiments.recipes import real_report
+from megatron_dmc.experiments.stages import Clock, Stage, remove
 from megatron_dmc.files import write_whole
 
 RATIOS = (4, 8)
@@ -83,16 +84,13 @@ class RealComparison(RealModelRun):
         for form in self.forms:
             start, trained = form.retrofits
             stages += [self.retrofit_stage(start), self.retrofit_stage(trained)]
-            stages += [self.export_stage(trained), self.evaluation_stage(trained)]
+            # An export is only for its evaluation.
+            export = replace(self.export_stage(trained), serves=(self.report(trained.name),))
+            stages += [export, self.evaluation_stage(trained)]
         return stages
 
     def _report(self, name: str) -> Path:
         return self.folder / self.report(name)
-
-    def _is_done(self, stage: Stage) -> bool:
-        # An export is only for its evaluation.
-        name = stage.makes.removeprefix("hf-")
-        return super()._is_done(stage) or (name != stage.makes and self._report(name).exists())
 
     def _do(self, stage: Stage, clock: Clock) -> None:
         super()._do(stage, clock)

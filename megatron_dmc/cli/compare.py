@@ -1,0 +1,95 @@
+"""``megatron-dmc compare``."""
+
+import argparse
+import math
+from pathlib import Path
+
+from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.cli.common import model_name, output_folder, path
+from megatron_dmc.config import ConfigError
+
+HELP = "DMC beside what could be taken instead, on one model and one text: quality, bytes and speed at equal ratios"
+
+_TRAINED = ("calibrated", "dmc", "dms", "gqa")
+_MOST_SEEDS, _MOST_RATIO = 100, 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=path,
+        help="a retrofit's recipe, with its base and its datasets; by default one of examples/compare",
+    )
+    parser.add_argument(
+        "--model",
+        type=path,
+        metavar="smollm2|HF_FOLDER|FILE.gguf",
+        help="compare on this model, in place of the quickstart's small one",
+    )
+    parser.add_argument("--data", type=path, help="a folder, .txt or .jsonl, as megatron-dmc quickstart takes it")
+    parser.add_argument(
+        "--methods",
+        type=_methods,
+        metavar="A,B",
+        help=f"only these of {', '.join((*_TRAINED, *PRESSES))} (default: all)",
+    )
+    parser.add_argument(
+        "--ratios", type=_ratios, metavar="R,R", help="compression ratios (default: 2,4,6,8, with --model 4,8)"
+    )
+    parser.add_argument("--seeds", type=_seeds, default=3, metavar="N", help="of each training (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="toy size: two ratios, one seed, few steps")
+    parser.add_argument(
+        "--output",
+        type=output_folder,
+        help="the run's folder (default: runs/compare, with a model or a recipe runs/compare-NAME; with --smoke NAME-smoke)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures DMC beside grouped-query uptraining, DMS and methods that need no training: on one base and one text, with
+    equally many tokens for everything that trains. Loss, KL, recall, bytes that the cache really holds, and speed, at each
+    ratio; what is trained, with several seeds. About an hour on two cores, with --model smollm2 about four. What is done is
+    not done again: run it again to go on."""
+    if options.recipe is not None and (options.model is not None or options.data is not None or options.smoke):
+        raise ConfigError("RECIPE has its own model and data; leave --model, --data and --smoke out, or the recipe")
+    if options.smoke and options.ratios is not None:
+        raise ConfigError("--ratios has no meaning with --smoke; leave one of them out")
+    from megatron_dmc.experiments.compare.run import Request, compare
+
+    chosen = options.recipe or options.model
+    name = "compare" if chosen is None else f"compare-{model_name(chosen)}"
+    folder = options.output or Path("runs", f"{name}-smoke" if options.smoke else name)
+    compare(
+        folder,
+        Request(
+            options.recipe, options.model, options.data, options.methods, options.ratios, options.seeds, options.smoke
+        ),
+    )
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    known = (*_TRAINED, *PRESSES)
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no method {name[:40]!r}; name some of {', '.join(known)}")
+    return names
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(sorted({float(each) for each in text.split(",")}))
+    except ValueError:
+        found = ()
+    if not found or not all(1 < ratio <= _MOST_RATIO and math.isfinite(ratio) for ratio in found):
+        raise argparse.ArgumentTypeError(
+            f"must be numbers above 1 and at most {_MOST_RATIO}, such as 4,8; got {text[:40]!r}"
+        )
+    return found
+
+
+def _seeds(text: str) -> int:
+    if not text.isdecimal() or len(text) > 3 or not 1 <= int(text) <= _MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {_MOST_SEEDS}, got {text[:40]!r}")
+    return int(text)

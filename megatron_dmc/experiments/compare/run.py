@@ -1,0 +1,295 @@
+"""Runs a comparison: base and text, what needs no training, then each training with the rows that are measured on it."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.config import ConfigError
+from megatron_dmc.evaluation.exported.evaluate import recall_over_base
+from megatron_dmc.experiments.compare import page
+from megatron_dmc.experiments.compare.ground import Ground, export_of, own_ground, real_ground, shipped, small_ground
+from megatron_dmc.experiments.compare.rows import AT_THRESHOLD, LABELS, METHODS, Row, Wanted, possible_groups
+from megatron_dmc.experiments.compare.trainings import Training, Trainings
+from megatron_dmc.experiments.places import checkout, comparison_recipes
+from megatron_dmc.experiments.real_model.summary import read_measured
+from megatron_dmc.experiments.small_run import read_object
+from megatron_dmc.experiments.stages import Clock, Stage, StagedRun, read_stages, remove
+from megatron_dmc.files import write_whole
+from megatron_dmc.recipe import load_recipe
+
+RESULTS = "comparison.json"
+EVALUATION = "evaluation/"
+BASE = f"{EVALUATION}base.json"
+# Of the training part, which an export's curve is measured on.
+_CURVE_TEXTS = 2
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+class Comparison(StagedRun):
+    """A folder, the base and the rows that are measured there."""
+
+    def __init__(self, ground: Ground, wanted: Wanted) -> None:
+        super().__init__(ground.run.folder, ground.run.data, ground.run.smoke)
+        self.recipes = comparison_recipes()
+        self.ground, self.wanted = ground, wanted
+        self.trainings = Trainings(ground.recipe, shipped("dms"), shipped("gqa"))
+        # Known once the base is there.
+        self.rows: list[Row] = []
+        self._presses = _presses_folder() if set(wanted.methods) & set(PRESSES) else None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.ground.run.environment
+
+    def process(self, words: Sequence[str]) -> list[str]:
+        command = super().process(words)
+        if self._presses is None or "--baseline" not in words:
+            return command
+        before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+        return ["env", f"PYTHONPATH={os.pathsep.join([str(self._presses), *before])}", *command]
+
+    def run(self) -> None:
+        """Every stage that is not done, with the time that is left; results are written after each row.
+
+        Raises:
+            ConfigError: a bad text or folder, or a row that cannot be; before anything is compressed.
+            CommandFailed: a stage did not finish; its process has said why.
+        """
+        self.ground.run.prepare_text()
+        self._do_all([*self.ground.stages, self._base_stage()])
+        self.rows = self.wanted.rows(self.trainings, self._groups())
+        self._write_recipes()
+        self._do_all(self._row_stages())
+
+    def _do_all(self, stages: Sequence[Stage]) -> None:
+        clock = Clock([stage for stage in stages if not self._is_done(stage)])
+        for stage in stages:
+            self._do(stage, clock)
+            if stage.makes.startswith(EVALUATION):
+                write_whole(self.folder / RESULTS, json.dumps(self.results(), indent=1) + "\n")
+                self._remove_exports()
+
+    def _remove_exports(self) -> None:
+        """Those of trained rows that have all been measured: each may be as large as the base."""
+        waiting = {row.export for row in self.rows if not (self.folder / self._report(row)).exists()}
+        for export in {row.export for row in self.rows if row.training is not None} - waiting:
+            remove(self.folder / export)
+
+    def _groups(self) -> dict[float, int]:
+        if "gqa" not in self.wanted.methods:
+            return {}
+        heads = self._config()["num_key_value_heads"]
+        found = possible_groups(heads, max(self.wanted.ratios))
+        if not found:
+            print(
+                f"gqa: {heads} KV heads cannot be averaged to a ratio of at most {max(self.wanted.ratios):g}; left out"
+            )
+        return found
+
+    def _config(self) -> dict[str, Any]:
+        folder = self.folder / "hf-base"
+        return read_object(folder / "config.json", *_SIZES, remedy=f"remove {folder}")
+
+    def _base_stage(self) -> Stage:
+        words = ["evaluate", "hf-base", "--text", self.ground.heldout, "--output", BASE, "--amount", self.ground.amount]
+        return Stage("evaluation: base", BASE, words, 200)
+
+    def _row_stages(self) -> list[Stage]:
+        """Each training and export right before the first row that it serves."""
+        stages: list[Stage] = []
+        made: set[str] = set()
+        for row in self.rows:
+            for training in row.trainings:
+                if training.name not in made:
+                    stages += self._training_stages(training)
+                    made.add(training.name)
+            if row.training is not None and row.export not in made:
+                stages += self._export_stages(row)
+                made.add(row.export)
+            stages.append(self._evaluation_stage(row))
+        return stages
+
+    def _training_stages(self, training: Training) -> list[Stage]:
+        name, serves = training.name, tuple(self._report(row) for row in self.rows if training in row.trainings)
+        stages = []
+        if "dmc" not in training.recipe:
+            stages += self._group_stages(training.recipe["checkpoint"]["load_base"], serves)
+        seconds = training.tokens / (320 if _only_calibrates(training) else 140)
+        words = ["retrofit", f"recipes/{name}.yaml"]
+        return [*stages, Stage(f"training: {name}", f"checkpoints/{name}/final", words, seconds, serves=serves)]
+
+    def _group_stages(self, checkpoint: str, serves: tuple[str, ...]) -> list[Stage]:
+        """The base with its KV heads averaged, as a checkpoint."""
+        name = Path(checkpoint).name
+        heads = name.rpartition("-")[2]
+        grouped = f"hf-{name}"
+        return [
+            Stage(
+                f"heads: {name}", grouped, ["group-heads", "hf-base", grouped, "--kv-heads", heads], 10, serves=serves
+            ),
+            Stage(f"convert: {name}", checkpoint, ["convert-from-hf", grouped, checkpoint], 30, serves=serves),
+        ]
+
+    def _export_stages(self, row: Row) -> list[Stage]:
+        assert row.training is not None
+        served = [each for each in self.rows if each.export == row.export]
+        serves = tuple(map(self._report, served))
+        export = export_of(f"checkpoints/{row.training.name}/{row.checkpoint}", row.export, row.export, serves)
+        if not any(each.method == AT_THRESHOLD for each in served):
+            return [export]
+        length = self.ground.recipe["data"]["sequence_length"]
+        words = [
+            "ratios",
+            row.export,
+            "--text",
+            self.ground.trained_text,
+            "--tokens",
+            str(length),
+            "--texts",
+            str(_CURVE_TEXTS),
+        ]
+        config = self.folder / row.export / "config.json"
+
+        def is_measured() -> bool:
+            return config.exists() and read_object(config).get("compression_curve") is not None
+
+        return [export, Stage(f"ratios: {row.export}", row.export, words, 240, serves=serves, is_done=is_measured)]
+
+    def _evaluation_stage(self, row: Row) -> Stage:
+        report = self._report(row)
+        words = ["evaluate", row.export, "--text", self.ground.heldout, "--base", BASE, "--output", report, *row.flags]
+        return Stage(f"evaluation: {row.name}", report, words, 150)
+
+    def _report(self, row: Row) -> str:
+        return f"{EVALUATION}{row.name}.json"
+
+    def _write_recipes(self) -> None:
+        """One file for each training, which a user can run by hand; all are checked before the first is run."""
+        folder = self.folder / "recipes"
+        folder.mkdir(exist_ok=True)
+        for training in {each.name: each for row in self.rows for each in row.trainings}.values():
+            path, text = folder / f"{training.name}.yaml", yaml.safe_dump(training.recipe, sort_keys=False)
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                raise ConfigError(
+                    f"{path} is of a comparison with other settings; name a new folder with --output, or remove this one"
+                )
+            write_whole(path, text)
+            # What it starts from may not be there yet, and has the base's sizes.
+            load_recipe(path, [f"checkpoint.load_base={self.folder / self.ground.base}"])
+
+    def results(self) -> dict[str, Any]:
+        """Base and rows that are measured so far, as plain values."""
+        config = self._config()
+        base = read_measured(self.folder / BASE)
+        stages = read_stages(self.folder / "stages.json")
+        seconds = {stage["stage"]: stage["seconds"] for stage in stages}
+        rows = []
+        for row in self.rows:
+            if not (self.folder / self._report(row)).exists():
+                continue
+            report = read_measured(self.folder / self._report(row), base)
+            taken = [seconds.get(f"training: {each.name}") for each in row.trainings]
+            rows.append(
+                {
+                    "name": row.name,
+                    "method": row.method,
+                    "label": LABELS[row.method],
+                    "ratio": row.ratio,
+                    "seed": row.seed,
+                    "trained_tokens": sum(each.tokens for each in row.trainings),
+                    "training_seconds": None if None in taken or not taken else sum(filter(None, taken)),
+                    "commands": self._commands(row),
+                    "report": report,
+                    "recall_over_base": recall_over_base(report),
+                }
+            )
+        return {
+            # A folder's own name: where it lies is nobody's business.
+            "model": {"name": self.ground.name, **{name: config[name] for name in _SIZES}},
+            "machine": base["machine"],
+            "tokens": self.trainings.tokens,
+            "base": base,
+            "rows": rows,
+            "stages": stages,
+        }
+
+    def _commands(self, row: Row) -> list[str]:
+        """That made a row, in the run's folder."""
+        words = [["retrofit", f"recipes/{each.name}.yaml"] for each in row.trainings]
+        if row.training is not None:
+            words.append(["convert-to-hf", f"checkpoints/{row.training.name}/{row.checkpoint}", row.export])
+        words.append(list(self._evaluation_stage(row).work))  # type: ignore[arg-type]
+        return [" ".join(["megatron-dmc", *each]) for each in words]
+
+
+def _only_calibrates(training: Training) -> bool:
+    return all(phase["kind"] == "calibrate" for phase in training.recipe["phases"])
+
+
+def _presses_folder() -> Path | None:
+    """Where kvpress lies beside this environment; None: in it. Raises ConfigError: nowhere."""
+    if importlib.util.find_spec("kvpress") is not None:
+        return None
+    root = checkout()
+    if root is not None and (root / ".venv-kvpress" / "kvpress").is_dir():
+        return root / ".venv-kvpress"
+    raise ConfigError(
+        f"the rows {', '.join(PRESSES)} need kvpress; run make kvpress, or leave them out: --methods dmc,calibrated,dms,gqa"
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``megatron-dmc compare`` was asked for.
+
+    Attributes:
+        recipe: a retrofit of the user's own; None: that of examples/compare.
+        model: smollm2, a Hugging Face folder or a GGUF file; None: the recipe's base, or the quickstart's.
+        data: text for the quickstart's base, or for ``model``.
+        methods: of METHODS; None: all.
+        ratios: None: as many as the model's comparison takes by itself.
+        seeds: how many.
+    """
+
+    recipe: str | None = None
+    model: str | None = None
+    data: str | None = None
+    methods: Sequence[str] | None = None
+    ratios: Sequence[float] | None = None
+    seeds: int = 3
+    smoke: bool = False
+
+
+def compare(folder: Path, request: Request) -> None:
+    """Runs the comparison in ``folder``, where ``comparison.json`` grows row by row, and prints the table. In a source
+    checkout the whole one with smollm2 and the default text writes examples/compare/smollm2.json and its section of
+    docs/results.md.
+
+    Raises:
+        ConfigError: a bad recipe, model, text or folder, or a row that cannot be.
+        CommandFailed: a row did not finish.
+    """
+    if request.recipe is not None:
+        ground = own_ground(folder, request.recipe)
+    elif request.model is not None:
+        ground = real_ground(folder, request.model, request.data, request.smoke)
+    else:
+        ground = small_ground(folder, request.data, request.smoke)
+    seeds = range(1, 1 + (1 if request.smoke else request.seeds))
+    comparison = Comparison(ground, Wanted(request.methods or METHODS, request.ratios or ground.ratios, seeds))
+    comparison.run()
+    results = comparison.results()
+    page.show(results, Console(width=150))
+    root, whole = checkout(), Request(model="smollm2", seeds=request.seeds)
+    if root is not None and request == whole:
+        write_whole(root / "examples" / "compare" / "smollm2.json", json.dumps(results, indent=1) + "\n")
+        page.write(results, root / "docs")
+    print(f"results: {os.path.relpath(comparison.folder / RESULTS)}")
