@@ -55,8 +55,8 @@ def test_from_a_folder_to_a_table(smoke: Callable[[str], str], tiny_model: Path,
         *["retrofit", "convert-to-hf"] * 4,
         *["evaluate"] * 5,
     ]
-    assert str(tmp_path) not in page.page(summary) and str(ROOT) not in page.page(summary)
-    assert "`megatron-dmc retrofit examples/smollm2/train.yaml " in page.page(summary)
+    assert str(tmp_path) not in page.page(summary, "") and str(ROOT) not in page.page(summary, "")
+    assert "`megatron-dmc retrofit examples/smollm2/train.yaml " in page.page(summary, "")
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
 
     # What is done is not done again; a run with other settings is not taken for this one.
@@ -415,5 +415,5 @@ def test_the_page_is_that_of_the_committed_run() -> None:
     if results.exists():
         summary = json.loads(results.read_text(encoding="utf-8"))
         assert set(summary) == SUMMARY and not summary["options"]["smoke"]
-        assert written.read_text(encoding="utf-8") == page.page(summary)
+        assert written.read_text(encoding="utf-8") == page.page(summary, "")
         assert (ROOT / "docs" / "figures" / "results.png").exists()

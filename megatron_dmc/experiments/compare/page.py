@@ -1,5 +1,6 @@
 """The comparison's table, in the terminal and in docs/results.md."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,21 @@ from rich.table import Table
 from megatron_dmc.experiments.compare.rows import LABELS
 from megatron_dmc.experiments.real_model.page import markdown_table
 from megatron_dmc.experiments.recipes.report import mean, replace_section
+from megatron_dmc.files import write_whole
 
 BEGIN = "<!-- comparison:begin (written by megatron-dmc compare --model smollm2) -->"
 END = "<!-- comparison:end -->"
+_RESULTS = Path("compare", "smollm2.json")
+_SECTION = """## Beside other methods
+
+`megatron-dmc compare --model smollm2` made this section ([comparison.md](comparison.md) says what each row is). What trains
+reads {tokens:,} tokens, DMC's calibration among them. Machine: {cores} cores ({architecture}), torch {torch}, transformers
+{transformers}.
+
+*CR* is tokens per slot in a text of {served} tokens, or bytes of the plain cache over its own. *Loss over base* and *KL* are
+those of the last 64 of {continued} tokens, with what is before them in the cache, {copies} texts. *Recall over base* is the
+mean of accuracy over the base's, of the tasks that the base can do, {samples} samples each at every length. Several seeds:
+the mean, and the range."""
 
 
 def columns(results: dict[str, Any]) -> list[str]:
@@ -99,6 +112,28 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def write(results: dict[str, Any], docs: Path) -> None:
-    """Replaces the measured section of ``results.md``."""
-    replace_section(docs / "results.md", BEGIN, END, [markdown_table(columns(results), rows(results))])
+def section(examples: Path) -> str:
+    """Of docs/results.md: what ``examples/compare/smollm2.json`` holds, between its marks; nothing but these where it is not
+    there."""
+    path = examples / _RESULTS
+    text = "\n\n".join(_parts(json.loads(path.read_text(encoding="utf-8")))) if path.exists() else ""
+    return f"{BEGIN}\n\n{text}\n\n{END}"
+
+
+def write(results: dict[str, Any], root: Path) -> None:
+    """Writes ``examples/compare/smollm2.json`` and the section of docs/results.md in a checkout."""
+    write_whole(root / "examples" / _RESULTS, json.dumps(results, indent=1) + "\n")
+    replace_section(root / "docs" / "results.md", BEGIN, END, _parts(results))
+
+
+def _parts(results: dict[str, Any]) -> list[str]:
+    machine, served = results["machine"], results["base"]["serving"][-1]
+    text = _SECTION.format(
+        tokens=results["tokens"],
+        samples=results["base"]["amount"]["samples"],
+        copies=results["base"]["amount"]["copies"],
+        continued=results["base"]["continued"][-1]["tokens"],
+        served=served["tokens"],
+        **{name: machine[name] for name in ("cores", "architecture", "torch", "transformers")},
+    )
+    return [text, markdown_table(columns(results), rows(results))]

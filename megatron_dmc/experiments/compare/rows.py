@@ -26,6 +26,7 @@ class Row:
         seed: of its training; None: nothing is trained.
         training: that it comes from.
         checkpoint: of that training: ``final``, or ``cr_4``.
+        share: of the training's steps that are done by then.
         flags: more words of ``megatron-dmc evaluate``.
     """
 
@@ -34,6 +35,7 @@ class Row:
     seed: int | None = None
     training: Training | None = None
     checkpoint: str = "final"
+    share: float = 1.0
     flags: tuple[str, ...] = ()
 
     @property
@@ -47,6 +49,12 @@ class Row:
         if self.training is None:
             return "hf-base"
         return f"hf-{self.training.name}" + ("" if self.checkpoint == "final" else f"-{self.checkpoint}")
+
+    @property
+    def tokens(self) -> int:
+        """That were read for it: to calibrate, and to train."""
+        before = sum(each.tokens for each in self.trainings[:-1])
+        return before + (0 if self.training is None else round(self.share * self.training.tokens))
 
     @property
     def trainings(self) -> list[Training]:
@@ -114,7 +122,8 @@ class Wanted:
         for ratio in sorted({*self.ratios, *self._between}):
             # On its way it keeps what it has at whole ratios.
             if ratio == most or ratio == int(ratio):
-                yield Row("dms", ratio, seed, training, "final" if ratio == most else f"cr_{ratio:g}")
+                checkpoint = "final" if ratio == most else f"cr_{ratio:g}"
+                yield Row("dms", ratio, seed, training, checkpoint, (ratio - 1) / (most - 1))
 
     @property
     def _between(self) -> list[float]:

@@ -204,8 +204,8 @@ class Comparison(StagedRun):
                     "label": LABELS[row.method],
                     "ratio": row.ratio,
                     "seed": row.seed,
-                    "trained_tokens": sum(each.tokens for each in row.trainings),
-                    "training_seconds": None if None in taken or not taken else sum(filter(None, taken)),
+                    "trained_tokens": row.tokens,
+                    "training_seconds": _seconds(taken, row.share),
                     "commands": self._commands(row),
                     "report": report,
                     "recall_over_base": recall_over_base(report),
@@ -228,6 +228,12 @@ class Comparison(StagedRun):
             words.append(["convert-to-hf", f"checkpoints/{row.training.name}/{row.checkpoint}", row.export])
         words.append(list(self._evaluation_stage(row).work))  # type: ignore[arg-type]
         return [" ".join(["megatron-dmc", *each]) for each in words]
+
+
+def _seconds(taken: Sequence[float | None], share: float) -> float | None:
+    """Of a row's trainings, the last of them in part; None: nothing was trained, or it is not known how long it took."""
+    known = [each for each in taken if each is not None]
+    return sum(known[:-1]) + share * known[-1] if known and len(known) == len(taken) else None
 
 
 def _only_calibrates(training: Training) -> bool:
@@ -290,6 +296,5 @@ def compare(folder: Path, request: Request) -> None:
     page.show(results, Console(width=150))
     root, whole = checkout(), Request(model="smollm2", seeds=request.seeds)
     if root is not None and request == whole:
-        write_whole(root / "examples" / "compare" / "smollm2.json", json.dumps(results, indent=1) + "\n")
-        page.write(results, root / "docs")
+        page.write(results, root)
     print(f"results: {os.path.relpath(comparison.folder / RESULTS)}")

@@ -56,11 +56,17 @@ in the same process right after.
 In the run's folder:
 
 {stages}
+
+{comparison}
 """
 
 
-def page(summary: dict[str, Any]) -> str:
-    """The whole page: tables, what each number means, the machine, and the commands."""
+def page(summary: dict[str, Any], comparison: str) -> str:
+    """The whole page: tables, what each number means, the machine, and the commands.
+
+    Args:
+        comparison: the section of ``megatron-dmc compare``.
+    """
     stages = [
         (stage["stage"], f"{stage['seconds']:.0f}", f"`{stage['command']}`" if stage["command"] else "")
         for stage in summary["stages"]
@@ -79,6 +85,7 @@ def page(summary: dict[str, Any]) -> str:
         recall=markdown_table(recall_columns(summary), recall_rows(summary)),
         serving=markdown_table(SERVING_COLUMNS, serving_rows(summary)),
         stages=markdown_table(("stage", "seconds", "command"), stages),
+        comparison=comparison,
     )
 
 

@@ -23,6 +23,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.data import iter_documents, standard_library_documentation, standard_library_documents
 from megatron_dmc.evaluation.exported.amount import AMOUNTS
 from megatron_dmc.evaluation.exported.model import bf16_is_fast
+from megatron_dmc.experiments.compare import page as comparison
 from megatron_dmc.experiments.places import checkout, real_model_recipes
 from megatron_dmc.experiments.real_model import figure, page
 from megatron_dmc.experiments.real_model.retrofits import (
@@ -329,7 +330,7 @@ def run_real_model(folder: Path, options: Options) -> None:
     if root is not None and run.source.package is not None and options.data is None and not options.smoke:
         write_whole(root / "examples" / "smollm2" / "results.json", text)
         figure.save(summary, root / "docs" / "figures" / "results.png")
-        write_whole(root / "docs" / "results.md", page.page(summary))
+        write_whole(root / "docs" / "results.md", page.page(summary, comparison.section(root / "examples")))
     meaning = "; at toy size the numbers and the warnings mean nothing" if options.smoke else ""
     results = os.path.relpath(run.folder)
     print(f"results: {results} (hf-*, summary.json, figure.png, tensorboard){meaning}")
