@@ -10,7 +10,8 @@ from megatron_dmc.config import ConfigError
 
 HELP = "DMC beside what could be taken instead, on one model and one text: quality, bytes and speed at equal ratios"
 
-_TRAINED = ("calibrated", "dmc", "dms", "gqa")
+# As experiments/compare has them, which imports what trains.
+METHODS = ("calibrated", "dmc", "dms", "gqa", *PRESSES)
 _MOST_SEEDS, _MOST_RATIO = 100, 1000
 
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=_methods,
         metavar="A,B",
-        help=f"only these of {', '.join((*_TRAINED, *PRESSES))} (default: all)",
+        help=f"only these of {', '.join(METHODS)} (default: all)",
     )
     parser.add_argument(
         "--ratios", type=_ratios, metavar="R,R", help="compression ratios (default: 2,4,6,8, with --model 4,8)"
@@ -53,8 +54,6 @@ def run(options: argparse.Namespace) -> None:
     not done again: run it again to go on."""
     if options.recipe is not None and (options.model is not None or options.data is not None or options.smoke):
         raise ConfigError("RECIPE has its own model and data; leave --model, --data and --smoke out, or the recipe")
-    if options.smoke and options.ratios is not None:
-        raise ConfigError("--ratios has no meaning with --smoke; leave one of them out")
     from megatron_dmc.experiments.compare.run import Request, compare
 
     chosen = options.recipe or options.model
@@ -69,11 +68,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _methods(text: str) -> tuple[str, ...]:
-    known = (*_TRAINED, *PRESSES)
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"there is no method {name[:40]!r}; name some of {', '.join(known)}")
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"there is no method {name[:40]!r}; name some of {', '.join(METHODS)}")
     return names
 
 

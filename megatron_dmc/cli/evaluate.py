@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--amount",
-        choices=["smoke", "brief", "default", "full"],
+        choices=["smoke", "brief", "compare_512", "compare", "default", "full"],
         help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
         "minutes for a model of 135 M parameters on two cores)",
     )

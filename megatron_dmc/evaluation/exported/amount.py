@@ -89,10 +89,11 @@ AMOUNTS = {
     "brief": Amount(windows=16, recall_tokens=(2000,), samples=8, serving_tokens=(2000,)),
     # Of `megatron-dmc compare`, whose rows are many; compare_512 for models that are trained on samples of 512 tokens.
     "compare": Amount(
-        windows=3,
+        windows=2,
         window_tokens=2048,
-        copies=3,
-        recall_tokens=(1000, 2000),
+        copies=2,
+        copy_tokens=(2048,),
+        recall_tokens=(2000,),
         samples=6,
         serving_tokens=(2000,),
         new_tokens=16,

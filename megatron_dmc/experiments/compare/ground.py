@@ -8,6 +8,7 @@ import yaml
 
 from megatron_dmc.checkpoint import SavedModel
 from megatron_dmc.config import ConfigError
+from megatron_dmc.convert.single_process import single_process
 from megatron_dmc.evaluation.exported.amount import AMOUNTS
 from megatron_dmc.experiments.compare.trainings import merged
 from megatron_dmc.experiments.places import comparison_recipes
@@ -131,7 +132,9 @@ def own_ground(folder: Path, path: str) -> Ground:
     base = read.checkpoint.load_base
     if base is None:
         raise ConfigError(f"recipe {path}: nothing to compare with; name the base in checkpoint.load_base")
-    if SavedModel.open(base).merges:
+    with single_process():
+        merges = SavedModel.open(base).merges
+    if merges:
         raise ConfigError(
             f"recipe {path}: checkpoint.load_base {base} merges already; name the plain model that it was made from"
         )

@@ -111,7 +111,7 @@ class Budget:
     def least(self, retrofits: Sequence[Retrofit], recipes: Path) -> int:
         """Tokens that are enough for every retrofit: for each phase its warm-up, and a step."""
         read = (self._recipe(retrofit, recipes) for retrofit in retrofits if retrofit.scaled)
-        return max(sum(recipe.least_steps) * recipe.step_tokens for recipe in read)
+        return max((sum(recipe.least_steps) * recipe.step_tokens for recipe in read), default=0)
 
     def _recipe(self, retrofit: Retrofit, recipes: Path) -> "_Read":
         values: dict[str, Any] = yaml.safe_load((recipes / f"{retrofit.recipe}.yaml").read_text(encoding="utf-8"))
