@@ -4,15 +4,15 @@ import argparse
 import math
 from pathlib import Path
 
-from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
 from megatron_dmc.cli.common import model_name, output_folder, path
 from megatron_dmc.config import ConfigError
 
 HELP = "DMC beside what could be taken instead, on one model and one text: quality, bytes and speed at equal ratios"
 
 # As experiments/compare has them, which imports what trains.
-METHODS = ("calibrated", "dmc", "dms", "gqa", *PRESSES)
-_MOST_SEEDS, _MOST_RATIO = 100, 1000
+METHODS = ("calibrated", "dmc", "dms", "gqa", "dmc_int8", "dmc_fp8", "dmc_int4", QUANTIZED, *PRESSES)
+_MOST_SEEDS, _MOST_RATIO, _MOST_TEXTS = 100, 1000, 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ratios", type=_ratios, metavar="R,R", help="compression ratios (default: 2,4,6,8, with --model 4,8)"
     )
     parser.add_argument("--seeds", type=_seeds, default=3, metavar="N", help="of each training (default: %(default)s)")
+    parser.add_argument(
+        "--ruler",
+        type=_texts,
+        default=0,
+        metavar="N",
+        help="also so many texts of each task of dmc_ruler, of 1024 and 2048 tokens: some minutes for each text and row",
+    )
     parser.add_argument("--smoke", action="store_true", help="toy size: two ratios, one seed, few steps")
     parser.add_argument(
         "--output",
@@ -62,7 +69,14 @@ def run(options: argparse.Namespace) -> None:
     compare(
         folder,
         Request(
-            options.recipe, options.model, options.data, options.methods, options.ratios, options.seeds, options.smoke
+            options.recipe,
+            options.model,
+            options.data,
+            options.methods,
+            options.ratios,
+            options.seeds,
+            options.ruler,
+            options.smoke,
         ),
     )
 
@@ -88,6 +102,14 @@ def _ratios(text: str) -> tuple[float, ...]:
 
 
 def _seeds(text: str) -> int:
-    if not text.isdecimal() or len(text) > 3 or not 1 <= int(text) <= _MOST_SEEDS:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {_MOST_SEEDS}, got {text[:40]!r}")
+    return _count(text, 1, _MOST_SEEDS)
+
+
+def _texts(text: str) -> int:
+    return _count(text, 0, _MOST_TEXTS)
+
+
+def _count(text: str, least: int, most: int) -> int:
+    if not text.isdecimal() or len(text) > 4 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text[:40]!r}")
     return int(text)

@@ -3,15 +3,25 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
 from megatron_dmc.experiments.compare.trainings import Training, Trainings
 
 # {method: what it is called}, in the order of the tables. A press is called as kvpress calls it.
 TRAINED = {"calibrated": "DMC, calibrated only", "dmc": "DMC", "dms": "DMS", "gqa": "GQA uptraining"}
 # The export of the nearest ratio, asked for another one.
 AT_THRESHOLD = "dmc_at_threshold"
-LABELS = {**TRAINED, AT_THRESHOLD: "DMC at another ratio than its own", **{name: name for name in PRESSES}}
-METHODS = (*TRAINED, *PRESSES)
+# {method: in which its cache keeps a slot}, of DMC's exports.
+CODED = {"dmc_int8": "int8", "dmc_fp8": "fp8", "dmc_int4": "int4"}
+# Bits of a number in a plain cache; ratios against 16.
+BITS = (8, 4, 2)
+LABELS = {
+    **TRAINED,
+    AT_THRESHOLD: "DMC at another ratio than its own",
+    **{name: f"DMC, slots in {dtype}" for name, dtype in CODED.items()},
+    QUANTIZED: "plain, quantized",
+    **{name: name for name in PRESSES},
+}
+METHODS = (*TRAINED, *CODED, QUANTIZED, *PRESSES)
 # Ratios that cost no training of their own once there is a model for the others.
 BETWEEN = (2, 3, 6)
 
@@ -74,11 +84,13 @@ class Wanted:
         methods: of METHODS.
         ratios: of each method.
         seeds: of what is trained.
+        ruler: texts of each of RULER's tasks and lengths; 0: none.
     """
 
     methods: Sequence[str]
     ratios: Sequence[float]
     seeds: Sequence[int]
+    ruler: int = 0
 
     def rows(self, trainings: Trainings, groups: dict[float, int]) -> list[Row]:
         """What is not trained comes first, then a seed after the other: a run that is ended early has something of each.
@@ -92,6 +104,8 @@ class Wanted:
             for ratio in self.ratios
             for press in presses
         ]
+        if QUANTIZED in self.methods:
+            found += [Row(QUANTIZED, 16 / bits, flags=("--baseline", QUANTIZED, "--bits", str(bits))) for bits in BITS]
         for seed in self.seeds:
             found += self._decided(trainings, seed)
             if "dms" in self.methods:
@@ -108,11 +122,15 @@ class Wanted:
             *start, whole = trainings.dmc(ratio, seed)
             if "calibrated" in self.methods:
                 yield from (Row("calibrated", ratio, seed, each) for each in start)
-            if "dmc" not in self.methods:
+            if "dmc" in self.methods:
+                yield Row("dmc", ratio, seed, whole)
+            # What one seed shows of a model that is there anyway.
+            if seed != self.seeds[0]:
                 continue
-            yield Row("dmc", ratio, seed, whole)
-            # The curve is a model's own: one seed shows it.
-            if seed == self.seeds[0]:
+            for name, dtype in CODED.items():
+                if name in self.methods:
+                    yield Row(name, ratio, seed, whole, flags=("--cache-dtype", dtype))
+            if "dmc" in self.methods:
                 for other in self._nearest_to(ratio):
                     yield Row(AT_THRESHOLD, other, seed, whole, flags=("--compression-ratio", f"{other:g}"))
 

@@ -28,6 +28,8 @@ from megatron_dmc.recipe import load_recipe
 RESULTS = "comparison.json"
 EVALUATION = "evaluation/"
 BASE = f"{EVALUATION}base.json"
+RULER = "ruler/"
+RULER_LENGTHS = (1024, 2048)
 # Of the training part, which an export's curve is measured on.
 _CURVE_TEXTS = 2
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -64,7 +66,8 @@ class Comparison(StagedRun):
             CommandFailed: a stage did not finish; its process has said why.
         """
         self.ground.run.prepare_text()
-        self._do_all([*self.ground.stages, self._base_stage()])
+        ruler = [self._ruler_stage("base", "hf-base")] if self.wanted.ruler else []
+        self._do_all([*self.ground.stages, self._base_stage(), *ruler])
         self.rows = self.wanted.rows(self.trainings, self._groups())
         self._write_recipes()
         self._do_all(self._row_stages())
@@ -73,13 +76,13 @@ class Comparison(StagedRun):
         clock = Clock([stage for stage in stages if not self._is_done(stage)])
         for stage in stages:
             self._do(stage, clock)
-            if stage.makes.startswith(EVALUATION):
+            if stage.makes.startswith((EVALUATION, RULER)):
                 write_whole(self.folder / RESULTS, json.dumps(self.results(), indent=1) + "\n")
                 self._remove_exports()
 
     def _remove_exports(self) -> None:
         """Those of trained rows that have all been measured: each may be as large as the base."""
-        waiting = {row.export for row in self.rows if not (self.folder / self._report(row)).exists()}
+        waiting = {row.export for row in self.rows for path in self._reports(row) if not (self.folder / path).exists()}
         for export in {row.export for row in self.rows if row.training is not None} - waiting:
             remove(self.folder / export)
 
@@ -115,10 +118,13 @@ class Comparison(StagedRun):
                 stages += self._export_stages(row)
                 made.add(row.export)
             stages.append(self._evaluation_stage(row))
+            if self.wanted.ruler:
+                stages.append(self._ruler_stage(row.name, row.export, row.flags))
         return stages
 
     def _training_stages(self, training: Training) -> list[Stage]:
-        name, serves = training.name, tuple(self._report(row) for row in self.rows if training in row.trainings)
+        name = training.name
+        serves = tuple(path for row in self.rows if training in row.trainings for path in self._reports(row))
         stages = []
         if "dmc" not in training.recipe:
             stages += self._group_stages(training.recipe["checkpoint"]["load_base"], serves)
@@ -141,7 +147,7 @@ class Comparison(StagedRun):
     def _export_stages(self, row: Row) -> list[Stage]:
         assert row.training is not None
         served = [each for each in self.rows if each.export == row.export]
-        serves = tuple(map(self._report, served))
+        serves = tuple(path for each in served for path in self._reports(each))
         export = export_of(f"checkpoints/{row.training.name}/{row.checkpoint}", row.export, row.export, serves)
         if not any(each.method == AT_THRESHOLD for each in served):
             return [export]
@@ -168,8 +174,17 @@ class Comparison(StagedRun):
         words = ["evaluate", row.export, "--text", self.ground.heldout, "--base", BASE, "--output", report, *row.flags]
         return Stage(f"evaluation: {row.name}", report, words, 150)
 
+    def _ruler_stage(self, name: str, export: str, flags: Sequence[str] = ()) -> Stage:
+        words = ["evaluate", export, "--tasks", "dmc_ruler", "--length", ",".join(map(str, RULER_LENGTHS))]
+        words += ["--limit", str(self.wanted.ruler), "--output", _ruler_report(name), *flags]
+        return Stage(f"RULER: {name}", _ruler_report(name), words, 100 * self.wanted.ruler)
+
     def _report(self, row: Row) -> str:
         return f"{EVALUATION}{row.name}.json"
+
+    def _reports(self, row: Row) -> tuple[str, ...]:
+        """All that is measured of a row."""
+        return (self._report(row), *([_ruler_report(row.name)] if self.wanted.ruler else []))
 
     def _write_recipes(self) -> None:
         """One file for each training, which a user can run by hand; all are checked before the first is run."""
@@ -209,6 +224,7 @@ class Comparison(StagedRun):
                     "commands": self._commands(row),
                     "report": report,
                     "recall_over_base": recall_over_base(report),
+                    **self._ruler(row.name),
                 }
             )
         return {
@@ -216,10 +232,20 @@ class Comparison(StagedRun):
             "model": {"name": self.ground.name, **{name: config[name] for name in _SIZES}},
             "machine": base["machine"],
             "tokens": self.trainings.tokens,
-            "base": base,
+            "base": {**base, **self._ruler("base")},
             "rows": rows,
             "stages": stages,
         }
+
+    def _ruler(self, name: str) -> dict[str, Any]:
+        """{"ruler": {length: mean score of its tasks}}; empty where it was not measured."""
+        path = self.folder / _ruler_report(name)
+        if not path.exists():
+            return {}
+        scores: dict[str, list[float]] = {}
+        for row in read_object(path, "results")["results"]:
+            scores.setdefault(str(row["length"]), []).append(row["value"])
+        return {"ruler": {length: sum(found) / len(found) for length, found in scores.items()}}
 
     def _commands(self, row: Row) -> list[str]:
         """That made a row, in the run's folder."""
@@ -228,6 +254,10 @@ class Comparison(StagedRun):
             words.append(["convert-to-hf", f"checkpoints/{row.training.name}/{row.checkpoint}", row.export])
         words.append(list(self._evaluation_stage(row).work))  # type: ignore[arg-type]
         return [" ".join(["megatron-dmc", *each]) for each in words]
+
+
+def _ruler_report(name: str) -> str:
+    return f"{RULER}{name}.json"
 
 
 def _seconds(taken: Sequence[float | None], share: float) -> float | None:
@@ -263,6 +293,7 @@ class Request:
         methods: of METHODS; None: all.
         ratios: None: as many as the model's comparison takes by itself.
         seeds: how many.
+        ruler: texts of each of RULER's tasks and lengths; 0: none.
     """
 
     recipe: str | None = None
@@ -271,6 +302,7 @@ class Request:
     methods: Sequence[str] | None = None
     ratios: Sequence[float] | None = None
     seeds: int = 3
+    ruler: int = 0
     smoke: bool = False
 
 
@@ -290,11 +322,12 @@ def compare(folder: Path, request: Request) -> None:
     else:
         ground = small_ground(folder, request.data, request.smoke)
     seeds = range(1, 1 + (1 if request.smoke else request.seeds))
-    comparison = Comparison(ground, Wanted(request.methods or METHODS, request.ratios or ground.ratios, seeds))
+    wanted = Wanted(request.methods or METHODS, request.ratios or ground.ratios, seeds, request.ruler)
+    comparison = Comparison(ground, wanted)
     comparison.run()
     results = comparison.results()
     page.show(results, Console(width=150))
-    root, whole = checkout(), Request(model="smollm2", seeds=request.seeds)
+    root, whole = checkout(), Request(model="smollm2", seeds=request.seeds, ruler=request.ruler)
     if root is not None and request == whole:
         page.write(results, root)
     print(f"results: {os.path.relpath(comparison.folder / RESULTS)}")
