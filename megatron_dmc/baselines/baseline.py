@@ -1,7 +1,6 @@
 """What every baseline is asked for; ``evaluation/exported/method.py: Method`` is the same for a model with no baseline."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +24,10 @@ class Kept(NamedTuple):
     tokens: int
 
 
-@dataclass(frozen=True)
 class Baseline(ABC):
     """A way to keep less of what a plain model has read. It is applied once a context is in the cache; what follows, a
-    question and its answer, is kept whole.
-
-    Attributes:
-        compression_ratio: tokens per slot of a context, above 1.
+    question and its answer, is kept whole. Its dataclass' fields go into reports.
     """
-
-    compression_ratio: float
 
     # Nothing is dropped while a text is read, so its loss there says nothing.
     acts_while_reading = False
@@ -56,16 +49,12 @@ class Baseline(ABC):
             shortest: tokens of the shortest context.
 
         Raises:
-            ConfigError: the folder holds no plain model, or so few tokens leave none to keep.
+            ConfigError: the folder holds no plain model, or the method cannot be applied to it.
         """
         _, dmc = read_config(Path(folder))
         if dmc is not None:
             raise ConfigError(
                 f"--baseline {self.name} takes a plain model, {folder} is an export that merges; name its base"
-            )
-        if shortest / self.compression_ratio < 1:
-            raise ConfigError(
-                f"--compression-ratio {self.compression_ratio:g} keeps less than one of {shortest} tokens; ask for less"
             )
 
     @abstractmethod
@@ -82,11 +71,10 @@ class Baseline(ABC):
         made = model(tokens[None].to(model.device), use_cache=True, position_ids=positions, **{CACHE_NAME: kept.cache})
         return made.logits[0], Kept(made[CACHE_NAME], kept.tokens + len(tokens))
 
-    def slots(self, model: Any, kept: Kept) -> Tensor:
-        """That are kept, int64 [layers, kv_heads]."""
-        return torch.tensor([[layer.keys.shape[2]] * layer.keys.shape[1] for layer in kept.cache.layers])
+    @abstractmethod
+    def slots(self, model: Any, kept: Kept) -> Tensor | None:
+        """That are kept, int64 [layers, kv_heads]; None: as many as tokens."""
 
+    @abstractmethod
     def nbytes(self, model: Any, kept: Kept) -> int:
         """Of the keys and values that are kept. Whether memory is really freed is the method's own affair."""
-        one = kept.cache.layers[0].keys
-        return int(self.slots(model, kept).sum()) * 2 * one.shape[-1] * one.element_size()

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from megatron_dmc.baselines.baseline import Baseline, Kept
-from megatron_dmc.baselines.presses import NEED_WEIGHTS, PRESSES
+from megatron_dmc.baselines.presses import NEED_WEIGHTS, PRESSES, QUANTIZED
 from megatron_dmc.config import ConfigError
 from megatron_dmc.hf.cache import CACHE_NAME
 
@@ -25,9 +25,11 @@ class Press(Baseline):
     """A press of kvpress, applied to a context before its question is read.
 
     Attributes:
+        compression_ratio: tokens per slot of a context, above 1.
         press: one of PRESSES.
     """
 
+    compression_ratio: float
     press: str = "snapkv"
 
     @property
@@ -44,13 +46,19 @@ class Press(Baseline):
 
     def check(self, folder: str, shortest: int) -> None:
         if self.press not in PRESSES:
-            raise ConfigError(f"--baseline {self.press}: there is none of that name; name one of {', '.join(PRESSES)}")
+            raise ConfigError(
+                f"--baseline {self.press}: there is none of that name; name one of {', '.join((*PRESSES, QUANTIZED))}"
+            )
         if importlib.util.find_spec("kvpress") is None:
             raise ConfigError(
                 f"--baseline {self.press} needs kvpress, which wants an older transformers; run pip install kvpress in an "
                 "environment of its own, or use the one of make kvpress"
             )
         super().check(folder, shortest)
+        if shortest / self.compression_ratio < 1:
+            raise ConfigError(
+                f"--compression-ratio {self.compression_ratio:g} keeps less than one of {shortest} tokens; ask for less"
+            )
 
     @torch.inference_mode()
     def read(self, model: Any, context: Tensor) -> tuple[Tensor, Kept]:
@@ -68,11 +76,15 @@ class Press(Baseline):
 
     def slots(self, model: Any, kept: Kept) -> Tensor:
         """What is hidden from a head does not count, though it is still in memory."""
-        slots = super().slots(model, kept)
+        slots = torch.tensor([[layer.keys.shape[2]] * layer.keys.shape[1] for layer in kept.cache.layers])
         for number, layer in enumerate(model.model.layers):
             if layer.self_attn.hidden is not None:
                 slots[number] -= layer.self_attn.hidden.sum(1).cpu()
         return slots
+
+    def nbytes(self, model: Any, kept: Kept) -> int:
+        one = kept.cache.layers[0].keys
+        return int(self.slots(model, kept).sum()) * 2 * one.shape[-1] * one.element_size()
 
 
 def _hidden(layer: Any, tokens: int) -> Tensor | None:

@@ -1,8 +1,10 @@
-"""The presses of kvpress that can be named. Nothing here needs torch: the command's help lists them."""
+"""Names of baselines: the presses of kvpress, and one more. Nothing here needs torch: the command's help lists them."""
 
 from collections.abc import Callable
 from typing import Any
 
+# The one that is not of kvpress.
+QUANTIZED = "quantized"
 # Of kvpress, by the names that papers give them; each is made with the share of tokens that is dropped.
 PRESSES: dict[str, Callable[[Any, float], Any]] = {
     "streaming_llm": lambda kvpress, dropped: kvpress.StreamingLLMPress(dropped),

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
 from megatron_dmc.cli.common import logit, path
 from megatron_dmc.config import ConfigError
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
@@ -16,7 +16,7 @@ from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
 # The flags of each of the two ways, by their names in the parsed options.
-_OF_TEXT = ("base", "amount", "baseline")
+_OF_TEXT = ("base", "amount", "baseline", "bits")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
 # Of any number here; a seed of numpy has less than 32 bits.
 _MOST_DIGITS = 9
@@ -63,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         metavar="NAME",
         help="of a plain model, beside its own report (--base): what a method that needs no training keeps of it at this "
-        f"--compression-ratio; one of {', '.join(PRESSES)}, by the library kvpress",
+        f"--compression-ratio; one of {', '.join(PRESSES)}, by the library kvpress; or, with --bits, {QUANTIZED}: all of its "
+        "cache, in fewer bits",
     )
+    text.add_argument("--bits", type=int, choices=[8, 4, 2], help=f"of a number in the cache of --baseline {QUANTIZED}")
     tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (extra [eval])")
     tasks.add_argument(
         "--tasks",
@@ -150,6 +152,8 @@ def _check_flags(options: argparse.Namespace) -> None:
         )
     if options.baseline is not None:
         _check_baseline(options)
+    elif options.text is not None and options.bits is not None:
+        raise ConfigError(f"--bits has no effect without --baseline {QUANTIZED}; leave it out")
     chosen, others = ("--text", _OF_TASKS) if options.tasks is None else ("--tasks", _OF_TEXT)
     for name in others:
         if getattr(options, name) is not None:
@@ -157,7 +161,15 @@ def _check_flags(options: argparse.Namespace) -> None:
 
 
 def _check_baseline(options: argparse.Namespace) -> None:
-    if options.compression_ratio is None or options.compression_ratio <= 1:
+    others = ("compression_ratio", "merge_threshold") if options.baseline == QUANTIZED else ("bits",)
+    for name in others:
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect with --baseline {options.baseline}; leave it out"
+            )
+    if options.baseline == QUANTIZED and options.bits is None:
+        raise ConfigError(f"--baseline {QUANTIZED} needs the bits of a number; add --bits 4, for example")
+    if options.baseline != QUANTIZED and (options.compression_ratio is None or options.compression_ratio <= 1):
         raise ConfigError("--baseline needs a ratio to compress to; add --compression-ratio 4, for example")
     if options.base is None:
         raise ConfigError(
@@ -170,6 +182,10 @@ def _baseline(options: argparse.Namespace) -> Any:
     """What keeps the model's cache; None: the model itself."""
     if options.baseline is None:
         return None
+    if options.baseline == QUANTIZED:
+        from megatron_dmc.baselines.quantized import Quantized
+
+        return Quantized(options.bits)
     from megatron_dmc.baselines.press import Press
 
     return Press(options.compression_ratio, options.baseline)

@@ -18,6 +18,7 @@ from megatron_dmc.data import build_indexed_dataset
 from megatron_dmc.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dmc.evaluation.exported.model import load
 from megatron_dmc.evaluation.exported.recall import recalls
+from megatron_dmc.evaluation.exported.report import is_report
 from megatron_dmc.evaluation.recall_tasks import Sample
 from tests.support.exports import dmc_model
 from tests.support.llamas import save_random_base
@@ -128,6 +129,7 @@ def test_the_command(
     assert main([*words, "--compression-ratio", "4"]) == 0, capfd.readouterr().err
     found = json.loads(report.read_text())
     assert found["baseline"] == {"compression_ratio": 4.0, "press": name} and "loss" not in found
+    assert is_report(found, json.loads(base.read_text())) and not is_report(found)
     (served,) = found["serving"]
     assert served["compression_ratio"] == pytest.approx(4, rel=0.02)
     assert served["cache_bytes"] == pytest.approx(served["plain_cache_bytes"] / 4, rel=0.02)

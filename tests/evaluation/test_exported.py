@@ -176,7 +176,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert status == 0, said
     again = json.loads(Path("reports/again.json").read_text())
     assert re.search(r"loss \d\.\d+ nats per token, KL\(base \|\| model\) 0\.0000\n.*\n.*\nrecall 0 of 0 right", said)
-    assert re.search(r"256 tokens: cache (\S+) MB \(base \1 MB\), first token after", said)
+    assert re.search(r"256 tokens: cache (\S+) MB \(base \1 MB\), CR 1\.00, first token after", said)
     assert again["base"] == "base" and again["kl"] == 0 and again["loss"] == report["loss"]
     assert again["serving"][0]["plain_cache_bytes"] == again["serving"][0]["cache_bytes"]
     # The tiny model is random: it recalls nothing, so nothing is asked of what was made from it.
@@ -194,6 +194,18 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     shutil.copy("base/tokenizer.json", "deep")
     with pytest.raises(ConfigError, match="deep has num_layers 4, its base base 2"):
         evaluate_exported("deep", "text", base="reports/base.json")
+    save_random_base(folder / "heads", num_key_value_heads=4, max_position_embeddings=512)
+    shutil.copy("base/tokenizer.json", "heads")
+    with pytest.raises(ConfigError, match="heads has num_query_groups 4, its base base 2"):
+        evaluate_exported("heads", "text", base="reports/base.json")
+    dmc_model(
+        {"local_window": 4},
+        **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 512},
+    ).save_pretrained(folder / "merging")
+    shutil.copy("base/tokenizer.json", "merging")
+    with pytest.raises(ConfigError, match="merging has num_query_groups 1, its base base 2"):
+        evaluate_exported("merging", "text", base="reports/base.json")
     status, said = evaluate("--output", "base/report.json")
     assert status == 1 and "--output base/report.json lies in base, and would count as a part of the model" in said
 
@@ -388,12 +400,40 @@ def test_a_damaged_report_of_what_was_measured_beside_a_base(
     base, report = json.loads(json.dumps([base, report]))
     assert is_report(report, base)
     assert is_report({name: value for name, value in report.items() if name != "base_weights"}, base)
+    assert is_report({name: value for name, value in report.items() if name != "continued"}, base)
     assert is_report(base | {"model": "\u30e2\u30c7\u30eb\u3000\u4e00"})
+    # Of what carries no settings of compression: a plain model, whose caches are compared by their bytes.
+    plain = json.loads(json.dumps(again))
+    assert plain["serving"][0]["compression_ratio"] == 1 and is_report(plain, base)
+    baseline = {name: value for name, value in plain.items() if name not in ("loss", "kl", "copying")}
+    baseline |= {"baseline": {"compression_ratio": 4.0, "press": "snapkv"}}
+    assert is_report(baseline, base) and not is_report(baseline) and not is_report(plain)
+    (served,), (continued,) = plain["serving"], plain["continued"]
     damaged: list[Any] = [
-        again,
+        *(
+            each | more
+            for each in (plain, baseline)
+            for more in (
+                {"serving": []},
+                {"serving": [served | {"compression_ratio": None}]},
+                {"serving": [served | {"plain_cache_bytes": "9"}]},
+                {"recall": []},
+                {"text": "0"},
+                {"continued": []},
+                {"continued": [continued | {"tokens": 5}]},
+                {"continued": [continued | {"kl": None}]},
+                {"weights": "\n"},
+            )
+        ),
+        *({name: x for name, x in plain.items() if name != lost} for lost in ("loss", "kl", "copying", "continued")),
+        *({name: x for name, x in baseline.items() if name != lost} for lost in ("baseline", "serving", "continued")),
+        *(baseline | {"baseline": value} for value in (None, {}, [], {"press": "snapkv"}, {"compression_ratio": "4"})),
+        *(baseline | {"baseline": {"compression_ratio": 4.0, "press": value}} for value in (None, "a\nb", [], True)),
+        *(baseline | {name: plain[name]} for name in ("loss", "kl", "copying")),
+        baseline | {"dmc": settings},
         *(
             report | {name: value}
-            for name in ("dmc", "kl", "kl_by_quarter", "recall", "serving")
+            for name in ("dmc", "kl", "kl_by_quarter", "recall", "serving", "continued", "copying")
             for value in ({}, None)
         ),
         *(report | {"dmc": settings | {name: None}} for name in settings),

@@ -41,40 +41,78 @@ def is_report(report: dict[str, Any], base: dict[str, Any] | None = None) -> boo
 def _is_base(report: dict[str, Any]) -> bool:
     recall = report["recall"]
     return (
-        not {"kl", "dmc"} & set(report)
+        not {"kl", "dmc", "baseline"} & set(report)
         and _is_measured(report)
+        and _holds_losses(report)
         and all(row["samples"] > 0 and (row["correct"] > 0 or not row["counts"]) for row in recall)
         and all(row["accuracy"] == row["correct"] / row["samples"] for row in recall)
     )
 
 
 def _is_beside(report: dict[str, Any], base: dict[str, Any]) -> bool:
-    dmc = report["dmc"]
     return (
         _is_measured(report)
         and {name: report[name] for name in ("amount", "text")} == {name: base[name] for name in ("amount", "text")}
         # Versions before this one did not write the base's weights down.
         and report.get("base_weights", base["weights"]) == base["weights"]
-        and _holds_numbers(report, "kl")
-        and [_is_number(value) for value in report["kl_by_quarter"]] == QUARTERS * [True]
-        and _holds_numbers(dmc, "target_compression_ratio", "local_window")
-        and isinstance(dmc["operation"], str)
         and all(_holds_numbers(row, "compression_ratio", *(f"plain_{x}" for x in _SERVED)) for row in report["serving"])
         and all(not row["counts"] or _holds_numbers(row, "over_base") for row in report["recall"])
+        and _is_continued(report)
+        and (_is_of_baseline(report) if "baseline" in report else _is_of_model(report))
+    )
+
+
+def _is_of_model(report: dict[str, Any]) -> bool:
+    """An export that merges; or a plain model: with fewer KV heads, or the base trained on."""
+    return (
+        _holds_losses(report)
+        and _holds_numbers(report, "kl")
+        and [_is_number(value) for value in report["kl_by_quarter"]] == QUARTERS * [True]
+        and ("dmc" not in report or _is_dmc(report["dmc"]))
+    )
+
+
+def _is_of_baseline(report: dict[str, Any]) -> bool:
+    """Its settings are words and numbers; losses of texts that are read at once say nothing of it, and are not there."""
+    settings = report["baseline"].values()
+    return (
+        not {"dmc", "loss", "kl", "copying"} & set(report)
+        and any(map(_is_number, settings))
+        and all(_is_name(value) or _is_number(value) for value in settings)
+    )
+
+
+def _is_dmc(dmc: dict[str, Any]) -> bool:
+    return _holds_numbers(dmc, "target_compression_ratio", "local_window") and isinstance(dmc["operation"], str)
+
+
+def _is_continued(report: dict[str, Any]) -> bool:
+    """Losses after a context. Of exports that merge, versions before this one did not measure them."""
+    if "dmc" in report and "continued" not in report:
+        return True
+    lengths = tuple(row["tokens"] for row in report["continued"])
+    return lengths == Amount.from_dict(report["amount"]).recall_tokens and all(
+        _holds_numbers(row, "loss", "kl") for row in report["continued"]
+    )
+
+
+def _holds_losses(report: dict[str, Any]) -> bool:
+    copied = tuple(row["tokens"] for row in report["copying"])
+    return (
+        _holds_numbers(report, "loss")
+        and copied == Amount.from_dict(report["amount"]).copy_tokens
+        and all(_holds_numbers(row, "loss") for row in report["copying"])
     )
 
 
 def _is_measured(report: dict[str, Any]) -> bool:
     amount = Amount.from_dict(report["amount"])
-    copied, served = (tuple(row["tokens"] for row in report[name]) for name in ("copying", "serving"))
     return (
         all(_is_name(report[name]) for name in ("model", "text", "weights"))
         and report["serving_dtype"] in ("float32", "bfloat16")
         and isinstance(report["machine"], dict)
-        and _holds_numbers(report, "loss")
         and [(row["task"], row["tokens"]) for row in report["recall"]] == amount.recall_parts
-        and (copied, served) == (amount.copy_tokens, amount.serving_tokens)
-        and all(_holds_numbers(row, "loss") for row in report["copying"])
+        and tuple(row["tokens"] for row in report["serving"]) == amount.serving_tokens
         and all(_holds_numbers(row, *_SERVED) for row in report["serving"])
         and all(_is_recall(row) for row in report["recall"])
     )

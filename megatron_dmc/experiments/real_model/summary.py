@@ -71,13 +71,13 @@ def summarize(
 
 
 def read_measured(path: Path, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A report of ``megatron-dmc evaluate``: a base's, or one that was measured beside it.
+    """A report of ``megatron-dmc evaluate``: a base's, or a retrofit's that was measured beside it.
 
     Raises:
         ConfigError: it is not.
     """
     report = read_object(path)
-    if not is_report(report, base):
+    if not is_report(report, base) or (base is not None and "dmc" not in report):
         beside = "" if base is None else f", or was not measured beside the {BASE}.json that is there now"
         raise ConfigError(f"{path} is damaged{beside}; remove it, and run again")
     return report
