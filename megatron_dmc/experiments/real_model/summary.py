@@ -44,7 +44,7 @@ def summarize(
     base = read_measured(folder / evaluation / f"{BASE}.json")
     models = []
     for each in retrofits:
-        report = read_measured(folder / evaluation / f"{each.name}.json", base)
+        report = read_retrofit(folder / evaluation / f"{each.name}.json", base)
         models.append(
             {
                 "name": each.name,
@@ -70,14 +70,22 @@ def summarize(
     }
 
 
+def read_retrofit(path: Path, base: dict[str, Any]) -> dict[str, Any]:
+    """A retrofit's report. Raises ConfigError: it is none, or of another base."""
+    report = read_measured(path, base)
+    if "dmc" not in report:
+        raise ConfigError(f"{path} is damaged, or no retrofit's; remove it, and run again")
+    return report
+
+
 def read_measured(path: Path, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A report of ``megatron-dmc evaluate``: a base's, or a retrofit's that was measured beside it.
+    """A report of ``megatron-dmc evaluate``: a base's, or of what was measured beside it.
 
     Raises:
         ConfigError: it is not.
     """
     report = read_object(path)
-    if not is_report(report, base) or (base is not None and "dmc" not in report):
+    if not is_report(report, base):
         beside = "" if base is None else f", or was not measured beside the {BASE}.json that is there now"
         raise ConfigError(f"{path} is damaged{beside}; remove it, and run again")
     return report

@@ -14,7 +14,7 @@ from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.places import checkout
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.real_model.run import Options, RealModelRun
-from megatron_dmc.experiments.real_model.summary import BASE, read_measured
+from megatron_dmc.experiments.real_model.summary import BASE, read_measured, read_retrofit
 from megatron_dmc.experiments.recipes import real_report
 from megatron_dmc.experiments.stages import Clock, Stage, remove
 from megatron_dmc.files import write_whole
@@ -105,7 +105,7 @@ class RealComparison(RealModelRun):
         base = read_measured(self._report(BASE))
 
         def read(name: str) -> dict[str, Any]:
-            report = base if name == BASE else read_measured(self._report(name), base)
+            report = base if name == BASE else read_retrofit(self._report(name), base)
             found: dict[str, Any] = {name: report[name] for name in ("loss", "kl", "copying", "dmc") if name in report}
             if "dmc" in found:
                 found["compression_ratio"] = report["serving"][0]["compression_ratio"]
