@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
 from megatron_dmc.cli import main
 from megatron_dmc.cli.compare import METHODS as NAMES
 from megatron_dmc.experiments.compare import page
 from megatron_dmc.experiments.compare.ground import own_ground, shipped
-from megatron_dmc.experiments.compare.rows import AT_THRESHOLD, LABELS, METHODS, Wanted, possible_groups
+from megatron_dmc.experiments.compare.rows import AT_THRESHOLD, BITS, CODED, LABELS, METHODS, Wanted, possible_groups
 from megatron_dmc.experiments.compare.trainings import Trainings, merged
 from megatron_dmc.recipe import Recipe, load_recipe
 from tests.support.llamas import SMOLLM2
@@ -67,7 +67,12 @@ def test_dms_is_as_it_was_published(tmp_path: Path) -> None:
 def test_what_comes_first_and_what_one_training_serves() -> None:
     made = trainings("smollm2")
     rows = Wanted(METHODS, (4.0, 8.0), (1, 2)).rows(made, possible_groups(3, 8))
-    assert [row.seed for row in rows] == [None] * 2 * len(PRESSES) + [1] * 13 + [2] * 10
+    # Codes and other thresholds are asked of the first seed's exports alone.
+    assert [row.seed for row in rows] == [None] * (2 * len(PRESSES) + len(BITS)) + [1] * (13 + 2 * len(CODED)) + [
+        2
+    ] * 10
+    assert [row.flags for row in rows if row.method == "dmc_int4"] == [("--cache-dtype", "int4")] * 2
+    assert [row.ratio for row in rows if row.method == QUANTIZED] == [2, 4, 8]
     assert [row.ratio for row in rows if row.method == AT_THRESHOLD] == [2, 3, 6]
     assert [row.training.name for row in rows if row.method == AT_THRESHOLD if row.training] == [
         "dmc-cr4-seed1",
