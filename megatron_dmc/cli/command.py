@@ -31,6 +31,7 @@ from megatron_dmc.cli import (
     quickstart_evaluate,
     ratios,
     recipes,
+    report,
     retrofit,
 )
 from megatron_dmc.cli.common import Parser
@@ -76,6 +77,7 @@ COMMANDS: dict[str, Command] = {
     "cluster-check": cluster_check,
     "quickstart": quickstart,
     "recipes": recipes,
+    "report": report,
     "quickstart-evaluate": quickstart_evaluate,
     "measure": measure,
 }
