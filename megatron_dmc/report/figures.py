@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from megatron_dmc.report.decisions import Decisions
+from megatron_dmc.report.fates import Decisions
 from megatron_dmc.report.methods import LOOKS, Look, look
 from megatron_dmc.report.run import PLAIN, Curve, Measure, Row, Run, Served
 

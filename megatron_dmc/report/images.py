@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Image
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from megatron_dmc.report.decisions import Decisions
+from megatron_dmc.report.fates import Decisions
 from megatron_dmc.report.figures import Choice, Heat, Plot
 from megatron_dmc.report.methods import LOOKS
 from megatron_dmc.report.plots import MOST_COLOUR

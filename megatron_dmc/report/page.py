@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import plotly.offline
 
 from megatron_dmc.report import plots
-from megatron_dmc.report.decisions import Decisions
+from megatron_dmc.report.fates import Decisions
 from megatron_dmc.report.figures import Figure, report_command
 from megatron_dmc.report.methods import look
 from megatron_dmc.report.run import Row, Run

@@ -6,7 +6,6 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,12 +14,10 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import DMCError
 from megatron_dmc.files import why_in_a_checkpoint, why_no_folder, write_whole
 from megatron_dmc.report.curves import read_curve
+from megatron_dmc.report.fates import Decisions
 from megatron_dmc.report.readers import read_run
 from megatron_dmc.report.run import Curve, Run
 from megatron_dmc.report.text import MARK
-
-if TYPE_CHECKING:
-    from megatron_dmc.report.decisions import Decisions
 
 PAGE, IMAGES = "report.html", "report"
 MISSING = "plotly is not installed; run pip install 'plotly>=7,<8'"
@@ -79,7 +76,7 @@ def write_report(folder: Path, *, with_text: bool = True) -> Written:
             progress.update(bar, description="decisions")
             decisions, why = _decisions(run)
             left_out += [why] if why else []
-        # They import plotly, matplotlib and torch.
+        # They import plotly and matplotlib.
         from megatron_dmc.report.figures import figures
         from megatron_dmc.report.images import choice_image, decisions_image
         from megatron_dmc.report.page import page
@@ -113,14 +110,14 @@ def _curves(run: Run) -> tuple[list[Curve], list[str]]:
     return found, left_out
 
 
-def _decisions(run: Run) -> tuple["Decisions | None", str]:
+def _decisions(run: Run) -> tuple[Decisions | None, str]:
     """Of the first model that can be read; or why there are none."""
-    from megatron_dmc.report.decisions import read_decisions
-
     why = "The text, token by token, is left out: there is no exported model in the folder."
     for folder in run.models:
         if not folder.is_dir():
             continue
+        from megatron_dmc.report.decisions import read_decisions
+
         try:
             return read_decisions(folder, run.text), ""
         except DMCError as error:

@@ -15,7 +15,7 @@ DRAWN = """
 return [...document.querySelectorAll("section.figure")].map((section) => [...section.querySelectorAll(".plot")].map((plot) => {
   const picture = plot.querySelector("svg.main-svg");
   const box = picture.getBoundingClientRect();
-  return [box.width, box.height, plot.querySelectorAll(".scatterlayer .trace, .heatmaplayer image, .cartesianlayer .hm").length];
+  return [box.width, box.height, plot.querySelectorAll(".scatterlayer .trace, .heatmaplayer image").length];
 }));
 """
 COLOURS = """
@@ -80,7 +80,7 @@ def test_what_is_chosen_is_shown(window: Browser, pages: list[Path]) -> None:
     before = window.run(axis)
     window.run(CHOOSE, "#quality select", names.index("recall over the base's"))
     assert (before, window.run(axis)) == ("KL(base || model), nats/token", "right answers over the base's")
-    for section, count in (("quality", len(names)), ("heads", 6), ("serving", 3)):
+    for section, count in (("quality", len(names)), ("heads", 5), ("serving", 3)):
         for number in range(count):
             window.run(CHOOSE, f"#{section} select", number)
             assert window.run(f"return document.querySelectorAll('#{section} .plot svg.main-svg').length") > 0

@@ -101,15 +101,15 @@ def without(name: str) -> Callable[[dict[str, Any]], Any]:
         (lambda values: values["rows"][0].update(label=7), "label is no text"),
         (lambda values: values["rows"][0].update(seed=1.5), "seed is no whole number"),
         (lambda values: values["rows"][0].update(commands="x"), "commands is no list of texts"),
-        (lambda values: values["rows"][0].update(ruler=[1]), "no attribute 'items'"),
+        (lambda values: values["rows"][0].update(ruler=[1]), "ruler is no object"),
         (lambda values: values["rows"][0].update(ruler={"long": 1}), "invalid literal for int"),
-        (lambda values: values["rows"][0].update(report=None), "is damaged"),
+        (lambda values: values["rows"][0].update(report=None), "report is no object"),
         (lambda values: values["base"]["serving"][0].update(cache_bytes=-1), "cache_bytes is not above 0"),
         (
             lambda values: values["rows"][0]["report"]["serving"][0].update(layer_head_compression_ratio=[[1], [1, 2]]),
             "layer_head_compression_ratio is no table with equal rows",
         ),
-        (lambda values: values.update(model=[]), "is damaged"),
+        (lambda values: values.update(model=[]), "model is no object"),
         (lambda values: values.update(stages=[{"stage": "a"}]), "command is missing"),
     ],
 )

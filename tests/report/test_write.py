@@ -13,7 +13,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.report import write as module
 from megatron_dmc.report.text import data, escaped, label, plain
 from megatron_dmc.report.write import Written, write_report
-from tests.support.runs import HOSTILE, write_quickstart, write_real_model
+from tests.support.runs import HOSTILE, write_small
 from tests.support.texts import fails, full_disk
 from tests.support.toy import recipe_values, write_recipe, write_text
 
@@ -72,7 +72,7 @@ def test_names_are_text(compared: Written) -> None:
     elements = Elements(compared.page)
     assert len(elements.of("script")) == 3 and not elements.of("b")
     assert "<h1>a &lt;b&gt;run</h1>" in page
-    assert "document.title='broken'" not in page and "\u202e" not in page and "\x07" not in page
+    assert "<script>document.title" not in page and "\u202e" not in page and "\x07" not in page
     tokens = "".join(embedded(compared.page)["text"]["tokens"])
     assert "</script><script>document.title='broken'</script>" in tokens
 
@@ -125,7 +125,7 @@ def test_a_plain_run(
 
 
 def test_an_earlier_report_is_replaced(tmp_path: Path) -> None:
-    folder = write_real_model(tmp_path / "run")
+    folder = write_small(tmp_path / "run")
     before = {path.name for path in folder.iterdir()}
     write_report(folder)
     page, images = folder / "report.html", folder / "report"
@@ -142,7 +142,7 @@ def test_an_earlier_report_is_replaced(tmp_path: Path) -> None:
 
 
 def test_other_files_are_not_replaced(tmp_path: Path) -> None:
-    folder = write_quickstart(tmp_path / "run")
+    folder = write_small(tmp_path / "run")
     page = folder / "report.html"
     page.write_text("my own")
     fails("report.html is not a report of this command; move it away", write_report, folder)
@@ -157,7 +157,7 @@ def test_other_files_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_page_of_before(tmp_path: Path) -> None:
-    folder = write_quickstart(tmp_path / "run")
+    folder = write_small(tmp_path / "run")
     write_report(folder)
     made = (folder / "report.html").read_bytes()
     with full_disk(1_000_000), pytest.raises(OSError):
@@ -167,9 +167,9 @@ def test_a_full_disk_leaves_the_page_of_before(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_read_does_not_stop_the_report(tmp_path: Path) -> None:
-    folder = write_quickstart(tmp_path / "run")
-    (folder / "hf").mkdir()
-    (folder / "hf" / "config.json").write_text("{")
+    folder = write_small(tmp_path / "run")
+    (folder / "hf-gqa-cr2").mkdir()
+    (folder / "hf-gqa-cr2" / "config.json").write_text("{")
     events = folder / "tensorboard" / "recipe" / "events.out.tfevents.1"
     events.parent.mkdir(parents=True)
     events.write_bytes(b"\x00" * 100)
@@ -180,4 +180,4 @@ def test_a_model_that_cannot_be_read_does_not_stop_the_report(tmp_path: Path) ->
 def test_without_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name))
-    fails("plotly is not installed; run pip install", write_report, write_quickstart(tmp_path / "run"))
+    fails("plotly is not installed; run pip install", write_report, write_small(tmp_path / "run"))

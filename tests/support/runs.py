@@ -52,11 +52,11 @@ def comparison() -> dict[str, Any]:
     """Two methods at two ratios, one of them with three seeds; a baseline; one that nobody knows, with a hostile name."""
     rows = []
     for method, label, seeds in (
-        ("dmc", "DMC", (1, 2, 3)),
+        ("dmc", "DMC", (1, 2)),
         ("gqa", "fewer KV heads", (None,)),
         (HOSTILE, HOSTILE, (None,)),
     ):
-        for ratio in (2.0, 4.0):
+        for ratio in (4.0,) if method == HOSTILE else (2.0, 4.0):
             for seed in seeds:
                 kl = 0.01 * ratio * (1 if method == "dmc" else 2) + 0.001 * (seed or 0)
                 made = report(ratio * 0.95, kl=kl)
@@ -103,6 +103,20 @@ def comparison() -> dict[str, Any]:
         "rows": rows,
         "stages": [{"stage": "convert", "command": "megatron-dmc convert-from-hf tiny base", "seconds": 3.5}],
     }
+
+
+def small_comparison() -> dict[str, Any]:
+    """As little as there can be: one model beside its base, and what both recall."""
+    found = comparison()
+    row = next(row for row in found["rows"] if row["method"] == "gqa")
+    found["base"] = row["report"] = {"serving": []}
+    return found | {"rows": [row], "stages": []}
+
+
+def write_small(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "comparison.json").write_text(json.dumps(small_comparison()))
+    return folder
 
 
 def write_comparison(folder: Path) -> Path:

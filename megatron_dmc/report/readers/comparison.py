@@ -45,7 +45,7 @@ def read(path: Path, values: dict[str, Any]) -> Run:
             bytes_tokens=bytes_tokens(base),
             curves=event_folders(folder / "tensorboard"),
             training=[stage.command for stage in stages if stage.command.startswith("megatron-dmc retrofit ")],
-            models=exports(folder, [row.name for row in rows if row.heads is not None]),
+            models=exports(folder, [row.name for row in rows]),
             text=[folder / "data" / "text_valid", folder / "data" / "valid"],
         )
 

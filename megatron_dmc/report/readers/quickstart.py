@@ -17,9 +17,9 @@ from megatron_dmc.report.readers.values import (
 )
 from megatron_dmc.report.run import Measure, Row, Run
 
-# {run: what it is called}
+# {run: what it is called}, here and in the quickstart's own table.
 RUNS = {"recipe": "projection", "adapter": "adapter, distilled", "neuron": "paper's form"}
-# Of the text that the cache is measured on.
+# Held-out tokens that the cache is measured on.
 CACHE_TOKENS = 2048
 REMEDY = "remove it, and run megatron-dmc quickstart again"
 _COMMAND = "megatron-dmc quickstart-evaluate"
