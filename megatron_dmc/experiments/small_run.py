@@ -163,7 +163,7 @@ class SmallRun:
         if not (self.folder / makes).exists():
             self.timed(title, lambda: self._call(title, words))
 
-    def report(self) -> None:
+    def make_page(self) -> None:
         """The stage that makes the run's page, which is for people: a run without plotly goes without it."""
         if not has_plotly():
             print(f"report: left out, {MISSING}, and megatron-dmc report {shlex.quote(os.path.relpath(self.folder))}")

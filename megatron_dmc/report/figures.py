@@ -1,5 +1,6 @@
 """A run's figures, as lines and tables of numbers that any library can draw."""
 
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ def _name(row: Row) -> str:
 
 
 def report_command(run: Run) -> str:
-    return f"megatron-dmc report {run.folder.name or '.'}"
+    return shlex.join(["megatron-dmc", "report", run.name])
 
 
 def _once(commands: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ def page(run: Run, figures: Sequence[Figure], decisions: Decisions | None, left_
     scripts = [plotly.offline.get_plotlyjs(), _beside("page.js")]
     shown = {figure.key: plots.choices(figure) for figure in figures}
     values = data({"figures": shown, "text": None if decisions is None else _fates(decisions)})
-    name = escaped(run.folder.name or str(run.folder))
+    name = escaped(run.name)
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -1,5 +1,6 @@
 """What a report shows of a run, whichever kind of run it is. A reader of ``readers/`` makes it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,11 @@ class Run:
     training: Sequence[str] = ()
     models: Sequence[Path] = ()
     text: Sequence[Path] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folder, wherever it was named from."""
+        return Path(os.path.abspath(self.folder)).name or "/"
 
     @property
     def measures(self) -> list[Measure]:

@@ -23,7 +23,7 @@ PAGE, IMAGES = "report.html", "report"
 MISSING = "plotly is not installed; run pip install 'plotly>=7,<8'"
 # MARK stands in a page's first bytes.
 _HEAD = 4096
-_IMAGE = re.compile(r"(quality|heads|training|serving|text)-\d\d-[a-z0-9-]*\.png")
+_IMAGE = re.compile(r"(quality|heads|training|serving|text)-\d{2,}-[a-z0-9-]*\.png")
 
 
 @dataclass(frozen=True)

@@ -426,7 +426,7 @@ def run_real_model(folder: Path, options: Options) -> None:
     write_whole(path, text)
     figure.save(summary, run.folder / "figure.png")
     show(summary, Console(width=150))
-    run.report()
+    run.make_page()
     root = checkout()
     if root is not None and run.source.package is not None and options.data is None and not options.smoke:
         write_whole(root / "examples" / "smollm2" / "results.json", text)
