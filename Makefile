@@ -38,6 +38,8 @@ VLLM_LEFT_OUT := torch torchaudio torchvision torchcodec
 
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch srun
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
+CHROMIUM_PROGRAMS := chromium chromedriver
+CHROMIUM_PACKAGES := chromium chromium-driver
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SERVING_INSTALL := $(SERVING)/bin/python -m pip install -qq --disable-pip-version-check
@@ -49,7 +51,8 @@ SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 TOKENS_FLAG = $(if $(TOKENS),--tokens "$(TOKENS)")
 
-.PHONY: help setup quickstart real-model recipes compare settings test bench gpu-check cluster-check slurm transformers-floor kvpress megatron-newest vllm clean
+.PHONY: help setup quickstart real-model recipes compare settings test bench gpu-check cluster-check slurm chromium transformers-floor kvpress \
+    megatron-newest vllm clean
 
 help:
 	@echo "make setup               make $(VENV) with all that the other targets need"
@@ -66,6 +69,7 @@ help:
 	@echo "make cluster-check       every parallel layout against one process, on the GPUs that are there or on the CPU"
 	@echo "                         some of them: CHECK_ARGS='--layouts TP2 \"micro-batch 4\" --cases \"window, distilled\"'"
 	@echo "make slurm               SLURM from Debian's packages, for the tests of the launchers; as root or with sudo"
+	@echo "make chromium            Chromium from Debian's packages, for the tests of report.html; as root or with sudo"
 	@echo "make transformers-floor  the oldest supported transformers, beside $(VENV), for the tests"
 	@echo "make kvpress             kvpress beside $(VENV), for the baselines: PYTHONPATH=$(PRESSES) $(BIN)/megatron-dmc evaluate ... --baseline NAME"
 	@echo "make megatron-newest     the newest megatron-core that is tried, beside $(VENV), for the tests"
@@ -83,7 +87,7 @@ $(STAMP): setup.py constraints.txt
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	    { echo "installing $(TORCH)"; $(PIP_INSTALL) -c constraints.txt $(TORCH_FLAGS) "$(TORCH)"; }
 	@echo "installing megatron-dmc and what it needs"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,gguf,eval,dev]'
+	@$(PIP_INSTALL) -c constraints.txt -e '.[hf,gguf,eval,report,dev]'
 	@touch $@
 
 quickstart: setup
@@ -102,7 +106,7 @@ settings: setup
 	$(BIN)/python -m megatron_dmc.recipe.settings > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
 
-test: setup transformers-floor kvpress megatron-newest vllm slurm
+test: setup transformers-floor kvpress megatron-newest vllm slurm chromium
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -129,16 +133,24 @@ gpu-check: $(ENVIRONMENT)
 cluster-check: $(ENVIRONMENT)
 	$(BIN)/python -m megatron_dmc cluster-check $(CHECK_ARGS)
 
-# Never fails: without these programs the tests of the launchers are skipped.
+# Neither fails: without these programs the tests that need them are skipped.
 slurm:
-	@export PATH="$$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive; \
-	    missing=$$(for name in $(SLURM_PROGRAMS); do command -v $$name >/dev/null || echo $$name; done); \
-	    [[ -n $$missing ]] || exit 0; \
-	    [[ $$(id -u) == 0 ]] && root= || root="sudo -n -E"; \
-	    command -v apt-get >/dev/null && $$root true 2>/dev/null && echo "installing $(SLURM_PACKAGES)" && \
-	    $$root apt-get update -qq >/dev/null && \
-	    $$root apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null 2>&1 || \
-	    echo "make slurm: needs apt-get and root (or sudo without a password); the tests of the launchers are skipped"
+	@$(call debian,$(SLURM_PROGRAMS),$(SLURM_PACKAGES),the launchers)
+
+chromium:
+	@$(call debian,$(CHROMIUM_PROGRAMS),$(CHROMIUM_PACKAGES),report.html)
+
+# Packages of Debian, unless these programs are there; and what is tested with them.
+define debian
+export PATH="$$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive; \
+    missing=$$(for name in $(1); do command -v $$name >/dev/null || echo $$name; done); \
+    [[ -n $$missing ]] || exit 0; \
+    [[ $$(id -u) == 0 ]] && root= || root="sudo -n -E"; \
+    command -v apt-get >/dev/null && $$root true 2>/dev/null && echo "installing $(2)" && \
+    $$root apt-get update -qq >/dev/null && \
+    $$root apt-get install -qq -y --no-install-recommends $(2) >/dev/null 2>&1 || \
+    echo "make $@: needs apt-get and root (or sudo without a password); the tests of $(3) are skipped"
+endef
 
 transformers-floor: $(FLOOR_STAMP)
 

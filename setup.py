@@ -33,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dmc", "megatron_dmc.*"]),
-    package_data={"megatron_dmc": ["py.typed", "evaluation/harness/tasks/*.yaml"]},
+    package_data={"megatron_dmc": ["py.typed", "evaluation/harness/tasks/*.yaml", "report/page.*"]},
     # For `megatron-dmc quickstart` and `recipes` outside a checkout (megatron_dmc/experiments/places.py).
     data_files=[
         (f"share/megatron-dmc/examples/{name}", sorted(glob(f"examples/{name}/*.yaml", root_dir=ROOT)))
@@ -64,6 +64,7 @@ setup(
         ],  # models as GGUF files; transformers reads them with both
         # accelerate: lm-eval's models need it. wonderwords: the words of the long-context tasks.
         "eval": ["accelerate", "lm_eval>=0.4.13,<0.5", "transformers>=5.0,<6", "wonderwords"],
+        "report": ["plotly>=7,<8"],  # the page of megatron-dmc report; it is written whole into the page
         # In an environment of its own: it takes older versions of transformers only.
         "kvpress": ["kvpress>=0.5.5,<0.6", "transformers>=5.0,<6"],
         "vllm": ["vllm>=0.32,<0.34"],  # `vllm serve` of an export; the same range stands in megatron_dmc/serving

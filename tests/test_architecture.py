@@ -34,6 +34,7 @@ ALLOWED = {
     ("megatron_dmc", "errors"): "the package offers its errors under its own name",
     ("config", "errors"): "a wrong setting is an error",
     ("__main__", "cli"): "python -m megatron_dmc and python -m megatron_dmc.cluster_check are commands",
+    ("report", "evaluation"): "it shows what evaluation has measured, and reads models and texts as evaluation does",
     ("cli", "experiments"): "megatron-dmc quickstart and recipes run them",
 }
 # Modules below it are what exports start from, one per family.

@@ -33,6 +33,7 @@ from megatron_dmc.cli import (
     quickstart_evaluate,
     ratios,
     recipes,
+    report,
     retrofit,
 )
 from megatron_dmc.cli.common import Parser
@@ -80,6 +81,7 @@ COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "recipes": recipes,
     "compare": compare,
+    "report": report,
     "quickstart-evaluate": quickstart_evaluate,
     "measure": measure,
 }

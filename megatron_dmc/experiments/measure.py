@@ -7,8 +7,8 @@ from megatron_dmc.checkpoint.folder import kept_ratio
 from megatron_dmc.data import heldout_windows
 from megatron_dmc.evaluation.cache_size import measure_cache
 from megatron_dmc.evaluation.perplexity import evaluate, measure_recall
-from megatron_dmc.experiments.small_run import CACHE_TOKENS
 from megatron_dmc.inference.loading import load_model
+from megatron_dmc.report.readers.quickstart import CACHE_TOKENS
 
 # Of the held-out text: every model reads the same first 32 thousand tokens.
 WINDOWS = 64

@@ -17,11 +17,11 @@ from megatron_dmc.convert.hf_config import read_json
 from megatron_dmc.errors import DMCError, Terminated
 from megatron_dmc.experiments.places import small_recipes
 from megatron_dmc.files import LOCK, Claim, write_whole
+from megatron_dmc.report.readers.quickstart import CACHE_TOKENS
+from megatron_dmc.report.write import MISSING, PAGE, has_plotly
 
 VOCABULARY = 2048
 HELDOUT_FRACTION = 0.02
-# Held-out tokens that the cache is measured on.
-CACHE_TOKENS = 2048
 # Marks text that is being written: what lies beside it is a run's own.
 UNFINISHED = "unfinished"
 
@@ -162,6 +162,14 @@ class SmallRun:
         """
         if not (self.folder / makes).exists():
             self.timed(title, lambda: self._call(title, words))
+
+    def make_page(self) -> None:
+        """The stage that makes the run's page, which is for people: a run without plotly goes without it."""
+        if not has_plotly():
+            print(f"report: left out, {MISSING}, and megatron-dmc report {shlex.quote(os.path.relpath(self.folder))}")
+            return
+        self.stage("report", PAGE, ["report", "."])
+        print(f"report: {os.path.relpath(self.folder / PAGE)}")
 
     def timed(self, title: str, work: Callable[[], None]) -> None:
         print(f"== {title}", flush=True)

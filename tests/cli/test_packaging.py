@@ -33,6 +33,7 @@ def test_a_wheel_is_complete(wheel: zipfile.ZipFile) -> None:
     assert "megatron_dmc/experiments/quickstart/run.py" in names
     tasks = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_dmc").rglob("*.yaml")}
     assert tasks and tasks <= names
+    assert {"megatron_dmc/report/page.css", "megatron_dmc/report/page.js"} <= names
     for folder in ("quickstart", "smollm2"):
         recipes = {path.name for path in (ROOT / "examples" / folder).glob("*.yaml")}
         inside = {name.rsplit("/", 1)[1] for name in names if f"/data/share/megatron-dmc/examples/{folder}/" in name}

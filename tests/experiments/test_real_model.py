@@ -1,6 +1,7 @@
 """``quickstart --model``: a tiny model from its folder to a table, where the model comes from, and what is refused."""
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -58,6 +59,9 @@ def test_from_a_folder_to_a_table(smoke: Callable[[str], str], tiny_model: Path,
     assert str(tmp_path) not in page.page(summary, "") and str(ROOT) not in page.page(summary, "")
     assert "`megatron-dmc retrofit examples/smollm2/train.yaml " in page.page(summary, "")
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
+    assert "\nreport: run/report.html\n" in said
+    sections = re.findall(r'<section.*? id="(\w+)"', (tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert sections == ["quality", "heads", "training", "serving", "text", "numbers", "stages"]
 
     # What is done is not done again; a run with other settings is not taken for this one.
     assert "$ megatron-dmc" not in smoke("quickstart")

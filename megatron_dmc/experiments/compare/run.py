@@ -24,6 +24,7 @@ from megatron_dmc.experiments.small_run import read_object
 from megatron_dmc.experiments.stages import Clock, Stage, StagedRun, read_stages, remove
 from megatron_dmc.files import write_whole
 from megatron_dmc.recipe import load_recipe
+from megatron_dmc.report.write import PAGE
 
 RESULTS = "comparison.json"
 EVALUATION = "evaluation/"
@@ -327,6 +328,9 @@ def compare(folder: Path, request: Request) -> None:
     comparison.run()
     results = comparison.results()
     page.show(results, Console(width=150))
+    # An earlier one shows fewer rows.
+    (comparison.folder / PAGE).unlink(missing_ok=True)
+    comparison.make_page()
     root, whole = checkout(), Request(model="smollm2", seeds=request.seeds, ruler=request.ruler)
     if root is not None and request == whole:
         page.write(results, root)

@@ -14,9 +14,9 @@ from megatron_dmc.data import heldout_windows
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.experiments.measure import measure
 from megatron_dmc.experiments.quickstart import generate
-from megatron_dmc.experiments.quickstart.table import RUNS
-from megatron_dmc.experiments.small_run import CACHE_TOKENS, CommandFailed
+from megatron_dmc.experiments.small_run import CommandFailed
 from megatron_dmc.files import write_whole
+from megatron_dmc.report.readers.quickstart import CACHE_TOKENS, RUNS
 
 NEW_TOKENS = 64
 SUMMARY = Path("summary.json")

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from megatron_dmc.experiments.quickstart.table import RUNS
+from megatron_dmc.report.readers.quickstart import RUNS
 
 
 def draw(summary: dict[str, Any]) -> Figure:

@@ -35,6 +35,7 @@ def run_quickstart(folder: Path, data: str | None, smoke: bool) -> None:
     if not image.exists():
         quickstart.timed("figure", lambda: figure.save(summary, image))
     show(json.loads(summary.read_text()), Console(width=130))
+    quickstart.make_page()
     spent = quickstart.seconds
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
     print(f"{sum(spent.values()):.0f} s: {total}" if total else "every stage was done before")

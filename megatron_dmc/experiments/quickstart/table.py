@@ -5,10 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dmc.experiments.small_run import CACHE_TOKENS
-
-# {run: what it is called in the table}
-RUNS = {"recipe": "projection", "adapter": "adapter, distilled", "neuron": "paper's form"}
+from megatron_dmc.report.readers.quickstart import CACHE_TOKENS, RUNS
 
 CAPTION = (
     "All rows read the same held-out samples. The log's numbers differ: its held-out lines read other held-out samples, its "

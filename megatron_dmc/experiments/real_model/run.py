@@ -38,6 +38,7 @@ from megatron_dmc.experiments.real_model.summary import BASE, show, summarize
 from megatron_dmc.experiments.small_run import read_object
 from megatron_dmc.experiments.stages import Clock, Stage, StagedRun
 from megatron_dmc.files import write_whole
+from megatron_dmc.report.write import PAGE
 
 HELDOUT_FRACTION = 0.03
 SMOKE_HELDOUT_FRACTION = 0.1
@@ -323,9 +324,14 @@ def run_real_model(folder: Path, options: Options) -> None:
     run.run()
     summary = run.summary()
     text = json.dumps(summary, indent=1) + "\n"
-    write_whole(run.folder / "summary.json", text)
+    path = run.folder / "summary.json"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        # It shows other numbers.
+        (run.folder / PAGE).unlink(missing_ok=True)
+    write_whole(path, text)
     figure.save(summary, run.folder / "figure.png")
     show(summary, Console(width=150))
+    run.make_page()
     root = checkout()
     if root is not None and run.source.package is not None and options.data is None and not options.smoke:
         write_whole(root / "examples" / "smollm2" / "results.json", text)

@@ -1,0 +1,12 @@
+"""The stages of a run, as its summary tells them."""
+
+from typing import Any
+
+from megatron_dmc.report.readers.values import number, objects, text
+from megatron_dmc.report.run import Stage
+
+
+def read_stages(values: dict[str, Any]) -> list[Stage]:
+    """None where there are none. Raises KeyError, ValueError for damaged ones."""
+    found = objects(values, "stages") if "stages" in values else []
+    return [Stage(text(row, "stage"), text(row, "command"), number(row, "seconds")) for row in found]
