@@ -57,7 +57,7 @@ class StagedRun(SmallRun):
         print(clock.line(), flush=True)
         command = "" if callable(stage.work) else " ".join(["megatron-dmc", *stage.work])
         # It is published: as somebody would write it in a checkout, not where the recipes lie on this machine.
-        command = command.replace(f"{self.recipes}/", f"examples/{self.recipes.name}/")
+        command = command.replace(f"{self.recipes.parent}/", "examples/")
         if callable(stage.work):
             self.timed(stage.title, stage.work)
         else:

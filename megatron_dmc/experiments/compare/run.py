@@ -82,8 +82,11 @@ class Comparison(StagedRun):
                 self._remove_exports()
 
     def _remove_exports(self) -> None:
-        """Those of trained rows that have all been measured: each may be as large as the base."""
+        """Those of trained rows that have all been measured, since each may be as large as the base; but for one of DMC, which
+        the report shows."""
         waiting = {row.export for row in self.rows for path in self._reports(row) if not (self.folder / path).exists()}
+        kept = max((row for row in self.rows if row.method == "dmc"), key=lambda row: row.ratio, default=None)
+        waiting |= set() if kept is None else {kept.export}
         for export in {row.export for row in self.rows if row.training is not None} - waiting:
             remove(self.folder / export)
 
@@ -231,12 +234,20 @@ class Comparison(StagedRun):
         return {
             # A folder's own name: where it lies is nobody's business.
             "model": {"name": self.ground.name, **{name: config[name] for name in _SIZES}},
+            "text": self._text_counts(base["heldout_tokens"]),
             "machine": base["machine"],
             "tokens": self.trainings.tokens,
             "base": {**base, **self._ruler("base")},
             "rows": rows,
             "stages": stages,
         }
+
+    def _text_counts(self, heldout: int) -> dict[str, int]:
+        """Tokens of both parts; of a text that was made elsewhere perhaps only of the one."""
+        path = self.folder / f"{self.ground.trained_text}.json"
+        counts = read_object(path) if path.exists() else {}
+        trained = {"train_tokens": counts["tokens"]} if type(counts.get("tokens")) is int else {}
+        return {**trained, "heldout_tokens": heldout}
 
     def _ruler(self, name: str) -> dict[str, Any]:
         """{"ruler": {length: mean score of its tasks}}; empty where it was not measured."""
