@@ -35,14 +35,15 @@
       Plotly.purge(box.lastChild);
       box.lastChild.remove();
     }
+    // All places first: they share a line, and a figure takes its width from its place.
+    while (box.children.length < choice.plots.length) {
+      const place = document.createElement("div");
+      place.className = "plot";
+      place.setAttribute("role", "img");
+      box.append(place);
+    }
     choice.plots.forEach((plot, number) => {
-      let place = box.children[number];
-      if (!place) {
-        place = document.createElement("div");
-        place.className = "plot";
-        place.setAttribute("role", "img");
-        box.append(place);
-      }
+      const place = box.children[number];
       place.setAttribute("aria-label", `${section.querySelector("h2").textContent}: ${chooser ? chooser.value : choice.name}`);
       // plotly writes into what it is given, and a figure is drawn more than once.
       const { data: traces, layout } = structuredClone(plot);

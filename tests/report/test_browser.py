@@ -15,7 +15,8 @@ DRAWN = """
 return [...document.querySelectorAll("section.figure")].map((section) => [...section.querySelectorAll(".plot")].map((plot) => {
   const picture = plot.querySelector("svg.main-svg");
   const box = picture.getBoundingClientRect();
-  return [box.width, box.height, plot.querySelectorAll(".scatterlayer .trace, .heatmaplayer image").length];
+  const traces = plot.querySelectorAll(".scatterlayer .trace, .heatmaplayer image").length;
+  return [box.width, box.height, plot.clientWidth, traces];
 }));
 """
 COLOURS = """
@@ -47,8 +48,9 @@ def test_every_figure_is_drawn(window: Browser, pages: list[Path], width: int, d
         window.open(page, width=width, dark=dark)
         figures = window.run(DRAWN)
         assert figures and all(figures)
-        for drawn_width, height, traces in (plot for plots in figures for plot in plots):
-            assert 250 < drawn_width <= width and height > 200 and traces > 0
+        for drawn_width, height, place, traces in (plot for plots in figures for plot in plots):
+            # One beside another would lie over it.
+            assert 250 < drawn_width <= place + 1 and place <= width and height > 200 and traces > 0
         assert window.complaints() == []
         # Whatever is asked for is in the page itself.
         asked = window.requests()
