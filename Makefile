@@ -48,6 +48,8 @@ SMOKE_FLAG = $(if $(filter-out 0,$(SMOKE)),--smoke)
 # that wait for one another would wait for the other tests as well.
 WORKERS ?= auto
 SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Status 5 says that nothing was collected. So it may be where PYTEST_ARGS chose tests, of which a line has none.
+CHOSEN = $(PYTEST_ARGS)$(if $(strip $(PYTEST_ARGS)), || [[ $$? == 5 ]])
 DATA_FLAG = $(if $(DATA),--data "$(DATA)")
 TOKENS_FLAG = $(if $(TOKENS),--tokens "$(TOKENS)")
 
@@ -110,14 +112,14 @@ test: setup transformers-floor kvpress megatron-newest vllm slurm chromium
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(SHARED) tests/hf $(PYTEST_ARGS)
-	PYTHONPATH=$(PRESSES) $(BIN)/python -m pytest tests/baselines $(PYTEST_ARGS)
+	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(SHARED) tests/hf $(CHOSEN)
+	PYTHONPATH=$(PRESSES) $(BIN)/python -m pytest tests/baselines $(CHOSEN)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(SHARED) -m "not distributed" tests/ops/test_decode_kernels.py \
-	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(PYTEST_ARGS)
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m quick tests $(PYTEST_ARGS)
-	$(SERVING)/bin/python -m pytest $(SHARED) tests/serving $(PYTEST_ARGS)
-	$(BIN)/python -m pytest $(SHARED) -m "not distributed" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
+	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(CHOSEN)
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m quick tests $(CHOSEN)
+	$(SERVING)/bin/python -m pytest $(SHARED) tests/serving $(CHOSEN)
+	$(BIN)/python -m pytest $(SHARED) -m "not distributed" $(CHOSEN)
+	$(BIN)/python -m pytest -m distributed $(CHOSEN)
 
 # The CPU's, also where there is a GPU.
 bench: setup

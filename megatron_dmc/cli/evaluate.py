@@ -15,9 +15,11 @@ from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
-# The flags of each of the two ways, by their names in the parsed options.
-_OF_TEXT = ("base", "amount", "baseline", "bits")
+# The flags of the ways to evaluate, by their names in the parsed options.
+_OF_TEXT = ("base", "amount")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
+# With --ruler-data of those only these.
+_OF_RULER = ("length", "limit")
 # Of any number here; a seed of numpy has less than 32 bits.
 _MOST_DIGITS = 9
 
@@ -44,6 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="logits: a token merges where its decision logit is above it (default: the export's, which is 0 unless it was "
         "changed)",
     )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="of a plain model: what a method that needs no training keeps of it at this --compression-ratio; with --text "
+        f"beside its own report (--base), with --tasks dmc_ruler; one of {', '.join(PRESSES)}, by the library kvpress; or "
+        f"{QUANTIZED}, with --bits: all of its cache, in fewer bits",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=[8, 4, 2], help=f"of a number in the cache of --baseline {QUANTIZED}"
+    )
     text = parser.add_argument_group("on held-out text")
     text.add_argument("--text", type=path, metavar="PREFIX", help="a held-out dataset of megatron-dmc preprocess")
     text.add_argument(
@@ -59,14 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
         "minutes for a model of 135 M parameters on two cores)",
     )
-    text.add_argument(
-        "--baseline",
-        metavar="NAME",
-        help="of a plain model, beside its own report (--base): what a method that needs no training keeps of it at this "
-        f"--compression-ratio; one of {', '.join(PRESSES)}, by the library kvpress; or, with --bits, {QUANTIZED}: all of its "
-        "cache, in fewer bits",
-    )
-    text.add_argument("--bits", type=int, choices=[8, 4, 2], help=f"of a number in the cache of --baseline {QUANTIZED}")
     tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (extra [eval])")
     tasks.add_argument(
         "--tasks",
@@ -74,6 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="tasks and groups of lm-eval; dmc_paper: MMLU and common-sense questions as in the DMC paper; dmc_ruler: long "
         "texts that are made on this machine",
+    )
+    tasks.add_argument(
+        "--ruler-data",
+        type=path,
+        metavar="FOLDER",
+        help="in place of --tasks: the questions of RULER as kvpress has them (the data set simonjegou/ruler), a folder of "
+        "files for each --length",
+    )
+    tasks.add_argument(
+        "--leaderboard",
+        type=path,
+        metavar="FOLDER",
+        help="also write the answers and scores as kvpress' leaderboard takes them, with --ruler-data or --tasks dmc_ruler",
     )
     tasks.add_argument(
         "--length", type=_lengths, metavar="N,N", help="of dmc_ruler's texts with their answers, in the model's tokens"
@@ -104,7 +121,8 @@ def run(options: argparse.Namespace) -> None:
     was made from it, with --base. In these tasks no token is generated: an answer counts where each of its tokens is the
     likeliest, as in greedy generation. The model is served in bfloat16 on a GPU and on a CPU that has instructions for it,
     else in float32; losses on a CPU are always taken in float32. With --tasks: the scores that lm-evaluation-harness gives,
-    with the compression ratio and the bytes of the cache beside each."""
+    with the compression ratio and the bytes of the cache beside each. With --ruler-data: RULER's scores on its official
+    texts."""
     _check_flags(options)
     output = Path(options.output)
     if os.path.lexists(output):
@@ -117,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--output {output} lies in {options.folder}, and would count as a part of the model; name a file elsewhere"
         )
-    if options.tasks is not None:
+    if options.tasks is not None or options.ruler_data is not None:
         _run_tasks(options, output)
         return
     from megatron_dmc.evaluation.exported.evaluate import evaluate_exported
@@ -141,23 +159,35 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_flags(options: argparse.Namespace) -> None:
-    """Raises ConfigError unless the flags are those of one of the two ways."""
-    if options.tasks is None and options.text is None:
+    """Raises ConfigError unless the flags are those of one of the three ways."""
+    given = [name for name in ("text", "tasks", "ruler_data") if getattr(options, name) is not None]
+    if not given:
         raise ConfigError(
             "nothing to evaluate on: give --text PREFIX, a held-out dataset, or --tasks, such as dmc_ruler"
         )
-    if options.tasks is not None and options.text is not None:
+    if len(given) > 1:
         raise ConfigError(
-            "--text and --tasks are two evaluations; run one after the other, each with an --output of its own"
+            f"{_flag(given[0])} and {_flag(given[1])} are two evaluations; run one after the other, each with an --output "
+            "of its own"
         )
     if options.baseline is not None:
         _check_baseline(options)
-    elif options.text is not None and options.bits is not None:
+    elif options.bits is not None:
         raise ConfigError(f"--bits has no effect without --baseline {QUANTIZED}; leave it out")
-    chosen, others = ("--text", _OF_TASKS) if options.tasks is None else ("--tasks", _OF_TEXT)
-    for name in others:
+    others = {
+        "text": ("leaderboard", *_OF_TASKS),
+        "tasks": _OF_TEXT,
+        "ruler_data": (*_OF_TEXT, *(name for name in _OF_TASKS if name not in _OF_RULER)),
+    }
+    for name in others[given[0]]:
         if getattr(options, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect with {chosen}; leave it out")
+            raise ConfigError(f"{_flag(name)} has no effect with {_flag(given[0])}; leave it out")
+    if options.ruler_data is not None and options.length is None:
+        raise ConfigError("--ruler-data has a folder for each length of its texts; add --length 4096, for example")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_baseline(options: argparse.Namespace) -> None:
@@ -171,7 +201,7 @@ def _check_baseline(options: argparse.Namespace) -> None:
         raise ConfigError(f"--baseline {QUANTIZED} needs the bits of a number; add --bits 4, for example")
     if options.baseline != QUANTIZED and (options.compression_ratio is None or options.compression_ratio <= 1):
         raise ConfigError("--baseline needs a ratio to compress to; add --compression-ratio 4, for example")
-    if options.base is None:
+    if options.text is not None and options.base is None:
         raise ConfigError(
             "--baseline is measured beside the model's own report; evaluate the model without it first, and name that report "
             "with --base"
@@ -201,27 +231,41 @@ def _run_tasks(options: argparse.Namespace, output: Path) -> None:
         raise ConfigError(f"--include-path {options.include_path} {problem}; name a folder with lm-eval's YAML files")
     warnings.simplefilter("ignore")
     try:
+        from megatron_dmc.evaluation.harness.leaderboard import check_leaderboard
         from megatron_dmc.evaluation.harness.rows import print_rows
+        from megatron_dmc.evaluation.harness.ruler import RulerRequest, evaluate_ruler
         from megatron_dmc.evaluation.harness.run import TaskRequest, evaluate_tasks
     except ImportError as error:
         raise ConfigError(f"--tasks: lm_eval cannot be imported ({error}); install it again") from None
 
-    request = TaskRequest(
-        tasks=options.tasks,
-        lengths=options.length or (),
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size or 1,
-        seed=options.seed,
-        include=options.include_path,
-        runs_code=bool(options.confirm_run_unsafe_code),
-        merge_threshold=_threshold(options),
-    )
-    report = evaluate_tasks(options.folder, request)
+    if options.leaderboard is not None:
+        check_leaderboard(options.leaderboard)
+    shared: dict[str, Any] = {
+        "lengths": options.length or (),
+        "limit": options.limit,
+        "merge_threshold": _threshold(options) if options.baseline is None else None,
+        "baseline": _baseline(options),
+        "leaderboard": options.leaderboard,
+    }
+    if options.ruler_data is not None:
+        report = evaluate_ruler(options.folder, RulerRequest(options.ruler_data, **shared))
+    else:
+        request = TaskRequest(
+            tasks=options.tasks,
+            num_fewshot=options.num_fewshot,
+            batch_size=options.batch_size or 1,
+            seed=options.seed,
+            include=options.include_path,
+            runs_code=bool(options.confirm_run_unsafe_code),
+            **shared,
+        )
+        report = evaluate_tasks(options.folder, request)
     try:
         _write(output, report)
     finally:
         print_rows(report)
+    for place in report.get("leaderboard", ()):
+        print(f"{place}: answers and scores for kvpress' leaderboard")
     print(f"{output}: evaluated {options.folder}")
 
 

@@ -457,11 +457,11 @@ def test_the_pages_commands_have_these_flags() -> None:
     """Of docs/evaluation.md: each names a task, or a text, and what it names is there."""
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     typed = re.findall(r"^    megatron-dmc evaluate (.*)$", page, re.MULTILINE)
-    assert len(typed) == 5
+    assert len(typed) == 6
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     for line in typed:
         options = parser.parse_args(line.split())
-        assert options.tasks or options.text
+        assert options.tasks or options.text or options.ruler_data
     (inner,) = re.findall(r"print\(megatron_dmc.__path__\[0\]\)'\)/(\S+)", page)
     assert ROOT / "megatron_dmc" / inner == FOLDER

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 
@@ -77,6 +78,49 @@ def test_a_prompt_holds_its_answers_and_no_others(name: str, tokens: int, more: 
         assert not any(answer in prompt.answer_prefix for answer in prompt.answers)
 
 
+# Of what models read and answered before a prompt had two parts.
+WHOLE = {
+    ("dmc_niah_noise", 700): "20791f9b82ef3c76",
+    ("dmc_niah_noise", 4096): "20791f9b82ef3c76",
+    ("dmc_vt", 700): "1dec8bb49362d77b",
+    ("dmc_vt", 4096): "1dec8bb49362d77b",
+    ("dmc_cwe", 700): "fc260e64352df5a2",
+    ("dmc_cwe", 4096): "94e36404fe114e23",
+    ("dmc_fwe", 700): "ee19a2644053e60c",
+    ("dmc_fwe", 4096): "ee19a2644053e60c",
+}
+
+
+@pytest.mark.parametrize(("name", "tokens"), WHOLE)
+def test_a_whole_prompt_is_what_it_was(name: str, tokens: int) -> None:
+    digest, task = sha256(), LONG_TEXTS[name]
+    for seed in range(5):
+        prompt = task.draw(Random(seed), task.least_size + 37 * seed, tokens)
+        digest.update((prompt.whole + str(prompt.answers)).encode())
+    assert digest.hexdigest()[:16] == WHOLE[name, tokens]
+
+
+# How a question begins, which is asked once, at the end.
+QUESTIONS = {
+    "dmc_niah_noise": r"What is the special magic number for (\S+) mentioned in the provided text\?",
+    "dmc_vt": r"Question: Find all variables that are assigned the value (\d+) in the text above\.",
+    "dmc_cwe": r"Question: What are the 10 most common words in the above list\?",
+    "dmc_fwe": r"Question: Do not provide any explanation\. .*\?",
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_the_context_does_not_know_the_question(name: str) -> None:
+    """It is all that comes before it; a solved example's question stands in it, which asks for something else."""
+    for seed in range(3):
+        prompt = LONG_TEXTS[name].draw(Random(seed), 90, 2000)
+        assert prompt.text == prompt.context + prompt.question and prompt.context.endswith("\n")
+        assert (asked := re.fullmatch(QUESTIONS[name], prompt.question)) is not None
+        before = [found.groups() for found in re.finditer(QUESTIONS[name], prompt.context)]
+        assert len(before) == (1 if name in ("dmc_vt", "dmc_cwe") else 0)
+        assert name == "dmc_cwe" or asked.groups() not in before
+
+
 def test_words_do_not_run_out() -> None:
     prompt = LONG_TEXTS["dmc_cwe"].draw(Random(0), 12_000, 2000)
     assert answers_of_list(prompt.text) == set(prompt.answers)
@@ -123,7 +167,7 @@ def test_lm_eval_reads_the_whole_prompt(name: str, tmp_path: Path) -> None:
     assert tokenizer("a").input_ids[0] == tokenizer.convert_tokens_to_ids("<s>")
     for request, prompt, document in zip(task.instances, prompts, task.test_docs(), strict=True):
         context, settings = request.args
-        assert context == prompt.whole
+        assert context == prompt.whole and document["context"] == prompt.context
         assert settings["max_gen_toks"] == LONG_TEXTS[name].new_tokens
         used = len(tokenizer(context).input_ids) + settings["max_gen_toks"]
         assert 0.9 * length < used <= length

@@ -1,7 +1,7 @@
 """A Hugging Face folder's model, and steps of its cache."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,10 +31,11 @@ def serving_dtype() -> torch.dtype:
     return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, attention: str | None = None) -> Any:
+def load(folder: str | Path, dtype: torch.dtype | Literal["auto"] | None = None, attention: str | None = None) -> Any:
     """The model in eval mode on the first GPU, or on the CPU: a plain one, or an export with its compressed cache.
 
-    ``dtype`` None is that of a loss, ``attention`` one of transformers' implementations; None: its own choice.
+    ``dtype`` None is that of a loss, "auto" the one in which the weights are stored. ``attention`` is one of transformers'
+    implementations; None: its own choice.
 
     Nothing of the folder's own code is run: an export's is this package's.
 

@@ -58,7 +58,14 @@ def _dataset(name: str, metadata: dict[str, Any]) -> Any:
     lengths = metadata.get("max_seq_lengths", [DEFAULT_LENGTH])
     count, seed = int(metadata.get("num_samples", DEFAULT_SAMPLES)), int(metadata.get("seed", 0))
     documents = [
-        {"input": prompt.text, "gen_prefix": prompt.answer_prefix, "outputs": prompt.answers, "max_length": length}
+        {
+            "input": prompt.text,
+            # The input's beginning, which a baseline compresses before it reads the rest.
+            "context": prompt.context,
+            "gen_prefix": prompt.answer_prefix,
+            "outputs": prompt.answers,
+            "max_length": length,
+        }
         for length in (lengths if isinstance(lengths, list) else [lengths])
         for prompt in long_prompts(name, int(length), count, seed, measure)
     ]

@@ -20,11 +20,17 @@ _LONG = 4096
 
 
 class Prompt(NamedTuple):
-    """text: what the model reads; answer_prefix: the beginning of its answer; answers: all that the rest must contain."""
+    """The model reads context and question. answer_prefix: the beginning of its answer; answers: all that the rest must
+    contain. Nothing of the context says what will be asked."""
 
-    text: str
+    context: str
+    question: str
     answer_prefix: str
     answers: list[str]
+
+    @property
+    def text(self) -> str:
+        return self.context + self.question
 
     @property
     def whole(self) -> str:
@@ -52,17 +58,18 @@ def niah_noise(rng: Random, size: int, tokens: int) -> Prompt:
     key, number = _pair(rng.randrange(_pairs())), str(rng.randint(10**6, 10**7 - 1))
     lines = [NOISE] * size
     lines.insert(rng.randint(0, size), f"One of the special magic numbers for {key} is: {number}.")
-    text = (
+    context = (
         "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-        f"number afterwards.\n{_lines(lines)}\nWhat is the special magic number for {key} mentioned in the provided text?"
+        f"number afterwards.\n{_lines(lines)}\n"
     )
-    return Prompt(text, f"The special magic number for {key} mentioned in the provided text is", [number])
+    question = f"What is the special magic number for {key} mentioned in the provided text?"
+    return Prompt(context, question, f"The special magic number for {key} mentioned in the provided text is", [number])
 
 
 def variable_tracking(rng: Random, size: int, tokens: int) -> Prompt:
     """Which variables have a value, through a chain of assignments among ``size`` lines of noise; one solved example."""
     example, asked = _chain(rng, 5, letters=3), _chain(rng, size, letters=5)
-    return Prompt(f"{example.whole} {' '.join(example.answers)}\n\n{asked.text}", asked.answer_prefix, asked.answers)
+    return asked._replace(context=f"{example.whole} {' '.join(example.answers)}\n\n{asked.context}")
 
 
 def common_words(rng: Random, size: int, tokens: int) -> Prompt:
@@ -71,7 +78,7 @@ def common_words(rng: Random, size: int, tokens: int) -> Prompt:
     example = _word_list(rng, 40 if is_long else 20, *((10, 3) if is_long else (3, 1)))
     asked = _word_list(rng, size, *((30, 3) if is_long else (6, 1)))
     solved = " ".join(f"{place}. {word}" for place, word in enumerate(example.answers, 1))
-    return Prompt(f"{example.whole} {solved}\n{asked.text}", asked.answer_prefix, asked.answers)
+    return asked._replace(context=f"{example.whole} {solved}\n{asked.context}")
 
 
 def frequent_words(rng: Random, size: int, tokens: int) -> Prompt:
@@ -84,13 +91,16 @@ def frequent_words(rng: Random, size: int, tokens: int) -> Prompt:
     ranked = ["...", *coded]
     words = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
     rng.shuffle(words)
-    text = (
+    context = (
         "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
-        f"coded words. {' '.join(words)}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are "
-        "the three most frequently appeared words in the above coded text?"
+        f"coded words. {' '.join(words)}\n"
+    )
+    question = (
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared "
+        "words in the above coded text?"
     )
     prefix = "Answer: According to the coded text above, the three most frequently appeared words are:"
-    return Prompt(text, prefix, ranked[1 : FREQUENT_WORDS + 1])
+    return Prompt(context, question, prefix, ranked[1 : FREQUENT_WORDS + 1])
 
 
 LONG_TEXTS = {
@@ -113,16 +123,16 @@ def _chain(rng: Random, size: int, letters: int) -> Prompt:
     # From the last on: an earlier line's place is not moved by a later one.
     for place, name, known in reversed(list(zip(places, variables, assigned, strict=False))):
         lines.insert(place, f"VAR {name} = {known}")
-    text = (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-        f"{_lines(lines)}\nQuestion: Find all variables that are assigned the value {value} in the text above."
+    context = (
+        f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{_lines(lines)}\n"
     )
+    question = f"Question: Find all variables that are assigned the value {value} in the text above."
     # The misspelling is RULER's.
     prefix = (
         f"Answer: According to the chain(s) of variable assignment in the text above, {HOPS + 1} variables are assgined the "
         f"value {value}, they are:"
     )
-    return Prompt(text, prefix, variables)
+    return Prompt(context, question, prefix, variables)
 
 
 def _word_list(rng: Random, size: int, common_repeats: int, other_repeats: int) -> Prompt:
@@ -130,12 +140,12 @@ def _word_list(rng: Random, size: int, common_repeats: int, other_repeats: int) 
     common, others = words[:COMMON_WORDS], words[COMMON_WORDS:]
     listed = common * common_repeats + others * other_repeats
     rng.shuffle(listed)
-    text = (
+    context = (
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
-        f"most often.\n{' '.join(f'{place}. {word}' for place, word in enumerate(listed, 1))}\nQuestion: What are the 10 most "
-        "common words in the above list?"
+        f"most often.\n{' '.join(f'{place}. {word}' for place, word in enumerate(listed, 1))}\n"
     )
-    return Prompt(text, "Answer: The top 10 words that appear most often in the list are:", common)
+    question = "Question: What are the 10 most common words in the above list?"
+    return Prompt(context, question, "Answer: The top 10 words that appear most often in the list are:", common)
 
 
 def _different_words(rng: Random, count: int) -> list[str]:

@@ -50,8 +50,9 @@ def rows_of(found: Mapping[str, Any], uses: Mapping[str, CacheUse], length: int 
 
 
 def print_rows(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """The table of a report of ``evaluate_tasks``."""
-    table = Table(title=Text(f"{report['model']}: scores of lm-eval {report['lm_eval']}, and the cache of a sequence"))
+    """The table of a report of ``evaluate_tasks`` or ``evaluate_ruler``."""
+    scores = f"scores of lm-eval {report['lm_eval']}" if "lm_eval" in report else "scores in RULER's own texts"
+    table = Table(title=Text(f"{report['model']}: {scores}, and the cache of a sequence"))
     columns = ("samples", "shots", "score", "±", "tokens", "CR", "cache", "plain cache")
     has_lengths = any(row["length"] is not None for row in report["results"])
     for name in ("task", *(["length"] if has_lengths else []), "metric"):

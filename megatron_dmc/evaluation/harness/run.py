@@ -3,9 +3,10 @@
 import logging
 import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ from lm_eval.tasks import TaskManager
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.errors import in_one_line
+from megatron_dmc.evaluation.exported.method import Method
 from megatron_dmc.evaluation.harness.datasets import DEFAULT_SAMPLES
+from megatron_dmc.evaluation.harness.leaderboard import Prediction, Submission, model_name, press_name
+from megatron_dmc.evaluation.harness.long_texts import LONG_TEXTS
 from megatron_dmc.evaluation.harness.observed import ObservedLM
 from megatron_dmc.evaluation.harness.rows import rows_of
+from megatron_dmc.evaluation.harness.ruler_data import Question
 from megatron_dmc.evaluation.harness.source import Source, open_source
 from megatron_dmc.evaluation.harness.tasks_by_name import (
     HUMAN_EVAL,
+    LONG_TEXT_GROUP,
     PAPER,
     check_names,
     leaves,
@@ -47,6 +53,8 @@ class TaskRequest:
         include: a folder of more tasks.
         runs_code: whether code that the model writes may run.
         merge_threshold: of a model that merges, in place of its own.
+        baseline: how a plain model keeps a context, before its question is read; None: the model as it is.
+        leaderboard: where results of the long-context tasks are written in kvpress' form; None: nowhere.
     """
 
     tasks: tuple[str, ...]
@@ -58,6 +66,8 @@ class TaskRequest:
     include: str | None = None
     runs_code: bool = False
     merge_threshold: float | None = None
+    baseline: Method | None = None
+    leaderboard: str | None = None
 
 
 def evaluate_tasks(folder: str, request: TaskRequest) -> dict[str, Any]:
@@ -71,20 +81,54 @@ def evaluate_tasks(folder: str, request: TaskRequest) -> dict[str, Any]:
     """
     _be_quiet()
     source = open_source(Path(folder))
-    _check_lengths(source, request)
-    _check_tokenizer(source)
+    check_lengths(source, request.lengths)
+    check_tokenizer(source)
     if request.runs_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     jobs = list(_jobs(source, request))
     _check_examples(jobs, request)
+    if request.baseline is not None:
+        _check_baseline(source, [task for _, tasks in jobs for item in tasks for task in leaves(item)], request)
     results: list[dict[str, Any]] = []
+    written = []
     with source.as_hugging_face() as exported:
         model = _model(exported, request)
         for length, tasks in jobs:
             model.uses.clear()
+            model.answers.clear()
             results += rows_of(_run(model, tasks, request), model.uses, length)
-    settings = {name: value for name, value in vars(request).items() if name != "include"}
-    return {"model": folder, "lm_eval": version("lm_eval"), "settings": settings, "results": results}
+            if request.leaderboard is not None and length is not None:
+                submission = _submission(folder, model, tasks, length, request)
+                written.append(str(submission.write(Path(request.leaderboard))))
+    left_out = ("include", "baseline", "leaderboard")
+    settings = {name: value for name, value in vars(request).items() if name not in left_out}
+    if is_dataclass(request.baseline):
+        settings["baseline"] = asdict(request.baseline)
+    beside = {} if request.leaderboard is None else {"leaderboard": written}
+    return {"model": folder, "lm_eval": version("lm_eval"), "settings": settings, "results": results, **beside}
+
+
+def _submission(folder: str, model: ObservedLM, tasks: list[Any], length: int, request: TaskRequest) -> Submission:
+    """Of the long-context tasks at one length. They are not the official texts, and their data set is not called so."""
+    predictions = []
+    for task in (task for item in tasks for task in leaves(item)):
+        ratio = getattr(
+            request.baseline, "compression_ratio", model.uses[task.task_name].report().get("compression_ratio", 1.0)
+        )
+        for doc, text in model.answers[task.task_name]:
+            asked = doc["input"].removeprefix(doc["context"])
+            new_tokens = LONG_TEXTS[task.task_name].new_tokens
+            question = Question(doc["context"], asked, doc["gen_prefix"], doc["outputs"], task.task_name, new_tokens)
+            predictions.append(Prediction(question, text, 1 - 1 / ratio))
+    return Submission(
+        dataset=LONG_TEXT_GROUP,
+        length=length,
+        model=model_name(folder),
+        press=press_name(getattr(request.baseline, "name", None), hasattr(model.config, "dmc")),
+        fraction=1,
+        dtype=str(model.model.dtype).removeprefix("torch."),
+        predictions=predictions,
+    )
 
 
 def _jobs(source: Source, request: TaskRequest) -> Iterator[tuple[int | None, list[Any]]]:
@@ -93,6 +137,8 @@ def _jobs(source: Source, request: TaskRequest) -> Iterator[tuple[int | None, li
     seed = DEFAULT_RANDOM_SEED if request.seed is None else request.seed
     known = long_text_tasks()
     others = [name for name in request.tasks if name not in known]
+    if request.leaderboard is not None and others:
+        raise ConfigError(f"--leaderboard takes the tasks of {LONG_TEXT_GROUP} only; leave {', '.join(others)} out")
     if PAPER in others and request.runs_code and HUMAN_EVAL not in others:
         others.append(HUMAN_EVAL)
     if others:
@@ -122,15 +168,49 @@ def _check_examples(jobs: list[tuple[int | None, list[Any]]], request: TaskReque
             )
 
 
-def _check_lengths(source: Source, request: TaskRequest) -> None:
-    for length in request.lengths:
+def _check_baseline(source: Source, tasks: list[Any], request: TaskRequest) -> None:
+    """Raises ConfigError unless every prompt begins with a context that can be compressed before the rest is known."""
+    assert request.baseline is not None
+    if request.batch_size > 1:
+        raise ConfigError(f"--batch-size {request.batch_size}: a baseline takes one text at a time; leave it out")
+    contexts = []
+    for task in tasks:
+        found = list(islice(task.eval_docs, request.limit))
+        known = [doc["context"] for doc in found if _begins_with_context(task, doc)]
+        if task.OUTPUT_TYPE != "generate_until" or _examples(task, request) or len(known) < len(found) or not known:
+            raise ConfigError(
+                f"--baseline: {task.task_name} does not say where its question begins, so no context can be compressed "
+                "before it; leave the task out, or take dmc_ruler"
+            )
+        if (task.get_config("generation_kwargs") or {}).get("do_sample"):
+            raise ConfigError(f"--baseline: {task.task_name} draws its answers at random; leave the task out")
+        contexts.append(min(known, key=len))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
+    request.baseline.check(str(source.folder), min(len(tokenizer(each).input_ids) for each in contexts))
+
+
+def _begins_with_context(task: Any, doc: dict[str, Any]) -> bool:
+    context = doc.get("context")
+    return isinstance(context, str) and context != "" and task.fewshot_context(doc, 0).startswith(context)
+
+
+def _examples(task: Any, request: TaskRequest) -> int:
+    """Before each question. A task that is made for none gets none."""
+    own = task.get_config("num_fewshot")
+    return own or 0 if request.num_fewshot is None or own == 0 else request.num_fewshot
+
+
+def check_lengths(source: Source, lengths: Sequence[int]) -> None:
+    """Raises ConfigError for more tokens than the model reads at once."""
+    for length in lengths:
         if source.positions is not None and length > source.positions:
             raise ConfigError(
                 f"--length {length}: {source.folder} reads at most {source.positions} tokens at once; ask for that or less"
             )
 
 
-def _check_tokenizer(source: Source) -> None:
+def check_tokenizer(source: Source) -> None:
+    """Raises ConfigError for a tokenizer that cannot be read, or is another model's."""
     try:
         count = len(transformers.AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False))
     # transformers raises whatever it happens to meet.
@@ -158,6 +238,7 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
             batch_size=request.batch_size,
             backend="causal",
             trust_remote_code=False,
+            baseline=request.baseline,
         )
     # transformers raises whatever it happens to meet.
     except Exception as error:
@@ -177,9 +258,7 @@ def _run(model: ObservedLM, tasks: list[Any], request: TaskRequest) -> dict[str,
     torch.manual_seed(others)
     loaded = TaskManager(include_defaults=False).load(tasks)
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        # A task that is made for no examples gets none.
-        task.set_config("num_fewshot", own or 0 if request.num_fewshot is None or own == 0 else request.num_fewshot)
+        task.set_config("num_fewshot", _examples(task, request))
         task.set_fewshot_seed(others)
     return lm_eval.evaluate(
         lm=model,

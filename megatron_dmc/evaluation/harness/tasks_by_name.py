@@ -15,6 +15,8 @@ from megatron_dmc.errors import DMCError, in_one_line
 FOLDER = Path(__file__).parent / "tasks"
 # The group of which HumanEval is a part, where code may run.
 PAPER, HUMAN_EVAL = "dmc_paper", "humaneval"
+# Of the tasks whose texts have a length.
+LONG_TEXT_GROUP = "dmc_ruler"
 # Libraries whose errors mean that something is neither here nor to be had.
 _DOWNLOADING = ("huggingface_hub", "httpx", "requests", "urllib3", "datasets.exceptions")
 _MOST_LETTERS = 200
@@ -39,7 +41,7 @@ def long_text_manager(metadata: dict[str, Any]) -> TaskManager:
 
 def long_text_tasks() -> list[str]:
     """Names of the tasks that have a length, and of their group."""
-    return sorted({"dmc_ruler", *(name for name in long_text_manager({}).all_subtasks)})
+    return sorted({LONG_TEXT_GROUP, *(name for name in long_text_manager({}).all_subtasks)})
 
 
 def check_names(manager: TaskManager, names: Sequence[str]) -> None:
