@@ -196,4 +196,4 @@ def test_a_quantized_cache_keeps_every_token_in_fewer_bytes(place: Path) -> None
     (question, *_) = read_questions(place / "data", LENGTH)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     _, use = answer(model, tokenizer, question, Quantized(8))
-    assert use.slots == use.plain_slots and use.nbytes < 0.4 * use.plain_nbytes
+    assert use.slots == use.plain_slots and use.nbytes < 0.6 * use.plain_nbytes
