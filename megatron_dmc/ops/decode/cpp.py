@@ -33,6 +33,8 @@ def unsupported(layout: Layout, key: Tensor) -> str | None:
         return f"keys are {key.dtype}"
     if head_dim % 2 or head_dim > LARGEST_HEAD:
         return f"head_dim is {head_dim}"
+    if layout.cache_dtype is not None:
+        return f"cache_dtype is {layout.cache_dtype}"
     if not layout.merges and not layout.local_window:
         return f"{layout.operation} needs a local window"
     if library() is None:

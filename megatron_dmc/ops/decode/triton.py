@@ -54,6 +54,8 @@ def unsupported(layout: Layout, key: Tensor) -> str | None:
         return f"keys are {key.dtype}"
     if head_dim % 2 or head_dim > LARGEST_HEAD:
         return f"head_dim is {head_dim}"
+    if layout.cache_dtype is not None:
+        return f"cache_dtype is {layout.cache_dtype}"
     if layout.recent:
         return f"window_size is {layout.window_size}"
     if not layout.merges and not layout.local_window:
