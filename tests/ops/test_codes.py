@@ -43,7 +43,9 @@ def test_equals_oracle(head_dim, cache_dtype):
 def test_an_error_is_half_a_step_at_most(cache_dtype):
     """Of a value, whose groups are those of its channels; the largest and the least are not cut off."""
     codes, slots = Codes(cache_dtype, 128), draw(40, 3, 256)
-    value, found = (x[..., 128:].unflatten(-1, (2, 64)) for x in (slots, codes.decode(codes.encode(slots), torch.float64)))
+    value, found = (
+        x[..., 128:].unflatten(-1, (2, 64)) for x in (slots, codes.decode(codes.encode(slots), torch.float64))
+    )
     reach = value.amax(-1) - value.amin(-1)
     offset = value.amin(-1).abs()
     # A step and an offset are rounded to 8 digits, outwards.
@@ -65,7 +67,9 @@ def test_zeros_and_equal_channels(cache_dtype, dtype):
     codes = Codes(cache_dtype, 64)
     assert torch.equal(codes.decode(codes.encode(torch.zeros(3, 128, dtype=dtype))), torch.zeros(3, 128))
     ones = torch.ones(3, 128, dtype=dtype) * torch.tensor([1.0, -2.5, 224.0], dtype=dtype)[:, None]
-    torch.testing.assert_close(codes.decode(codes.encode(ones)), ones.float(), rtol=0, atol=0 if cache_dtype == "fp8" else 8)
+    torch.testing.assert_close(
+        codes.decode(codes.encode(ones)), ones.float(), rtol=0, atol=0 if cache_dtype == "fp8" else 8
+    )
     assert torch.equal(codes.decode(codes.encode(ones))[:, 64:], ones[:, 64:].float())
 
 
@@ -100,9 +104,10 @@ def test_bytes():
 @by_cache_dtype
 def test_a_channel_that_queries_do_not_see_is_given_back_as_zero(cache_dtype):
     codes, slots = Codes(cache_dtype, 64, clears_last_channel=True), draw(5, 3, 128)
-    expected = Codes(cache_dtype, 64).decode(codes.encode(slots))
     found = codes.decode(codes.encode(slots))
-    assert not found[..., 63].any() and expected[..., 63].any()
+    assert not found[..., 63].any()
+    slots[..., 63] = 0
+    expected = Codes(cache_dtype, 64).decode(Codes(cache_dtype, 64).encode(slots))
     expected[..., 63] = 0
     assert torch.equal(found, expected)
 

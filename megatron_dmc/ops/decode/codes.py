@@ -30,16 +30,17 @@ class Codes:
     """What the key and the value of a slot are in bytes.
 
     ``int8`` and ``int4``: a key is turned by a Hadamard matrix (as large as the largest power of two that divides head_dim),
-    which spreads its large channels over the others (QuaRot, arXiv 2404.00456). Then of key and value each group of channels x is offset + step * code, code = round((x - offset) / step). Offset and step are bf16, the
-    offset rounded down from the least channel and the step rounded up, so that no channel is cut off: |error| <= step / 2.
-    Bytes: the key's codes, the value's; offsets of the key's groups and of the value's, then steps. With ``int4`` a byte holds
-    channel i in its low half and channel i + head_dim / 2 in the high one.
+    which spreads its large channels over the others (QuaRot, arXiv 2404.00456). Then each group of channels x, of key and
+    value, is offset + step * code with code = round((x - offset) / step). Offset and step are bf16, the offset rounded down
+    from the least channel and the step rounded up, so that no channel is cut off: |error| <= step / 2. Bytes: the key's codes,
+    the value's; offsets of the key's groups and of the value's, then steps. With ``int4`` a byte holds channel i in its low
+    half and channel i + head_dim / 2 in the high one.
 
     ``fp8``: bytes are float8_e4m3fn, nothing else; numbers beyond +-448 are 448.
 
     Attributes:
         head_dim: even.
-        clears_last_channel: keys are given back with a zero in the last channel, see Layout.
+        clears_last_channel: a key's last channel is taken for zero and given back as zero, see Layout.
     """
 
     cache_dtype: CacheDtype
@@ -68,6 +69,8 @@ class Codes:
 
     def encode(self, content: Tensor) -> Tensor:
         """[..., 2 * head_dim], key and value side by side -> uint8 [..., slot_bytes]. NaN stays NaN, in all of its group."""
+        if self.clears_last_channel:
+            content = content.index_fill(-1, torch.tensor(self.head_dim - 1, device=content.device), 0)
         if self.cache_dtype == "fp8":
             return content.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn).view(torch.uint8)
         x = content.to(torch.promote_types(content.dtype, torch.float32)).clamp(-LARGEST, LARGEST)

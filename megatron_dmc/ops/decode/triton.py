@@ -48,14 +48,14 @@ WRITTEN_BLOCK = 32
 def unsupported(layout: Layout, key: Tensor) -> str | None:
     """Why a step of such a layout, with such keys [..., head_dim], cannot be one of this form; None: it can."""
     head_dim = key.shape[-1]
+    if layout.cache_dtype is not None:
+        return f"cache_dtype is {layout.cache_dtype}"
     if not AVAILABLE:
         return "Triton is not installed"
     if key.dtype not in DTYPES:
         return f"keys are {key.dtype}"
     if head_dim % 2 or head_dim > LARGEST_HEAD:
         return f"head_dim is {head_dim}"
-    if layout.cache_dtype is not None:
-        return f"cache_dtype is {layout.cache_dtype}"
     if layout.recent:
         return f"window_size is {layout.window_size}"
     if not layout.merges and not layout.local_window:
