@@ -16,7 +16,7 @@ from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
 # The flags of each of the two ways, by their names in the parsed options.
-_OF_TEXT = ("base", "amount", "baseline")
+_OF_TEXT = ("base", "amount", "baseline", "cache_dtype")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
 # Of any number here; a seed of numpy has less than 32 bits.
 _MOST_DIGITS = 9
@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of a plain model, beside its own report (--base): what a method that needs no training keeps of it at this "
         f"--compression-ratio; one of {', '.join(PRESSES)}, by the library kvpress",
+    )
+    text.add_argument(
+        "--cache-dtype",
+        choices=["int8", "fp8", "int4"],
+        help="of an export: how its cache stores slots that have left the window (default: the export's; as they are, unless "
+        "it was changed)",
     )
     tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (extra [eval])")
     tasks.add_argument(
@@ -128,6 +134,7 @@ def run(options: argparse.Namespace) -> None:
         base=options.base,
         amount=options.amount,
         merge_threshold=_threshold(options) if baseline is None else None,
+        cache_dtype=options.cache_dtype,
         method=baseline,
     )
     try:
