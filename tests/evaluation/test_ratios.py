@@ -173,7 +173,7 @@ def test_an_exports_cache_dtype_has_no_place_in_a_checkpoint(folder: Path) -> No
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"cache_dtype": "int4"}))
     with pytest.raises(ConfigError, match="cache_dtype is 'int4', which a checkpoint has no place for; set it to null"):
-        hf_to_megatron(str(folder / "export"), str(folder / "coded"))
+        import_hf(folder / "export", folder / "coded")
     path.write_text(before)
 
 
