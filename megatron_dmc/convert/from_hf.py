@@ -39,11 +39,13 @@ def import_hf(folder: str | Path, output: str | Path, *, pad_vocab_to_multiple_o
     check_output(output, folder)
     check_multiple(pad_vocab_to_multiple_of)
     model, dmc = read_config(folder)
-    if threshold := read_json(folder / "config.json").get("merge_threshold"):
-        raise ConfigError(
-            f"{folder / 'config.json'}: merge_threshold is {threshold!r}, which a checkpoint has no place for; set it to 0, "
-            "and choose it again in the next export"
-        )
+    # Each with the value that says nothing.
+    for name, nothing in (("merge_threshold", "0"), ("cache_dtype", "null")):
+        if value := read_json(folder / "config.json").get(name):
+            raise ConfigError(
+                f"{folder / 'config.json'}: {name} is {value!r}, which a checkpoint has no place for; set it to {nothing}, "
+                "and choose it again in the next export"
+            )
     check_head_dim(model, dmc)
     check_exportable(model)
     weights = Weights.of(folder, model, dmc)

@@ -10,6 +10,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from megatron_dmc.ops.decode import LayerCache, Sequences, bytes_of
+from megatron_dmc.ops.decode.codes import check_cache_dtype
 from megatron_dmc.ops.decode.layer_cache import INTERRUPTED, check_numbers
 
 # What models' arguments and outputs call their cache: transformers 5.24 renamed it.
@@ -21,6 +22,7 @@ class DMCCache(Cache):
 
     Attributes:
         layers: the LayerCaches.
+        cache_dtype: of the slots that have left the window, see DMCConfiguration; None: the model's.
         columns: columns of input_ids seen, padding counted. generate() calls this number the cache's length.
         real: bool [batch, columns], false where a column held padding; None: none did.
         calls: of the layers, by which ``columns`` were counted. They have had more while the model runs, or if it was
@@ -31,11 +33,19 @@ class DMCCache(Cache):
     is_croppable = False
     is_initialized = True
 
-    def __init__(self, config: Any):
-        """config: of a DMC model."""
+    def __init__(self, config: Any, cache_dtype: str | None = None):
+        """
+        Args:
+            config: of a DMC model.
+            cache_dtype: in place of the configuration's.
+
+        Raises:
+            ValueError: there is no such one.
+        """
         # Cache.__init__ is not called: all that it sets up is for layers that hold one dense tensor each.
         dmc = config.dmc
         clears = dmc["decision_source"] == "neuron"
+        self.cache_dtype = config.cache_dtype if cache_dtype is None else check_cache_dtype("cache_dtype", cache_dtype)
         # What the layers know together.
         self.shared: dict[torch.device, Sequences] = {}
         self.layers: Any = [
@@ -44,6 +54,7 @@ class DMCCache(Cache):
                 dmc["operation"],
                 dmc["window_size"],
                 clears_last_channel=clears,
+                cache_dtype=self.cache_dtype,
                 shared=self.shared,
             )
             for _ in range(config.num_hidden_layers)
@@ -78,7 +89,7 @@ class DMCCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, unused slots of pages included."""
+        """Bytes held, in codes where there are some; unused slots of pages included."""
         layers = sum(layer.nbytes for layer in self.layers) + bytes_of(*self.shared.values())
         return layers + (0 if self.real is None else self.real.nbytes)
 
@@ -183,10 +194,11 @@ class DMCCache(Cache):
         Raises:
             ValueError: it is another model's, or damaged.
         """
-        cache = cls(config)
         try:
-            cache.columns, cache.real, layers = operator.index(state["columns"]), state["real"], list(state["layers"])
-        except (KeyError, TypeError, ValueError) as error:
+            layers = list(state["layers"])
+            cache = cls(config, layers[0]["layout"].get("cache_dtype") if layers else None)
+            cache.columns, cache.real = operator.index(state["columns"]), state["real"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"this is no saved DMCCache ({error!r}); save its state_dict()") from None
         if len(layers) != len(cache):
             raise ValueError(f"the saved cache has {len(layers)} layers, the model {len(cache)}; load the model's own")

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.hf.curve import CompressionCurve, check_threshold
+from megatron_dmc.ops.decode.codes import check_cache_dtype
 
 # Before a family's model type, where it merges.
 DMC_TYPE = "dmc_"
@@ -23,6 +24,8 @@ class DMCConfiguration:
         merge_threshold: logits. A token merges where its decision logit is above it: a higher one compresses less. 0: as the
             model was trained.
         compression_curve: which threshold gives which ratio, as ``megatron-dmc ratios`` measured it; None: not measured.
+        cache_dtype: "int8", "fp8" or "int4": the cache stores slots that have left the window in codes, and attention sees
+            what these give back. None: as they are.
         kwargs: the family's.
 
     Raises:
@@ -47,6 +50,7 @@ class DMCConfiguration:
         prefill_chunk_tokens: int = 4096,
         merge_threshold: float = 0.0,
         compression_curve: dict[str, Any] | None = None,
+        cache_dtype: str | None = None,
         **kwargs: Any,
     ):
         self.dmc = DMCConfig.from_dict(dmc or {}).to_dict()
@@ -61,6 +65,7 @@ class DMCConfiguration:
         self.compression_curve = (
             None if compression_curve is None else CompressionCurve.from_dict(compression_curve).to_dict()
         )
+        self.cache_dtype = check_cache_dtype("cache_dtype", cache_dtype)
         super().__init__(**{**self.replaced_defaults, **kwargs})
         self._refuse_what_attention_lacks()
 

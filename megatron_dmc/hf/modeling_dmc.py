@@ -20,6 +20,7 @@ from megatron_dmc.hf.cache import CACHE_NAME, DMCCache
 from megatron_dmc.hf.configuration_dmc import DMC_TYPE
 from megatron_dmc.hf.curve import MOST_THRESHOLD, check_threshold
 from megatron_dmc.hf.padding import Packing
+from megatron_dmc.ops.decode.codes import check_cache_dtype
 
 
 class DMCPreTrainedModel(PreTrainedModel):
@@ -114,6 +115,7 @@ class DMCModel(DMCPreTrainedModel):
         output_hidden_states: bool | None = None,
         cache: Any = None,
         merge_threshold: float | Tensor | None = None,
+        cache_dtype: str | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The hidden states after the last layer and the final norm.
@@ -128,6 +130,8 @@ class DMCModel(DMCPreTrainedModel):
             output_hidden_states: also return the states before every layer and after the final norm.
             merge_threshold: logits, above which a new token merges: one number, or one for each sequence, [batch]. None: the
                 configuration's.
+            cache_dtype: of a new cache, see DMCConfiguration; None: the configuration's. Without a cache attention is what it
+                would be with one, but where gradients are recorded: there it sees keys and values as they are.
 
         Raises:
             ValueError: an argument that cannot be honoured; the message names it.
@@ -142,7 +146,8 @@ class DMCModel(DMCPreTrainedModel):
             raise ValueError("there are no new tokens: the cache already holds everything that was given")
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        given = past_key_values if cache is None else cache
+        cache = self._cache(given, use_cache, cache_dtype)
         keep_states = bool(output_hidden_states or self.config.output_hidden_states)
         if cache is not None and cache.columns > 0 and cache.batch_size != batch:
             raise ValueError(
@@ -169,7 +174,7 @@ class DMCModel(DMCPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if keep_states else None,
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME: cache if use_cache else given},
         )
 
     def _run_layers(
@@ -222,11 +227,19 @@ class DMCModel(DMCPreTrainedModel):
             )
         return merge_threshold.to(hidden.device, torch.float32)[:, None, None]
 
-    def _cache(self, past_key_values: Any, use_cache: bool) -> DMCCache | None:
+    def _cache(self, past_key_values: Any, use_cache: bool, cache_dtype: str | None) -> DMCCache | None:
+        check_cache_dtype("cache_dtype", cache_dtype)
         if past_key_values is None:
-            return DMCCache(self.config) if use_cache else None
+            has_codes = (cache_dtype or self.config.cache_dtype) is not None
+            needed = use_cache or (has_codes and not torch.is_grad_enabled())
+            return DMCCache(self.config, cache_dtype) if needed else None
         if not isinstance(past_key_values, DMCCache):
             raise ValueError(f"past_key_values must be None or a DMCCache, got {type(past_key_values).__name__}")
+        if cache_dtype not in (None, past_key_values.cache_dtype):
+            raise ValueError(
+                f"cache_dtype is {cache_dtype}, that of past_key_values {past_key_values.cache_dtype}: what is stored stays "
+                "as it is; leave cache_dtype out, or start a new cache"
+            )
         return past_key_values
 
 
@@ -260,6 +273,7 @@ class DMCForCausalLM(DMCPreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         merge_threshold: float | Tensor | None = None,
+        cache_dtype: str | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss where labels are given. Arguments as DMCModel's and transformers'."""
@@ -272,6 +286,7 @@ class DMCForCausalLM(DMCPreTrainedModel):
             use_cache=use_cache,
             cache=cache,
             merge_threshold=merge_threshold,
+            cache_dtype=cache_dtype,
             return_dict=True,
             **kwargs,
         )
@@ -305,7 +320,7 @@ class DMCForCausalLM(DMCPreTrainedModel):
         if isinstance(cache, Cache) and cache.get_seq_length() == 0 and not isinstance(cache, DMCCache):
             cache = None  # another kind, still empty
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_NAME] = DMCCache(self.config)
+            model_kwargs[CACHE_NAME] = DMCCache(self.config, model_kwargs.get("cache_dtype"))
 
 
 def _packing(attention_mask: Tensor | None, batch: int, seq: int, cache: DMCCache | None) -> Packing | None:

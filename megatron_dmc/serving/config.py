@@ -93,6 +93,9 @@ def _of_the_model(model: Any) -> Iterator[Refused]:
             model.model,
             f"{ADAPTER_FILE} holds the decisions only; load it with base= and save_pretrained both",
         )
+    if (cache_dtype := getattr(model.hf_config, "cache_dtype", None)) is not None:
+        remedy = "vLLM's blocks hold the model's dtype; add --hf-overrides '{\"cache_dtype\": null}'"
+        yield Refused("cache_dtype", cache_dtype, remedy)
     if model.runner_type != "generate":
         yield Refused(
             "--runner", model.runner_type, "it was retrofitted to generate text; leave --runner and --convert out"

@@ -95,6 +95,30 @@ def test_evaluate_takes_it(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert high["compression_ratio"] == 1 and low["compression_ratio"] > 10
 
 
+def test_evaluate_takes_a_cache_dtype(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["evaluate", "base", "--text", "text", "--output", "coded-base.json", "--amount", "smoke"]) == 0
+    reports = {}
+    for name, flags in (("none", []), ("int4", ["--cache-dtype", "int4"])):
+        words = ["evaluate", "export", "--text", "text", "--base", "coded-base.json", "--output", f"{name}.json"]
+        assert main([*words, *flags]) == 0, capfd.readouterr().err
+        reports[name] = json.loads(Path(f"{name}.json").read_text())
+        assert reports[name].get("cache_dtype") == {"none": None, "int4": "int4"}[name]
+        assert ("kept slots in int4" in capfd.readouterr().out) == (name == "int4")
+    # It is measured with codes in all parts: the loss, what follows a context, and the bytes.
+    for part in (lambda x: x["loss"], lambda x: x["continued"][0]["loss"], lambda x: x["serving"][0]["cache_bytes"]):
+        assert part(reports["none"]) != part(reports["int4"])
+    assert reports["int4"]["serving"][0]["cache_bytes"] < reports["none"]["serving"][0]["cache_bytes"]
+    for words, line in (
+        (["base", "--text", "text"], "--cache-dtype int4: base is a plain model, whose cache transformers keeps"),
+        (["export", "--tasks", "dmc_ruler"], "--cache-dtype has no effect with --tasks"),
+    ):
+        assert main(["evaluate", *words, "--cache-dtype", "int4", "--output", "no.json"]) == 1
+        assert line in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -142,6 +166,15 @@ def test_a_checkpoint_has_no_curve(tmp_path: Path) -> None:
         ConfigError, match=r"is a checkpoint, which has no curve; export it with megatron-dmc convert-to-hf"
     ):
         chosen_threshold(tmp_path, 4.0, None)
+
+
+def test_an_exports_cache_dtype_has_no_place_in_a_checkpoint(folder: Path) -> None:
+    path = folder / "export" / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"cache_dtype": "int4"}))
+    with pytest.raises(ConfigError, match="cache_dtype is 'int4', which a checkpoint has no place for; set it to null"):
+        import_hf(folder / "export", folder / "coded")
+    path.write_text(before)
 
 
 def test_an_exports_threshold_has_no_place_in_a_checkpoint(folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.attention.types import Operation
 from megatron_dmc.ops.decode import LayerCache, naive
+from megatron_dmc.ops.decode.codes import CacheDtype
 from megatron_dmc.ops.rotary import rotate
 from tests.support.oracle import Draw, Shape
 
@@ -76,11 +77,14 @@ def through_cache(tokens: Stream, cuts: Sequence[int], cache: LayerCache) -> Ten
     return torch.cat(outputs, dim=1)
 
 
-def oracle(stream: Stream, kind: Kind, *, clears_last_channel: bool = False) -> tuple[Tensor, Tensor]:
+def oracle(
+    stream: Stream, kind: Kind, *, clears_last_channel: bool = False, cache_dtype: CacheDtype | None = None
+) -> tuple[Tensor, Tensor]:
     """naive.decode of every sequence and head in float64.
 
     Args:
         clears_last_channel: the last channel of queries has no say in the scores.
+        cache_dtype: of the slots that are kept.
 
     Returns:
         Outputs [batch, seq, heads, head_dim] and slot counts [batch, kv_heads], the window's tokens counted.
@@ -100,6 +104,6 @@ def oracle(stream: Stream, kind: Kind, *, clears_last_channel: bool = False) -> 
     for b in range(batch):
         for h in range(kv_heads):
             head = (grouped[b, :, h], *(x[b, :, h] for x in rest))
-            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict())
+            out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict(), cache_dtype=cache_dtype)
             counts[b, h] = len(slots) + min(seq, kind.local_window)
     return out.flatten(2, 3), counts

@@ -83,6 +83,7 @@ def evaluate_exported(
     base: str | None,
     amount: str | None = None,
     merge_threshold: float | None = None,
+    cache_dtype: str | None = None,
     method: Method | None = None,
 ) -> dict[str, Any]:
     """All that ``megatron-dmc evaluate`` reports of one model, as plain values.
@@ -92,7 +93,7 @@ def evaluate_exported(
         text: path prefix of a held-out dataset.
         base: the report of the base that the model was made from: the same samples are read. None: this is the base.
         amount: a name of AMOUNTS; of a base only, what is compared with it reads as much. None: "default".
-        merge_threshold: of a model that merges, in place of its own.
+        merge_threshold, cache_dtype: of a model that merges, in place of its own.
         method: a baseline, which the model's cache is kept by; None: the model as it is.
 
     Raises:
@@ -104,6 +105,10 @@ def evaluate_exported(
         )
     before = None if base is None else read_report(base)
     config, dmc = read_config(Path(folder))
+    if cache_dtype is not None and dmc is None:
+        raise ConfigError(
+            f"--cache-dtype {cache_dtype}: {folder} is a plain model, whose cache transformers keeps; leave it out"
+        )
     weights = model_digest(Path(folder))
     settings = AMOUNTS[amount or "default"] if before is None else Amount.from_dict(before["amount"])
     settings = _within(settings, config.max_position_embeddings)
@@ -149,7 +154,8 @@ def evaluate_exported(
                 f"--base {base} was measured on another model than {folder}; measure {folder} itself first"
             )
         method.check(folder, min(*settings.recall_tokens, *settings.serving_tokens) // 2)
-    report = _Evaluation(folder, dmc, before, heldout, settings, merge_threshold, method or AsItIs()).report()
+    evaluation = _Evaluation(folder, dmc, before, heldout, settings, merge_threshold, cache_dtype, method or AsItIs())
+    report = evaluation.report()
     if model_digest(Path(folder)) != weights:
         raise ConfigError(f"{folder} has changed while it was measured; measure it again")
     return report | {"weights": weights}
@@ -189,8 +195,8 @@ def _without(amount: Amount, kept: dict[str, Any], why: str) -> Amount:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """dmc: what the model adds to a plain one. before: the report of its base; None: the model is a base. merge_threshold: in
-    place of the model's own. method: how the model keeps what it has read."""
+    """dmc: what the model adds to a plain one. before: the report of its base; None: the model is a base. merge_threshold,
+    cache_dtype: in place of the model's own. method: how the model keeps what it has read."""
 
     folder: str
     dmc: DMCConfig | None
@@ -198,6 +204,7 @@ class _Evaluation:
     heldout: Heldout
     amount: Amount
     merge_threshold: float | None = None
+    cache_dtype: str | None = None
     method: Method = field(default_factory=AsItIs)
 
     def report(self) -> dict[str, Any]:
@@ -210,6 +217,7 @@ class _Evaluation:
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         model, plain = self._load(loss_dtype())
+        cache_dtype = getattr(model.config, "cache_dtype", None)
         with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("loss", total=self._work())
 
@@ -234,6 +242,7 @@ class _Evaluation:
             **({} if before is None else {"base": before["model"], "base_weights": before["weights"]}),
             **({} if self.dmc is None else {"dmc": asdict(self.dmc)}),
             **({} if self.merge_threshold is None else {"merge_threshold": self.merge_threshold}),
+            **({} if cache_dtype is None else {"cache_dtype": cache_dtype}),
             **({"baseline": asdict(self.method)} if is_dataclass(self.method) else {}),
             "amount": amount.to_dict(),
             "text": self.heldout.digest,
@@ -249,6 +258,8 @@ class _Evaluation:
         model = load(self.folder, dtype, self.method.attention)
         if self.merge_threshold is not None:
             model.config.merge_threshold = self.merge_threshold
+        if self.cache_dtype is not None:
+            model.config.cache_dtype = self.cache_dtype
         return model, None if self.before is None else load(self.before["model"], dtype)
 
     def _work(self) -> int:

@@ -22,7 +22,8 @@ def told(report: dict[str, Any]) -> str:
         recall = f"{_right(counted)} right answers, tasks that it cannot do left out"
     elif (over := recall_over_base(report)) is not None:
         recall += f", {over:.0%} of the base's accuracy"
-    served = f"recall, cache and speed in {report['serving_dtype']}"
+    held = f", kept slots in {report['cache_dtype']}" if "cache_dtype" in report else ""
+    served = f"recall, cache and speed in {report['serving_dtype']}{held}"
     return "\n".join([*lines, f"recall {recall}", *map(_serving, report["serving"]), served])
 
 

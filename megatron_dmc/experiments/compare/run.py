@@ -16,7 +16,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.compare import page
 from megatron_dmc.experiments.compare.ground import Ground, export_of, own_ground, real_ground, shipped, small_ground
-from megatron_dmc.experiments.compare.rows import AT_THRESHOLD, LABELS, METHODS, Row, Wanted, possible_groups
+from megatron_dmc.experiments.compare.rows import AT_THRESHOLD, CODED, LABELS, METHODS, Row, Wanted, possible_groups
 from megatron_dmc.experiments.compare.trainings import Training, Trainings
 from megatron_dmc.experiments.places import checkout, comparison_recipes
 from megatron_dmc.experiments.real_model.summary import read_measured
@@ -122,7 +122,7 @@ class Comparison(StagedRun):
                 stages += self._export_stages(row)
                 made.add(row.export)
             stages.append(self._evaluation_stage(row))
-            if self.wanted.ruler:
+            if self._reads_ruler(row):
                 stages.append(self._ruler_stage(row.name, row.export, row.flags))
         return stages
 
@@ -188,7 +188,11 @@ class Comparison(StagedRun):
 
     def _reports(self, row: Row) -> tuple[str, ...]:
         """All that is measured of a row."""
-        return (self._report(row), *([_ruler_report(row.name)] if self.wanted.ruler else []))
+        return (self._report(row), *([_ruler_report(row.name)] if self._reads_ruler(row) else []))
+
+    def _reads_ruler(self, row: Row) -> bool:
+        """Slots in codes are read in held-out text only."""
+        return self.wanted.ruler > 0 and row.method not in CODED
 
     def _write_recipes(self) -> None:
         """One file for each training, which a user can run by hand; all are checked before the first is run."""

@@ -54,11 +54,11 @@ class Ahead:
         ones, least: [window_size] and [1], to sum these tokens' weights with; with a ``window_size``.
         content: [rows, slots that a step writes, 2 * head_dim], what is written.
         slot_bias: [slots], see Pages; of all slots of the pool.
-        pages: as attention reads them. It and slot_bias are absent where a step finds its pages itself.
+        pages: as attention reads them; None, and no slot_bias, where a step finds its pages itself.
     """
 
     slot_bias: Tensor
-    pages: Pages
+    pages: Pages | None = None
 
     def __init__(self, layout: Layout, cells: Cells, kept: Tensor, seen: Tensor, steps: int):
         """
@@ -68,7 +68,7 @@ class Ahead:
             steps: that can be taken.
         """
         window, device = layout.local_window, kept.device
-        wide = torch.promote_types(cells.slots.dtype, torch.float32)
+        wide = torch.promote_types(cells.dtype, torch.float32)
         after = torch.arange(steps, device=device)
         kept = kept[:, None] + torch.arange(-1, steps, device=device)
         # Of a row that has kept nothing yet, there is no last one.
@@ -90,4 +90,4 @@ class Ahead:
         self.bias = torch.zeros_like(self.column, dtype=wide)
         if layout.recent:
             self.bias[:, -1] = float("-inf")
-        self.content = cells.slots.new_empty(*self.column.shape, cells.slots.shape[1])
+        self.content = cells.slots.new_empty(*self.column.shape, 2 * cells.head_dim, dtype=cells.dtype)

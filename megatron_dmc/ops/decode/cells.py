@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.decode.codes import Codes
+
 # The pool grows by a 64th at least: a balance of unused memory and copies.
 GROWTH = 64
 
@@ -19,6 +21,9 @@ class Cells:
         used: cells in use: the first ones.
     """
 
+    # Places of a row's list that lie beside its cells.
+    base = 0
+
     def __init__(self, rows: int, head_dim: int, page_size: int, *, like: Tensor):
         """Nothing yet, in like's dtype and on its device."""
         self.page_size = page_size
@@ -32,10 +37,23 @@ class Cells:
         """The slot that takes what nobody reads."""
         return len(self.slots) - 1
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is read."""
+        return self.slots.dtype
+
+    @property
+    def head_dim(self) -> int:
+        return self.slots.shape[1] // 2
+
+    def read(self, slot: Tensor) -> Tensor:
+        """The content of slots [...] of the ring or reserved places: [..., 2 * head_dim]."""
+        return self.slots.index_select(0, slot.flatten()).view(*slot.shape, 2 * self.head_dim)
+
     def first(self, cells: int) -> Tensor:
         """The content of that many, used or not: [cells, page_size, 2 * head_dim]."""
         self._grow(cells)
-        return self.slots[: cells * self.page_size].unflatten(0, (-1, self.page_size))
+        return self.slots[: cells * self.page_size].unflatten(0, (cells, self.page_size))
 
     def named(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of all that are in use, row by row: the row, the number of its page, and the cell, each int64 [used]."""
@@ -80,8 +98,13 @@ class Cells:
         cell = self.table.gather(1, page.clamp(0, self.table.shape[1] - 1)).long()
         return torch.where(exists, cell * self.page_size + index % self.page_size, self.nowhere)
 
+    def at(self, row: Tensor, index: Tensor) -> Tensor:
+        """Slots of the places ``index`` of rows' lists, int64 [n], beyond the layout's base; they have cells for them."""
+        return self.table[row, index // self.page_size].long() * self.page_size + index % self.page_size
+
     def dense(self) -> Tensor:
-        """The rows' lists as a temporary, [rows, slots, 2 * head_dim]; any slot's content where a row has fewer."""
+        """The rows' lists as a temporary, [rows, slots, 2 * head_dim]; any slot's content where a row has fewer. Codes are
+        given back in float32 or wider."""
         return self.slots[: self.nowhere].unflatten(0, (-1, self.page_size))[self.table].flatten(1, 2)
 
     def select(self, row: Tensor) -> None:
@@ -107,3 +130,74 @@ class Cells:
         self.slots = torch.cat([self.slots, self.slots.new_zeros(extra, self.slots.shape[1])])
         # What was the last slot may hold anything.
         self.slots[capacity] = 0
+
+
+class CodedCells(Cells):
+    """Cells of codes, in which rows keep the slots from the layout's base on. What comes before lies beside them as it is.
+
+    Slots are numbered through: those beside the cells first, row by row.
+
+    Attributes:
+        near: [rows * base + 1, 2 * head_dim], the ring and the reserved places of all rows. The last one takes what nobody
+            reads.
+        slots: uint8 [cells * page_size + 1, bytes of a slot].
+        table, taken: of the places from base on.
+    """
+
+    def __init__(self, rows: int, base: int, codes: Codes, page_size: int, *, like: Tensor):
+        """As Cells'. base: places of a row that lie beside the cells."""
+        super().__init__(rows, codes.head_dim, page_size, like=like)
+        self.codes, self.base = codes, base
+        self.near = like.new_zeros(rows * base + 1, 2 * codes.head_dim)
+        self.slots = torch.zeros(1, codes.slot_bytes, dtype=torch.uint8, device=like.device)
+
+    @property
+    def head_dim(self) -> int:
+        return self.codes.head_dim
+
+    @property
+    def beside(self) -> int:
+        """How many slots lie beside the cells."""
+        return len(self.near) - 1
+
+    @property
+    def nowhere(self) -> int:
+        return self.beside + len(self.slots) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.near.dtype
+
+    def read(self, slot: Tensor) -> Tensor:
+        return self.near.index_select(0, slot.flatten().clamp(max=self.beside)).view(*slot.shape, 2 * self.head_dim)
+
+    def write(self, slot: Tensor, content: Tensor) -> None:
+        self.near.index_copy_(0, slot.clamp(max=self.beside), content.to(self.near.dtype))
+        coded = slot - self.beside
+        coded = torch.where(coded >= 0, coded, len(self.slots) - 1)
+        self.slots.index_copy_(0, coded, self.codes.encode(content))
+
+    def make_room(self, length: Tensor) -> None:
+        super().make_room((length - self.base).clamp(min=0))
+
+    def places(self, index: Tensor) -> Tensor:
+        row = torch.arange(len(index), device=index.device)[:, None]
+        beside = (index >= 0) & (index < self.base)
+        # Before the first place there is none.
+        coded = super().places(torch.where(index >= self.base, index - self.base, -1))
+        coded = torch.where(coded < self.nowhere, coded + self.beside, coded)
+        return torch.where(beside, row * self.base + index, coded)
+
+    def at(self, row: Tensor, index: Tensor) -> Tensor:
+        return self.beside + super().at(row, index - self.base)
+
+    def dense(self) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        codes = self.first((len(self.slots) - 1) // self.page_size)[self.table].flatten(1, 2)
+        near = self.near[:-1].unflatten(0, (len(self.table), self.base))
+        return torch.cat([near.to(wide), self.codes.decode(codes, wide)], dim=1)
+
+    def select(self, row: Tensor) -> None:
+        chosen = self.near[:-1].unflatten(0, (len(self.table), self.base))[row]
+        self.near = torch.cat([chosen.flatten(0, 1), self.near[-1:]])
+        super().select(row)

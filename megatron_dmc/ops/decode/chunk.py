@@ -67,7 +67,7 @@ def _with_ring(new: Tokens, rows: Rows, call: Chunk) -> Tokens:
     assert rows.decisions is not None
     heads, d = (rows.batch, rows.kv_heads), rows.head_dim
     place = call.place_before.repeat_interleave(rows.kv_heads, dim=0)
-    held = rows.cells.slots[rows.cells.places(place)].unflatten(0, heads).transpose(1, 2)
+    held = rows.cells.read(rows.cells.places(place)).unflatten(0, heads).transpose(1, 2)
     decisions = rows.decisions.gather(1, place).unflatten(0, heads).transpose(1, 2)
     return Tokens(
         call.arrange(held[..., :d], new.key),
@@ -118,7 +118,7 @@ def _merge(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: Kernel
     if rows.layout.clears_last_channel:
         key[..., -1] = 0
     fade_logits = F.pad(hard_merge_logits(alpha[:, 1:].float()), (0, 0, 0, 1), value=float("-inf"))
-    attended = diagonal_forward(query, FarKeys(key, value, fade_logits), settings)
+    attended = diagonal_forward(query, FarKeys(*rows.held(key, value), fade_logits), settings)
     # An open slot that the first token merges into is among the pooled ones.
     attended = _with_past(query, settings, attended, rows, call, (before - alpha[:, 0].long()).flatten())
 
@@ -168,7 +168,7 @@ def _pooled_recent(new: Tokens, alpha: Tensor, rows: Rows, call: Chunk) -> tuple
     left = (call.tokens - window).clamp(min=0)
     place = (left[:, None] + torch.arange(size, device=left.device)) % size
     place = place.repeat_interleave(rows.kv_heads, dim=0)
-    held = rows.cells.slots[rows.cells.places(window + place)].unflatten(0, heads).transpose(1, 2)
+    held = rows.cells.read(rows.cells.places(window + place)).unflatten(0, heads).transpose(1, 2)
     omega = rows.recent.gather(1, place).unflatten(0, heads).transpose(1, 2)
     key, value = torch.cat([held[..., :d], new.key], dim=1), torch.cat([held[..., d:], new.value], dim=1)
     alpha = torch.cat([torch.ones_like(omega, dtype=torch.bool), alpha], dim=1)
@@ -194,7 +194,7 @@ def _keep(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: KernelS
     kept = ~new.alpha | first
     real = (position < call.leaving[:, None])[..., None]
     bias = torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, HIDDEN)
-    attended = flash_forward(query, BiasedKeys(new.key, new.value, bias), settings)
+    attended = flash_forward(query, BiasedKeys(*rows.held(new.key, new.value), bias), settings)
     attended = _with_past(query, settings, attended, rows, call, rows.kept)
     if rows.layout.absorbs:
         after_each, state = residual(new.key, new.value, new.omega * (~kept & real), initial_state=rows.residual_state)
@@ -220,8 +220,7 @@ def _write(rows: Rows, chosen: Tensor, ordinal: Tensor, key: Tensor, value: Tens
     sequence, position, head = chosen.nonzero(as_tuple=True)
     row = sequence * rows.kv_heads + head
     cells, layout = rows.cells, rows.layout
-    place = layout.base + ordinal[sequence, position, head]
-    slot = cells.table[row, place // layout.page_size].long() * layout.page_size + place % layout.page_size
+    slot = cells.at(row, layout.base + ordinal[sequence, position, head])
     cells.write(slot, torch.cat([x[sequence, position, head] for x in (key, value)], dim=-1))
 
 
@@ -232,7 +231,7 @@ def _with_past(
     if not call.left_before:
         return chunk
     cells, d = rows.cells, rows.head_dim
-    past = cells.dense()
+    past = cells.dense().to(query.dtype)
     place = torch.arange(past.shape[1], device=visible.device)
     sees = (place >= rows.layout.base) & (place < (rows.layout.base + visible)[:, None])
     # Where a row has no page lies another's, and 0 * NaN is NaN.

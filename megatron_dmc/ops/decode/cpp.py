@@ -21,6 +21,8 @@ from megatron_dmc.ops.tokens import Tokens
 
 DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_HEAD = 256
+# What slots are, in the order of cpp_codes.py.
+_CACHE_DTYPES = (None, "int8", "int4", "fp8")
 _CODES = dict(zip((torch.float32, torch.bfloat16, torch.int32, torch.int64), range(len(TYPES)), strict=True))
 
 
@@ -106,7 +108,7 @@ class Told:
         *,
         out: Tensor | None = None,
     ):
-        self.out = torch.zeros(query.shape, dtype=memory.slots.dtype) if out is None else out
+        self.out = torch.zeros(query.shape, dtype=memory.dtype) if out is None else out
         self.given = {"query": query, "key": new.key, "value": new.value, "omega": new.omega}
         self.given |= {name: getattr(call, name) for name in ("cos", "sin", "leaving_cos", "leaving_sin")}
         self.given = {name: _as_known(fits(x)) for name, x in self.given.items()}
@@ -128,6 +130,9 @@ class Told:
             threads=torch.get_num_threads(),
             scale=softmax_scale * math.log2(math.e),
         )
+        if (codes := memory.codes) is not None:
+            fields.code = _CACHE_DTYPES.index(codes.cache_dtype)
+            fields.code_group, fields.slot_bytes = codes.group, codes.slot_bytes
         for name, x in self.given.items():
             self._give_typed(name, x)
         self._give("alpha", new.alpha)

@@ -13,9 +13,8 @@ constexpr int64_t QUERIES = 64, AT_ONCE = 4;
 // Channels are filled up with zeros to a multiple of it.
 constexpr int64_t PADDED = 16;
 
-template <typename T>
 struct Key {
-  const T* slot;
+  const void* slot;
   int32_t from, until;
   float bias;
 };
@@ -27,6 +26,7 @@ struct Chunk {
   int64_t start, count;                     // of its tokens
   int64_t held, last;                       // in the ring before; of the kept slots as many are seen
   std::vector<T> window, own;               // [held + count, 2 d] rotated, and [count, 2 d]
+  std::vector<char> own_codes;              // or [count, slot_bytes]
   std::vector<float> biases;                // [count] of ``own``
   std::vector<int32_t> appeared;            // from which token on a kept slot is seen, of the last ones
 
@@ -45,15 +45,16 @@ void take_chunk(const Step& s, int64_t row, Chunk<T>& chunk) {
   if (chunk.count <= 0) return;
   if (s.window) chunk.window.resize((chunk.held + chunk.count) * 2 * d);
   const auto keep = [&](int64_t at) {
-    const int64_t slot = slot_at(s, r, (before - chunk.held + at) % s.window);
+    const T* slot = near_at<T>(s, r, (before - chunk.held + at) % s.window);
     T* to = chunk.window.data() + at * 2 * d;
-    if (slot < 0) std::fill_n(to, 2 * d, T{});
-    else std::copy_n(reinterpret_cast<const T*>(s.slots) + slot * 2 * d, 2 * d, to);
+    if (!slot) std::fill_n(to, 2 * d, T{});
+    else std::copy_n(slot, 2 * d, to);
   };
   for (int64_t i = 0; i < chunk.held; ++i) keep(i);
-  const bool sees_own = s.merges || s.absorbs;
+  const bool sees_own = s.merges || s.absorbs, own_is_coded = s.code && s.merges;
   if (sees_own) {
-    chunk.own.resize(chunk.count * 2 * d);
+    if (own_is_coded) chunk.own_codes.resize(chunk.count * s.slot_bytes);
+    else chunk.own.resize(chunk.count * 2 * d);
     chunk.biases.assign(chunk.count, LOWEST);
   }
   const int64_t kept = count_of(s, r, before);
@@ -63,8 +64,12 @@ void take_chunk(const Step& s, int64_t row, Chunk<T>& chunk) {
     if (s.window) keep(chunk.held + i);
     if (taken.appends) chunk.appeared.push_back(int32_t(i));
     if (!taken.leaves || !sees_own) continue;
-    T* own = chunk.own.data() + i * 2 * d;
-    for (int64_t c = 0; c < 2 * d; ++c) narrow(taken.seen[c], own + c);
+    if (own_is_coded) {
+      encode(s, taken.seen, taken.seen + d, reinterpret_cast<uint8_t*>(chunk.own_codes.data()) + i * s.slot_bytes);
+    } else {
+      T* own = chunk.own.data() + i * 2 * d;
+      for (int64_t c = 0; c < 2 * d; ++c) narrow(taken.seen[c], own + c);
+    }
     if (s.merges) chunk.biases[i] = 0;
     else if (taken.mass > 0) chunk.biases[i] = std::log2(std::max(taken.mass, LEAST_MASS));
   }
@@ -75,7 +80,7 @@ void take_chunk(const Step& s, int64_t row, Chunk<T>& chunk) {
 }
 
 // Keys, 16 or 64 of them: transposed, so that a vector of scores is a sum over channels; then values.
-template <typename T, int SIZE>
+template <int SIZE>
 struct Tile {
   alignas(64) float keys[MOST * SIZE];
   alignas(64) float values[SIZE * MOST];
@@ -83,7 +88,10 @@ struct Tile {
   alignas(64) int32_t from[SIZE], until[SIZE];
   int32_t earliest, latest, last_from, first_until;
 
-  void fill(const Key<T>* found, int64_t n, int64_t d, int64_t padded) {
+  // coded: slots are codes; otherwise they are T [2 d].
+  template <typename T>
+  void fill(const Step& s, bool coded, const Key* found, int64_t n, int64_t padded) {
+    const int64_t d = s.head_dim;
     earliest = first_until = INT32_MAX;
     latest = last_from = INT32_MIN;
     for (int64_t j = 0; j < SIZE; ++j) {
@@ -95,8 +103,12 @@ struct Tile {
         earliest = std::min(earliest, from[j]), latest = std::max(latest, until[j]);
         last_from = std::max(last_from, from[j]), first_until = std::min(first_until, until[j]);
       }
-      for (int64_t c = 0; c < d; ++c) keys[c * SIZE + j] = exists ? wide(found[j].slot[c]) : 0;
-      for (int64_t c = 0; c < d; ++c) values[j * padded + c] = exists ? wide(found[j].slot[d + c]) : 0;
+      float both[2 * MOST];
+      if (!exists) std::fill_n(both, 2 * d, 0.0f);
+      else if (coded) decode(s, reinterpret_cast<const uint8_t*>(found[j].slot), both);
+      else fetch<T>(s, reinterpret_cast<const T*>(found[j].slot), both);
+      for (int64_t c = 0; c < d; ++c) keys[c * SIZE + j] = both[c];
+      for (int64_t c = 0; c < d; ++c) values[j * padded + c] = both[d + c];
       for (int64_t c = d; c < padded; ++c) values[j * padded + c] = 0;
     }
   }
@@ -105,19 +117,19 @@ struct Tile {
 // Queries of a part of a chunk, with what they have seen so far.
 struct Queries {
   int64_t count, group, padded;  // of tokens times group
-  std::vector<float> query, part, highest, total;
+  std::vector<float> query, turned, part, highest, total;  // turned: as codes need them
   int32_t first;  // token
 
   int32_t token(int64_t q) const { return first + int32_t(q / group); }
 };
 
 // AT_ONCE queries from q on see a tile; D: padded where the compiler is to know it, 0: it is not.
-template <typename T, int SIZE, int D>
-void see(const Tile<T, SIZE>& tile, Queries& queries, int64_t q, int64_t d) {
+template <int SIZE, int D>
+void see(const Tile<SIZE>& tile, const std::vector<float>& given, Queries& queries, int64_t q, int64_t d) {
   constexpr int N = AT_ONCE, W = SIZE / LANES, B = W < SUMS ? W : SUMS;
   const int64_t padded = D ? D : queries.padded;
   lanes scores[N][W];
-  const float* query = queries.query.data() + q * padded;
+  const float* query = given.data() + q * padded;
   for (int first = 0; first < W; first += B) {
     lanes sum[N][B];
     for (int i = 0; i < N; ++i)
@@ -180,21 +192,21 @@ void see(const Tile<T, SIZE>& tile, Queries& queries, int64_t q, int64_t d) {
   for (; c < padded; c += LANES) add(c, std::integral_constant<int, 1>{});
 }
 
-template <typename T, int SIZE, int D>
-void see_all(const Tile<T, SIZE>& tile, Queries& queries, int64_t d) {
+template <int SIZE, int D>
+void see_all(const Tile<SIZE>& tile, const std::vector<float>& given, Queries& queries, int64_t d) {
   const auto none = [&](int64_t first, int64_t last) {
     return queries.token(last) < tile.earliest || queries.token(first) >= tile.latest;
   };
   for (int64_t q = 0; q < queries.count; q += AT_ONCE)
-    if (!none(q, q + AT_ONCE - 1)) see<T, SIZE, D>(tile, queries, q, d);
+    if (!none(q, q + AT_ONCE - 1)) see<SIZE, D>(tile, given, queries, q, d);
 }
 
 template <typename T, int SIZE, int D>
-void see_keys(const std::vector<Key<T>>& keys, Queries& queries, int64_t d) {
-  thread_local Tile<T, SIZE> tile;
+void see_keys(const Step& s, bool coded, const std::vector<Key>& keys, Queries& queries) {
+  thread_local Tile<SIZE> tile;
   for (size_t at = 0; at < keys.size(); at += SIZE) {
-    tile.fill(keys.data() + at, std::min<int64_t>(keys.size() - at, SIZE), d, queries.padded);
-    see_all<T, SIZE, D>(tile, queries, d);
+    tile.template fill<T>(s, coded, keys.data() + at, std::min<int64_t>(keys.size() - at, SIZE), queries.padded);
+    see_all<SIZE, D>(tile, coded ? queries.turned : queries.query, queries, s.head_dim);
   }
 }
 
@@ -215,17 +227,19 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
   for (int64_t i = first; i < stop; ++i)
     read_queries(s, chunk.row, chunk.start + i, queries.query.data() + (i - first) * s.group * padded, padded);
 
-  thread_local std::vector<Key<T>> keys;
+  if (s.code) queries.turned = queries.query;
+  for (int64_t q = 0; q < real && s.code && s.code != FP8; ++q) turn_blocks(queries.turned.data() + q * padded, d);
+
+  thread_local std::vector<Key> keys;
   keys.clear();
   // Slots: those of before, then those that have become full since.
   const int64_t grown = chunk.last - int64_t(chunk.appeared.size());
   for (int64_t k = 0; k < chunk.last; ++k) {
     const int32_t from = k < grown ? 0 : chunk.appeared[k - grown];
     if (from >= stop) break;
-    const int64_t slot = slot_at(s, chunk.row, s.base + k);
-    keys.push_back({slot < 0 ? nullptr : reinterpret_cast<const T*>(s.slots) + slot * 2 * d, from, INT32_MAX, 0});
+    keys.push_back({kept_slot<T>(s, chunk.row, k), from, INT32_MAX, 0});
   }
-  see_keys<T, 64, D>(keys, queries, d);
+  see_keys<T, 64, D>(s, s.code, keys, queries);
   keys.clear();
   if (s.window)
     for (int64_t k = std::max<int64_t>(first - s.window + 1 + chunk.held, 0); k < stop + chunk.held; ++k) {
@@ -233,13 +247,18 @@ void attend_chunk(const Step& s, const Chunk<T>& chunk, int64_t first) {
       keys.push_back({chunk.at(chunk.window, k, d), int32_t(from), int32_t(from + s.window), 0});
     }
   // By themselves, for the same reason: later tokens of the ring must not move them.
-  see_keys<T, 16, D>(keys, queries, d);
+  see_keys<T, 16, D>(s, false, keys, queries);
   keys.clear();
+  const bool own_is_coded = s.code && s.merges;
+  const auto own = [&](int64_t i) -> const void* {
+    if (own_is_coded) return chunk.own_codes.data() + i * s.slot_bytes;
+    return chunk.at(chunk.own, i, d);
+  };
   if (!chunk.biases.empty())
     for (int64_t i = first; i < stop; ++i)
       if (chunk.biases[i] > LOWEST)
-        keys.push_back({chunk.at(chunk.own, i, d), int32_t(i), int32_t(i + 1), chunk.biases[i]});
-  see_keys<T, 16, D>(keys, queries, d);
+        keys.push_back({own(i), int32_t(i), int32_t(i + 1), chunk.biases[i]});
+  see_keys<T, 16, D>(s, own_is_coded, keys, queries);
 
   for (int64_t q = 0; q < real; ++q) {
     const int64_t head = chunk.row.head * s.group + q % s.group;

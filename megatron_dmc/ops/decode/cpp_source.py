@@ -5,6 +5,7 @@ that they cannot part. Numbers are float32 in here, whatever the cache's dtype i
 """
 
 from megatron_dmc.ops.decode.cpp_chunk import CHUNK
+from megatron_dmc.ops.decode.cpp_codes import CODES
 
 # Of what lies in memory.
 TYPES = ("float", "bfloat16", "int32", "int64")
@@ -25,13 +26,13 @@ GIVEN = (
 )
 # Of which sequences that have many new tokens are told, int64: each one's first among all new tokens, and how many it has.
 SPANS = ("starts", "counts")
-HELD = ("table", "sums", "decisions", "recent")
+HELD = ("table", "sums", "decisions", "recent", "near")
 ADDRESSES = ("slots", "out", "granted_place", "granted", "granted_count", "cursor", "overflow")
 NUMBERS = (
     *("cells", "pages", "page", "batch", "kv_heads", "group"),
     *("head_dim", "window", "base", "window_size", "merges", "absorbs"),
     *("clears_last", "granted_sequence", "granted_most", "count_sequence", "cells_per_block", "cache_type"),
-    *("threads",),
+    *("threads", "code", "code_group", "slot_bytes"),
 )
 # Name and kind, in order: an address, a whole number, or a real one.
 FIELDS = [
@@ -43,7 +44,7 @@ FIELDS = [
 ]
 _C_TYPES = {"address": "char*", "number": "int64_t", "real": "double"}
 
-_STEP = r"""
+_NUMBERS = r"""
 namespace {
 
 // Numbers of a head at most.
@@ -170,6 +171,9 @@ inline void turn_back(float* x, const float* cos, const float* sin, int64_t d) {
   }
 }
 
+"""
+
+_STEP = r"""
 struct Row {
   int64_t sequence, head, at;  // at: where the sequence's state lies
   int32_t* table;
@@ -194,18 +198,42 @@ inline int64_t slot_at(const Step& s, const Row& r, int64_t place) {
   return cell < 0 || cell >= s.cells ? -1 : cell * s.page + place % s.page;
 }
 
+// A slot of the ring or a reserved one, null where there is none: beside the pages, where these hold codes.
 template <typename T>
-void write(const Step& s, int64_t slot, const float* key, const float* value) {
-  if (slot < 0) return;
+T* near_at(const Step& s, const Row& r, int64_t place) {
+  const int64_t size = 2 * s.head_dim;
+  if (s.code)
+    return reinterpret_cast<T*>(s.near) + r.at * s.near_sequence + r.head * s.near_head + place * size;
+  const int64_t slot = slot_at(s, r, place);
+  return slot < 0 ? nullptr : reinterpret_cast<T*>(s.slots) + slot * size;
+}
+
+// A kept slot, by its number: codes, or a key and a value.
+template <typename T>
+char* kept_slot(const Step& s, const Row& r, int64_t number) {
+  const int64_t slot = slot_at(s, r, s.code ? number : s.base + number);
+  return slot < 0 ? nullptr : s.slots + slot * (s.code ? s.slot_bytes : 2 * s.head_dim * int64_t(sizeof(T)));
+}
+
+// Slots that a row's list can have.
+inline int64_t most_of_list(const Step& s) { return (s.code ? s.base : 0) + s.pages * s.page; }
+
+template <typename T>
+void write(const Step& s, T* to, const float* key, const float* value) {
+  if (!to) return;
   const int64_t d = s.head_dim;
-  T* to = reinterpret_cast<T*>(s.slots) + slot * 2 * d;
   for (int64_t i = 0; i < d; ++i) narrow(key[i], to + i);
   for (int64_t i = 0; i < d; ++i) narrow(value[i], to + d + i);
 }
 
 template <typename T>
-void fetch(const Step& s, int64_t slot, float* both) {
-  const T* from = reinterpret_cast<const T*>(s.slots) + slot * 2 * s.head_dim;
+void write_kept(const Step& s, char* to, const float* key, const float* value) {
+  if (!s.code) write<T>(s, reinterpret_cast<T*>(to), key, value);
+  else if (to) encode(s, key, value, reinterpret_cast<uint8_t*>(to));
+}
+
+template <typename T>
+void fetch(const Step& s, const T* from, float* both) {
   for (int64_t i = 0; i < 2 * s.head_dim; ++i) both[i] = wide(from[i]);
 }
 
@@ -248,13 +276,13 @@ void mean_of_recent(const Step& s, const Row& r, int64_t left, bool appends, flo
   float* omega = held(s.recent, s.recent_sequence, s.recent_head, r);
   if (appends) std::fill_n(omega, size, 0.0f);
   omega[place] = weight;
-  write<T>(s, slot_at(s, r, s.window + place), entering, entering + d);
+  write<T>(s, near_at<T>(s, r, s.window + place), entering, entering + d);
   float total = 0, both[2 * MOST];
   std::fill_n(mean, 2 * d, 0.0f);
   for (int64_t i = 0; i < size; ++i) {
-    const int64_t slot = slot_at(s, r, s.window + i);
+    const T* slot = near_at<T>(s, r, s.window + i);
     // What has no weight may never have been written.
-    if (omega[i] == 0 || slot < 0) continue;
+    if (omega[i] == 0 || !slot) continue;
     fetch<T>(s, slot, both);
     for (int64_t c = 0; c < 2 * d; ++c) mean[c] += omega[i] * both[c];
     total += omega[i];
@@ -300,16 +328,16 @@ void advance(const Step& s, const Row& r, int64_t number, int64_t tokens, Taken&
   if (s.kept_type == INT64) reinterpret_cast<int64_t*>(s.kept)[kept_at] = count_after;
   else reinterpret_cast<int32_t*>(s.kept)[kept_at] = int32_t(count_after);
   taken.count = count_after;
-  taken.length = std::min(length, s.pages * s.page);
+  taken.length = std::min(length, most_of_list(s));
   taken.leaves = leaves;
   taken.appends = appends;
 
   float both[2 * MOST], entering[2 * MOST], cos[MOST], sin[MOST];
   read(s.key, s.key_type, at(s.key_sequence, s.key_head), d, both);
   read(s.value, s.value_type, at(s.value_sequence, s.value_head), d, both + d);
-  const int64_t ring_slot = s.window ? slot_at(s, r, ring) : -1;
+  T* ring_slot = s.window ? near_at<T>(s, r, ring) : nullptr;
   if (!s.window) std::copy_n(both, 2 * d, entering);
-  else if (leaves && ring_slot >= 0) fetch<T>(s, ring_slot, entering);
+  else if (leaves && ring_slot) fetch<T>(s, ring_slot, entering);
   else std::fill_n(entering, 2 * d, 0.0f);
 
   if (leaves && s.merges) {
@@ -329,9 +357,9 @@ void advance(const Step& s, const Row& r, int64_t number, int64_t tokens, Taken&
     // The slot as attention sees it, rotated at its last token's position; written again at every token.
     turn(mean, cos, sin, d);
     if (s.clears_last) mean[d - 1] = 0;
-    write<T>(s, slot_at(s, r, s.base + count_after - 1), mean, mean + d);
+    write_kept<T>(s, kept_slot<T>(s, r, count_after - 1), mean, mean + d);
   } else if (leaves) {
-    if (appends) write<T>(s, slot_at(s, r, s.base + count_after - 1), entering, entering + d);
+    if (appends) write_kept<T>(s, kept_slot<T>(s, r, count_after - 1), entering, entering + d);
     if (s.absorbs) {
       float* sums = held(s.sums, s.sums_sequence, s.sums_head, r);
       if (count == 0) std::fill_n(sums, 2 * d + 1, 0.0f);
@@ -341,7 +369,7 @@ void advance(const Step& s, const Row& r, int64_t number, int64_t tokens, Taken&
       }
       taken.mass = sums[2 * d];
       for (int64_t i = 0; i < 2 * d; ++i) taken.seen[i] = sums[i] / std::max(taken.mass, LEAST_MASS);
-      write<T>(s, slot_at(s, r, s.window), taken.seen, taken.seen + d);
+      write<T>(s, near_at<T>(s, r, s.window), taken.seen, taken.seen + d);
     }
   }
   if (s.window) {
@@ -454,7 +482,7 @@ template <typename T, int D>
 void attend(const Step& s, const Task& task) {
   const int64_t d = D ? D : s.head_dim, group = s.group;
   const Row r = row_of(s, task.row);
-  thread_local std::vector<float> queries;
+  thread_local std::vector<float> queries, turned, given_back;
   queries.resize(group * MOST);
   read_queries(s, r, r.sequence, queries.data(), MOST);
   std::fill_n(task.parts, group * d, 0.0f);
@@ -476,10 +504,12 @@ void attend(const Step& s, const Task& task) {
   };
   const auto see = [&](int64_t first, int64_t last, float added) {
     while (first < last) {
-      const int64_t page = first / s.page, in_page = first % s.page, stop = std::min(last, (page + 1) * s.page);
-      const int64_t cell = page < s.pages ? r.table[page] : -1;
-      if (cell < 0 || cell >= s.cells) { first = stop; continue; }
-      const T* slot = reinterpret_cast<const T*>(s.slots) + (cell * s.page + in_page) * 2 * d;
+      const int64_t page = first / s.page, in_page = first % s.page;
+      const int64_t stop = s.code ? last : std::min(last, (page + 1) * s.page);
+      const int64_t cell = s.code ? 0 : page < s.pages ? r.table[page] : -1;
+      if (!s.code && (cell < 0 || cell >= s.cells)) { first = stop; continue; }
+      const T* slot = s.code ? near_at<T>(s, r, first)
+                             : reinterpret_cast<const T*>(s.slots) + (cell * s.page + in_page) * 2 * d;
       for (; first < stop; ++first, slot += 2 * d) {
         block.biases[block.count] = added;
         block.slots[block.count] = slot;
@@ -489,8 +519,28 @@ void attend(const Step& s, const Task& task) {
   };
   see(task.first, std::min(task.last, s.window), 0);
   if (residual >= task.first && residual < task.last) see(residual, residual + 1, bias);
-  see(std::max(task.first, s.base), task.last, 0);
+  if (!s.code) see(std::max(task.first, s.base), task.last, 0);
   if (block.count) flush();
+  if (!s.code || task.last <= s.base) return;
+  turned = queries;
+  for (int64_t g = 0; g < group && s.code != FP8; ++g) turn_blocks(turned.data() + g * MOST, d);
+  given_back.resize(BLOCK * 2 * d);
+  Block<float> coded;
+  const auto see_coded = [&] {
+    std::fill_n(coded.biases, coded.count, 0.0f);
+    std::fill(coded.biases + coded.count, coded.biases + BLOCK, LOWEST);
+    take<float, D>(coded, task, turned.data(), group, d);
+    coded.count = 0;
+  };
+  for (int64_t number = std::max(task.first, s.base) - s.base; number < task.last - s.base; ++number) {
+    const char* codes = kept_slot<T>(s, r, number);
+    if (!codes) continue;
+    float* slot = given_back.data() + coded.count * 2 * d;
+    decode(s, reinterpret_cast<const uint8_t*>(codes), slot);
+    coded.slots[coded.count] = slot;
+    if (++coded.count == BLOCK) see_coded();
+  }
+  if (coded.count) see_coded();
 }
 
 // The parts of one row together, into its outputs.
@@ -572,6 +622,8 @@ SOURCE = "\n".join(
         "struct Step {",
         *(f"  {_C_TYPES[kind]} {name};" for name, kind in FIELDS),
         "};",
+        _NUMBERS,
+        CODES,
         _STEP,
         CHUNK,
         _ENTRIES,

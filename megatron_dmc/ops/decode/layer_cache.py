@@ -13,6 +13,7 @@ from megatron_dmc.ops.attention.types import Operation
 from megatron_dmc.ops.backend import choose
 from megatron_dmc.ops.decode import cpp, triton
 from megatron_dmc.ops.decode.chunk import take_in_chunk
+from megatron_dmc.ops.decode.codes import CacheDtype, check_cache_dtype
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.rows import AHEAD, Rows
 from megatron_dmc.ops.decode.sequences import Sequences, Step
@@ -73,6 +74,8 @@ class LayerCache:
         clears_last_channel: the last channel of queries and keys is set to zero after the rotation (the ``neuron``
             source).
         page_size: slots that are allocated together.
+        cache_dtype: "int8", "fp8" or "int4": kept slots are stored in codes (see codes.py), and attention sees what these give
+            back, in a prompt as in single steps. None: in the tokens' dtype.
         backend: what it runs on: "triton" (single steps, and what a chunk leaves), "cpp" (all, on a CPU), "torch", or "auto":
             Triton on a GPU and C++ on a CPU where they can be.
         shared: what the caches of a model's layers know together, by device; an empty dict that all of them are given.
@@ -87,10 +90,12 @@ class LayerCache:
         *,
         clears_last_channel: bool = False,
         page_size: int = 16,
+        cache_dtype: CacheDtype | None = None,
         backend: str = "auto",
         shared: dict[torch.device, Sequences] | None = None,
     ):
-        self.layout = Layout(local_window, operation, window_size, clears_last_channel, page_size)
+        check_cache_dtype("cache_dtype", cache_dtype)
+        self.layout = Layout(local_window, operation, window_size, clears_last_channel, page_size, cache_dtype)
         choose(backend, FORMS)
         if not self.layout.merges and not local_window:
             raise ValueError(
@@ -160,8 +165,8 @@ class LayerCache:
         if self.rows is not None and key.shape[2:] != (self.rows.kv_heads, self.rows.head_dim):
             held, given = [self.rows.kv_heads, self.rows.head_dim], list(key.shape[2:])
             raise ValueError(f"the cache is another model's: it holds [KV heads, head_dim] {held}, got {given}")
-        if self.rows is not None and (key.dtype, key.device) != (self.rows.cells.slots.dtype, self.rows.kept.device):
-            holds = f"{self.rows.cells.slots.dtype} on {self.rows.kept.device}"
+        if self.rows is not None and (key.dtype, key.device) != (self.rows.cells.dtype, self.rows.kept.device):
+            holds = f"{self.rows.cells.dtype} on {self.rows.kept.device}"
             raise ValueError(f"the cache holds {holds}, got {key.dtype} on {key.device}; move it, or start a new one")
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
         device = query.device.type
@@ -272,8 +277,9 @@ class LayerCache:
         """Whose attributes its tensors are; what layers share comes last."""
         rows = self.rows
         assert rows is not None
-        ahead = [] if rows.ahead is None else [rows.ahead, rows.ahead.pages]
-        return [rows, rows.cells, *ahead, self.sequences]
+        ahead = [] if rows.ahead is None else [rows.ahead]
+        pages = [each.pages for each in ahead if each.pages is not None]
+        return [rows, rows.cells, *ahead, *pages, self.sequences]
 
     def to(self, device: torch.device | str) -> "LayerCache":
         """Moves everything to a device, what layers share with the first of them, and returns itself."""
@@ -312,8 +318,10 @@ class LayerCache:
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"this is no saved cache, but of type {type(state).__name__}; save its state_dict()")
-        if state.get("layout") != asdict(self.layout):
-            raise ValueError(f"the saved cache has another layout: {state.get('layout')}, here {asdict(self.layout)}")
+        # Versions before this one knew no codes.
+        layout = {"cache_dtype": None, **state["layout"]} if isinstance(state.get("layout"), Mapping) else None
+        if layout != asdict(self.layout):
+            raise ValueError(f"the saved cache has another layout: {layout}, here {asdict(self.layout)}")
         self.reset()
         if "rows" in state:
             self.rows, sequences = restored(self.layout, state)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_dmc.ops.attention.types import Operation
+from megatron_dmc.ops.decode.codes import CacheDtype, Codes
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Layout:
         local_window, operation, window_size: see DMCConfig.
         clears_last_channel: the last channel of queries and keys is zero after the rotation (the ``neuron`` source).
         page_size: slots of a page.
+        cache_dtype: codes in which kept slots are stored, see codes.py. The ring and reserved places lie beside the pages
+            then, as they are, and the list's places are what they were. None: all lie in pages, in the model's dtype.
     """
 
     local_window: int = 0
@@ -25,6 +28,11 @@ class Layout:
     window_size: int | None = None
     clears_last_channel: bool = False
     page_size: int = 16
+    cache_dtype: CacheDtype | None = None
+
+    def codes(self, head_dim: int) -> Codes | None:
+        """How kept slots are stored; None: as they are."""
+        return None if self.cache_dtype is None else Codes(self.cache_dtype, head_dim, self.clears_last_channel)
 
     @property
     def base(self) -> int:

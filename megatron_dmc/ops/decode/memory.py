@@ -2,8 +2,11 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from megatron_dmc.ops.decode.cells import CodedCells
+from megatron_dmc.ops.decode.codes import Codes
 from megatron_dmc.ops.decode.rows import Rows
 
 
@@ -72,6 +75,8 @@ class Memory(NamedTuple):
         recent: float32 [places, kv_heads, window_size], see Rows; None: the layout has none.
         place: int32 or int64 [batch]; None: sequence i's is i.
         grants: None: every row has all cells that it will need.
+        near: [places, kv_heads, base, 2 * head_dim], the ring and reserved places, see CodedCells; None: they lie in cells.
+        codes: what slots are then, uint8 [slots, bytes of a slot].
     """
 
     slots: Tensor
@@ -83,6 +88,8 @@ class Memory(NamedTuple):
     recent: Tensor | None = None
     place: Tensor | None = None
     grants: Grants | None = None
+    near: Tensor | None = None
+    codes: Codes | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -90,13 +97,22 @@ class Memory(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        return self.slots.shape[1] // 2
+        return self.slots.shape[1] // 2 if self.codes is None else self.codes.head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values that lie there as they are."""
+        return self.slots.dtype if self.near is None else self.near.dtype
 
     @classmethod
     def of(cls, rows: Rows) -> "Memory":
         """This package's own."""
         heads = (rows.batch, rows.kv_heads)
         cells = rows.cells
+        near = codes = None
+        if isinstance(cells, CodedCells):
+            codes = cells.codes
+            near = cells.near[:-1].view(*heads, cells.base, 2 * rows.head_dim)
         return cls(
             slots=cells.slots,
             cells=cells.used,
@@ -105,6 +121,8 @@ class Memory(NamedTuple):
             sums=None if rows.sums is None else rows.sums.unflatten(0, heads),
             decisions=None if rows.decisions is None else rows.decisions.unflatten(0, heads),
             recent=None if rows.recent is None else rows.recent.unflatten(0, heads),
+            near=near,
+            codes=codes,
         )
 
 

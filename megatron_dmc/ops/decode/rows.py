@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode.ahead import Ahead, Pages
-from megatron_dmc.ops.decode.cells import Cells
+from megatron_dmc.ops.decode.cells import Cells, CodedCells
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.pooling import PoolState
 from megatron_dmc.ops.residual import ResidualState
@@ -35,7 +35,12 @@ class Rows:
         self.layout, self.batch, self.kv_heads, self.head_dim = layout, batch, kv_heads, head_dim
         rows = batch * kv_heads
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.cells = Cells(rows, head_dim, layout.page_size, like=like)
+        codes = layout.codes(head_dim)
+        self.cells = (
+            Cells(rows, head_dim, layout.page_size, like=like)
+            if codes is None
+            else CodedCells(rows, layout.base, codes, layout.page_size, like=like)
+        )
         self.kept = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.sums = self.decisions = self.recent = None
         if layout.has_sums:
@@ -67,6 +72,9 @@ class Rows:
     def look_ahead(self, tokens: Tensor, steps: int) -> None:
         """Finds what the next steps need, after ``tokens`` [batch]."""
         cells = self.cells
+        if self.layout.cache_dtype is not None:
+            self.ahead = Ahead(self.layout, cells, self.kept, tokens.repeat_interleave(self.kv_heads), steps)
+            return
         content = cells.first(cells.used + 1)
         row, number, cell = cells.named()
         ahead = Ahead(self.layout, cells, self.kept, tokens.repeat_interleave(self.kv_heads), steps)
@@ -87,17 +95,26 @@ class Rows:
             row, number: int64 [pages].
             kept: of all rows, [rows]; tokens: that were seen, [batch].
         """
+        index = number[:, None] * self.layout.page_size + torch.arange(self.layout.page_size, device=row.device)
+        return self.bias_at(row, index, kept, tokens)
+
+    def bias_at(self, row: Tensor, index: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:
+        """The same of places ``index``, int64 [n, m], of the lists of rows [n]."""
         layout = self.layout
-        index = number[:, None] * layout.page_size + torch.arange(layout.page_size, device=row.device)
         hidden = index >= self.lengths(kept, tokens)[row][:, None]
         if layout.recent:
             hidden |= (index >= layout.local_window) & (index < layout.base)
-        wide = torch.promote_types(self.cells.slots.dtype, torch.float32)
+        wide = torch.promote_types(self.cells.dtype, torch.float32)
         bias = torch.zeros_like(index, dtype=wide).masked_fill_(hidden, float("-inf"))
         if layout.absorbs:
             log_mass = self.residual_state.mass.flatten().log()[row]
             bias += log_mass[:, None].where(index == layout.local_window, 0)
         return bias
+
+    def held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., head_dim] as queries see them once they are kept."""
+        codes = self.layout.codes(self.head_dim)
+        return (key, value) if codes is None else codes.held(key, value)
 
     @property
     def count(self) -> Tensor:
@@ -120,7 +137,7 @@ class Rows:
 
     def pages(self, target: Tensor) -> Pages:
         """What a step's queries see after it has written to the slots ``target``, int64 [n]."""
-        assert self.ahead is not None
+        assert self.ahead is not None and self.ahead.pages is not None
         self.ahead.slot_bias.index_copy_(0, target, self.ahead.bias.flatten())
         return self.ahead.pages
 

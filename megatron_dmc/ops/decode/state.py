@@ -36,12 +36,13 @@ def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]
     """
     try:
         slots, tokens = state["cells"]["slots"], state["sequences"]["tokens"]
-        rows = Rows(layout, len(tokens), state["kv_heads"], state["head_dim"], like=slots)
+        like = state["cells"].get("near", slots)
+        rows = Rows(layout, len(tokens), state["kv_heads"], state["head_dim"], like=like)
         # A call of no tokens makes the tensors that are to be replaced.
         sequences = Sequences(layout)
-        angles = state["sequences"].get("angles", slots)
+        angles = state["sequences"].get("angles", like)
         sequences.start(
-            slots.new_empty(
+            like.new_empty(
                 len(tokens), 1, 1, state["head_dim"], dtype=angles.dtype if angles.is_floating_point() else None
             )
         )
@@ -49,8 +50,8 @@ def restored(layout: Layout, state: Mapping[str, Any]) -> tuple[Rows, Sequences]
             for key, x in tensors(holder).items():
                 new = state[name][key]
                 fits = new.dtype == x.dtype and new.ndim == x.ndim and new.layout == x.layout
-                # Only the cells' tensors grow.
-                fits = fits and (holder is rows.cells or new.shape == x.shape)
+                # Only the cells' tensors grow, but for what lies beside them.
+                fits = fits and ((holder is rows.cells and key != "near") or new.shape == x.shape)
                 if not fits or new.device != slots.device:
                     raise ValueError(f"{name}.{key} is {new.dtype} {list(new.shape)} on {new.device}")
                 # Whoever saved it goes on writing to its own, and so does another that is restored from the same state.
@@ -66,9 +67,10 @@ def _check(rows: Rows, sequences: Sequences) -> None:
     """Every index stays within what it points to, and every cell is one row's: a wrong one could read another sequence's
     memory, or memory that nobody has written."""
     cells, count = rows.cells, rows.batch * rows.kv_heads
-    width = cells.table.shape[1]
+    width, codes = cells.table.shape[1], rows.layout.codes(rows.head_dim)
+    slot = 2 * rows.head_dim if codes is None else codes.slot_bytes
     bounds = {
-        "slots": cells.slots.shape[1] == 2 * rows.head_dim and len(cells.slots) > cells.used * cells.page_size,
+        "slots": cells.slots.shape[1] == slot and len(cells.slots) > cells.used * cells.page_size,
         "tokens": _within(sequences.tokens, 2**62),
         "taken": len(cells.taken) == count and _within(cells.taken, width + 1),
         "table": len(cells.table) == count and _within(cells.table, max(cells.used, 1)),
@@ -79,7 +81,7 @@ def _check(rows: Rows, sequences: Sequences) -> None:
     assert sequences.tokens is not None
     left = (sequences.tokens - rows.layout.local_window).clamp(min=0).repeat_interleave(rows.kv_heads)
     fit = (rows.kept <= left) & ((rows.kept > 0) == (left > 0))
-    fit &= rows.lengths(rows.kept, sequences.tokens) <= cells.taken * cells.page_size
+    fit &= rows.lengths(rows.kept, sequences.tokens) <= cells.base + cells.taken * cells.page_size
     _refuse(
         {
             "table": torch.equal(cell.sort().values, torch.arange(cells.used, device=cell.device)),

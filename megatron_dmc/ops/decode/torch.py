@@ -23,6 +23,8 @@ def step(query: Tensor, new: Tokens, rows: Rows, call: Step, softmax_scale: floa
     target = take_in(new, rows, call)
     grouped = call.queries(query, rows.kv_heads)
     torch.bmm(query, call.query_rotation, out=grouped[:-1].view_as(query))
+    if rows.layout.cache_dtype is not None:
+        return attend_lists(grouped[:-1], rows, call, softmax_scale).view_as(query)
     return attend(grouped, rows.pages(target), softmax_scale, call.zeros(grouped[:-1])).view_as(query)
 
 
@@ -34,7 +36,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> Tensor:
     Returns:
         The slots that are written, int64 [n].
     """
-    layout, slots, d = rows.layout, rows.cells.slots, rows.head_dim
+    layout, d = rows.layout, rows.head_dim
     heads = (rows.batch, rows.kv_heads)
     one = call.one.expand(*heads, 1)
     if layout.local_window:
@@ -54,7 +56,7 @@ def take_in(new: Tokens, rows: Rows, call: Step) -> Tensor:
     # A token that is neither kept nor merged is written nowhere.
     target = ahead.slots.gather(1, column if layout.merges else column * ahead.moves).unflatten(0, heads)
     if layout.local_window:
-        entering = slots.index_select(0, target[..., 1].flatten()).unflatten(0, heads)
+        entering = rows.cells.read(target[..., 1])
         if rows.recent is not None:
             entering = torch.bmm(entering.to(weight.dtype), call.entrance[..., :-1])
         elif layout.merges:
@@ -100,7 +102,7 @@ def _mean_of_recent(
     recent = rows.recent.unflatten(0, appends.shape)
     recent.masked_fill_(appends[..., None], 0)
     recent.scatter_(-1, call.recent[..., None].expand(*appends.shape, 1), weight[..., None])
-    tokens = rows.cells.slots.index_select(0, ahead.reserved).view(*rows.recent.shape, -1)
+    tokens = rows.cells.read(ahead.reserved).view(*rows.recent.shape, -1)
     mean = torch.bmm(rows.recent[:, None], tokens.to(weight.dtype)).view_as(entering)
     # Where there is no open slot yet, it is the mean of nothing, which must be finite.
     total = torch.addmv(ahead.least, rows.recent, ahead.ones)
@@ -127,6 +129,25 @@ def attend(query: Tensor, pages: Pages, softmax_scale: float, zeros: Tensor) -> 
     weights = weights.view(-1, *scores.shape[1:]).index_select(0, pages.place)
     parts = _products(weights.mT.to(content.dtype), content[:-1, :, d:])
     return zeros.index_add(0, pages.owner[:-1], parts)
+
+
+def attend_lists(query: Tensor, rows: Rows, call: Step, softmax_scale: float) -> Tensor:
+    """The same where slots are codes: of all rows at once, as they are given back.
+
+    Args:
+        query: [rows, group, head_dim], rotated.
+
+    Returns:
+        [rows, group, head_dim], float32 or wider.
+    """
+    lists, d = rows.cells.dense(), rows.head_dim
+    row = torch.arange(len(query), device=query.device)
+    place = torch.arange(lists.shape[1], device=query.device).expand(len(query), -1)
+    bias = rows.bias_at(row, place, rows.count.flatten(), call.tokens)
+    # Where a row has no page lies another's, and 0 * NaN is NaN.
+    lists = lists.masked_fill_((bias == float("-inf"))[..., None], 0)
+    scores = torch.baddbmm(bias[:, None], query.to(lists.dtype), lists[..., :d].mT, alpha=softmax_scale)
+    return torch.bmm(scores.softmax(-1), lists[..., d:])
 
 
 def has_wide_products(device: torch.device) -> bool:

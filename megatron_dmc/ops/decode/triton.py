@@ -48,6 +48,8 @@ WRITTEN_BLOCK = 32
 def unsupported(layout: Layout, key: Tensor) -> str | None:
     """Why a step of such a layout, with such keys [..., head_dim], cannot be one of this form; None: it can."""
     head_dim = key.shape[-1]
+    if layout.cache_dtype is not None:
+        return f"cache_dtype is {layout.cache_dtype}"
     if not AVAILABLE:
         return "Triton is not installed"
     if key.dtype not in DTYPES:
