@@ -54,6 +54,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
         "--kv-cache-dtype cannot be 'bfloat16' for a model with DMC: slots are kept in the model's float32",
     ),
+    "cache-dtype-of-the-export": (
+        {"hf_overrides": {"cache_dtype": "int4"}},
+        "cache_dtype cannot be 'int4' for a model with DMC: vLLM's blocks hold the model's dtype",
+    ),
     "pooling": ({"runner": "pooling"}, "--runner cannot be 'pooling' for a model with DMC"),
     "embedding": ({"convert": "embed"}, "--runner cannot be 'pooling' for a model with DMC"),
 }
