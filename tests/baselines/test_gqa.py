@@ -17,7 +17,7 @@ from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.families import FAMILIES
 from megatron_dmc.data.tokenizer import train_tokenizer
 from megatron_dmc.evaluation.exported.report import is_report
-from megatron_dmc.experiments.real_model.summary import read_measured
+from megatron_dmc.experiments.real_model.summary import read_retrofit
 from tests.support.exports import dmc_model
 from tests.support.llamas import TOKENS, save_random_base
 from tests.support.toy import TEXT, recipe_values, write_recipe, write_text
@@ -172,5 +172,5 @@ def test_from_a_base_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert report["loss"] != base["loss"] and served["plain_tokens_per_second"] > 0
         assert is_report(report, base)
         # A summary of retrofits takes none.
-        with pytest.raises(ConfigError, match=rf"{name}\.json is damaged, or was not measured beside"):
-            read_measured(Path(f"{name}.json"), base)
+        with pytest.raises(ConfigError, match=rf"{name}\.json is damaged, or no retrofit's"):
+            read_retrofit(Path(f"{name}.json"), base)

@@ -457,7 +457,7 @@ def test_the_pages_commands_have_these_flags() -> None:
     """Of docs/evaluation.md: each names a task, or a text, and what it names is there."""
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     typed = re.findall(r"^    megatron-dmc evaluate (.*)$", page, re.MULTILINE)
-    assert len(typed) == 6
+    assert len(typed) == 8
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     for line in typed:

@@ -253,8 +253,11 @@ def test_from_a_folder_to_a_table(
         assert found["report"]["continued"][-1]["kl"] >= 0 and found["training_seconds"] > 0
         assert found["commands"][-1].startswith("megatron-dmc evaluate hf-")
         assert str(tmp_path) not in json.dumps(found["commands"])
-    # An export is only for its rows.
-    assert [path.name for path in (tmp_path / "run").glob("hf-*")] == ["hf-base"]
+    # An export is only for its rows, and one of DMC for the report.
+    assert {path.name for path in (tmp_path / "run").glob("hf-*")} == {"hf-base", "hf-dmc-cr4-seed1"}
+    assert (tmp_path / "run" / "report.html").exists() and "A text, token by token" in (
+        tmp_path / "run" / "report.html"
+    ).read_text(encoding="utf-8")
     # What is done is not done again, though the exports are gone; another recipe is not taken for this one.
     assert "$ megatron-dmc" not in compare("dmc")
     recipe = tmp_path / "run" / "recipes" / "dmc-cr4-seed1.yaml"

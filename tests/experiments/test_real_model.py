@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_dmc.cli import main
 from megatron_dmc.convert.identity import model_digest
 from megatron_dmc.data.tokenizer import train_tokenizer
+from megatron_dmc.experiments.compare import page as comparison
 from megatron_dmc.experiments.places import real_model_recipes
 from megatron_dmc.experiments.real_model import page
 from megatron_dmc.experiments.real_model import run as run_module
@@ -419,5 +420,6 @@ def test_the_page_is_that_of_the_committed_run() -> None:
     if results.exists():
         summary = json.loads(results.read_text(encoding="utf-8"))
         assert set(summary) == SUMMARY and not summary["options"]["smoke"]
-        assert written.read_text(encoding="utf-8") == page.page(summary, "")
+        section = comparison.section(ROOT / "examples")
+        assert written.read_text(encoding="utf-8") == page.page(summary, section)
         assert (ROOT / "docs" / "figures" / "results.png").exists()

@@ -21,7 +21,13 @@ PHASES = [
 NEURON = DMCConfig(decision_source="neuron", target_compression_ratio=4.0)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+# What differs from another recipe; tests/experiments/test_compare.py has the whole ones.
+CHANGES = {EXAMPLES / "compare" / "dms.yaml", EXAMPLES / "compare" / "gqa.yaml"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*EXAMPLES.rglob("*.yaml")} - CHANGES), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_examples_are_valid(path: Path) -> None:
     recipe = load_recipe(path, [] if "\nmodel:" in path.read_text() else [MODEL])
     assert recipe_from_dict(recipe.to_dict()) == recipe

@@ -76,10 +76,13 @@ class Comparison(StagedRun):
     def _do_all(self, stages: Sequence[Stage]) -> None:
         clock = Clock([stage for stage in stages if not self._is_done(stage)])
         for stage in stages:
+            is_new = not self._is_done(stage)
             self._do(stage, clock)
-            if stage.makes.startswith((EVALUATION, RULER)):
+            if is_new and stage.makes.startswith((EVALUATION, RULER)):
                 write_whole(self.folder / RESULTS, json.dumps(self.results(), indent=1) + "\n")
                 self._remove_exports()
+                # It shows fewer rows.
+                (self.folder / PAGE).unlink(missing_ok=True)
 
     def _remove_exports(self) -> None:
         """Those of trained rows that have all been measured, since each may be as large as the base; but for one of DMC, which
@@ -343,8 +346,6 @@ def compare(folder: Path, request: Request) -> None:
     comparison.run()
     results = comparison.results()
     page.show(results, Console(width=150))
-    # An earlier one shows fewer rows.
-    (comparison.folder / PAGE).unlink(missing_ok=True)
     comparison.make_page()
     root, whole = checkout(), Request(model="smollm2", seeds=request.seeds, ruler=request.ruler)
     if root is not None and request == whole:
