@@ -194,7 +194,7 @@ def _table(run: Run) -> str:
         f"<th{_side(column)} scope=col><button type=button>{escaped(column.title)}</button></th>" for column in used
     )
     body = "".join(f"<tr>{''.join(_cell(column, row) for column in used)}</tr>" for row in run.rows)
-    length = "" if run.bytes_tokens is None else f" CR and cache are those of a text of {run.bytes_tokens:,} tokens."
+    length = "" if run.bytes_tokens is None else f" The cache is that of a text of {run.bytes_tokens:,} tokens."
     return f"""<section id="numbers">
 <h2>All numbers</h2>
 <p>One row for each model that was measured; CR is the compression ratio, in tokens per slot of the cache.{length} A column's
