@@ -117,7 +117,7 @@ def test_a_damaged_comparison(tmp_path: Path, harm: Callable[[dict[str, Any]], A
     values = comparison()
     harm(values)
     fails(
-        f"comparison.json is damaged.*{said}.*; remove it, and run the comparison again",
+        f"comparison.json is damaged.*{said}.*; remove it, and run megatron-dmc compare again",
         read_run,
         write(tmp_path, values),
     )
@@ -125,7 +125,7 @@ def test_a_damaged_comparison(tmp_path: Path, harm: Callable[[dict[str, Any]], A
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", '{"rows": [{}]}'])
 def test_files_that_hold_something_else(tmp_path: Path, text: str) -> None:
-    fails(r"comparison.json is damaged.*run the comparison again", read_run, write(tmp_path / "a", text))
+    fails(r"comparison.json is damaged.*run megatron-dmc compare again", read_run, write(tmp_path / "a", text))
     fails(
         r"summary.json is (damaged|no summary).*run megatron-dmc quickstart again",
         read_run,

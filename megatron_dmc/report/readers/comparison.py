@@ -20,7 +20,7 @@ from megatron_dmc.report.readers.values import (
 from megatron_dmc.report.run import Measure, Row, Run
 
 FILE = "comparison.json"
-REMEDY = "remove it, and run the comparison again"
+REMEDY = "remove it, and run megatron-dmc compare again"
 
 
 def read(path: Path, values: dict[str, Any]) -> Run:
