@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only these of {', '.join(METHODS)} (default: all)",
     )
     parser.add_argument(
-        "--ratios", type=_ratios, metavar="R,R", help="compression ratios (default: 2,4,6,8, with --model 4,8)"
+        "--ratios",
+        type=_ratios,
+        metavar="R,R",
+        help="compression ratios (default: 2,4,6,8; with a model or a recipe 4,8)",
     )
     parser.add_argument("--seeds", type=_seeds, default=3, metavar="N", help="of each training (default: %(default)s)")
     parser.add_argument(
