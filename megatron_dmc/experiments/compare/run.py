@@ -268,11 +268,10 @@ class Comparison(StagedRun):
 
     def _commands(self, row: Row) -> list[str]:
         """That made a row, in the run's folder."""
-        words = [["retrofit", f"recipes/{each.name}.yaml"] for each in row.trainings]
-        if row.training is not None:
-            words.append(["convert-to-hf", f"checkpoints/{row.training.name}/{row.checkpoint}", row.export])
-        words.append(list(self._evaluation_stage(row).work))  # type: ignore[arg-type]
-        return [" ".join(["megatron-dmc", *each]) for each in words]
+        stages = [stage for each in row.trainings for stage in self._training_stages(each)]
+        stages += [] if row.training is None else self._export_stages(row)
+        works = [stage.work for stage in (*stages, self._evaluation_stage(row))]
+        return [" ".join(["megatron-dmc", *work]) for work in works if not callable(work)]
 
 
 def _ruler_report(name: str) -> str:
