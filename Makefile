@@ -62,7 +62,7 @@ help:
 	@echo "make real-model          SmolLM2-135M: fetch, retrofit, export, evaluate; SMOKE=1, DATA=..., TOKENS=to train on, MODEL=folder|.gguf"
 	@echo "make recipes             ways to the same ratio side by side, about two hours on two cores; writes docs/small_model.md; SMOKE=1"
 	@echo "                         MODEL=smollm2: operations and windows on a real model, about eight hours for three seeds"
-	@echo "make compare             DMC beside what could be taken instead, about an hour on two cores, four with MODEL=smollm2; SMOKE=1, DATA=..."
+	@echo "make compare             DMC beside what could be taken instead, hours on two cores: MODEL=smollm2, SMOKE=1, DATA=..."
 	@echo "make settings            write docs/settings.md, every setting of a recipe, from the sources"
 	@echo "make test                ruff, mypy, pytest (PYTEST_ARGS=...), parts of it on the oldest transformers and the newest megatron-core too;"
 	@echo "                         WORKERS=, as many as cores unless given, share the tests"

@@ -235,15 +235,15 @@ def _why_not(path: Path, *, is_folder: bool) -> str | None:
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes the whole file or none, also where the power fails; a file that is there keeps its mode."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # A new one: what somebody has put there, a link perhaps, is not written to.
-        with temporary.open("x", encoding="utf-8") as file:
+        with temporary.open("xb") as file:
             if path.exists():
                 os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

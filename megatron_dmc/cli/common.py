@@ -46,6 +46,14 @@ def logit(text: str) -> float:
         ) from None
 
 
+def whole_number(text: str, least: int, most: int) -> int:
+    """A number between these two."""
+    # Not int() first: it refuses thousands of digits.
+    if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text[:40]!r}")
+    return int(text)
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """``recipe`` and ``overrides``."""
     parser.add_argument("recipe", type=path, help="a YAML recipe, see examples/")

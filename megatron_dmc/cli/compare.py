@@ -4,14 +4,12 @@ import argparse
 import math
 from pathlib import Path
 
-from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
-from megatron_dmc.cli.common import model_name, output_folder, path
+from megatron_dmc.cli.common import model_name, output_folder, path, whole_number
 from megatron_dmc.config import ConfigError
+from megatron_dmc.experiments.compare.rows import METHODS
 
 HELP = "DMC beside what could be taken instead, on one model and one text: quality, bytes and speed at equal ratios"
 
-# As experiments/compare has them, which imports what trains.
-METHODS = ("calibrated", "dmc", "dms", "gqa", "dmc_int8", "dmc_fp8", "dmc_int4", QUANTIZED, *PRESSES)
 _MOST_SEEDS, _MOST_RATIO, _MOST_TEXTS = 100, 1000, 500
 
 
@@ -47,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_texts,
         default=0,
         metavar="N",
-        help="also so many texts of each task of dmc_ruler, of 1024 and 2048 tokens: some minutes for each text and row",
+        help="also so many texts of each task of dmc_ruler, of 1024 and 2048 tokens; slow on a CPU",
     )
     parser.add_argument("--smoke", action="store_true", help="toy size: two ratios, one seed, few steps")
     parser.add_argument(
@@ -60,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measures DMC beside grouped-query uptraining, DMS and methods that need no training: on one base and one text, with
     equally many tokens for everything that trains. Loss, KL, recall, bytes that the cache really holds, and speed, at each
-    ratio; what is trained, with several seeds. About an hour on two cores, with --model smollm2 about four. What is done is
-    not done again: run it again to go on."""
+    ratio; what is trained, with several seeds. It takes hours on two cores. What is done is not done again: run it again
+    to go on."""
     if options.recipe is not None and (options.model is not None or options.data is not None or options.smoke):
         raise ConfigError("RECIPE has its own model and data; leave --model, --data and --smoke out, or the recipe")
     from megatron_dmc.experiments.compare.run import Request, compare
@@ -105,14 +103,8 @@ def _ratios(text: str) -> tuple[float, ...]:
 
 
 def _seeds(text: str) -> int:
-    return _count(text, 1, _MOST_SEEDS)
+    return whole_number(text, 1, _MOST_SEEDS)
 
 
 def _texts(text: str) -> int:
-    return _count(text, 0, _MOST_TEXTS)
-
-
-def _count(text: str, least: int, most: int) -> int:
-    if not text.isdecimal() or len(text) > 4 or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text[:40]!r}")
-    return int(text)
+    return whole_number(text, 0, _MOST_TEXTS)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_dmc.cli.common import model_name, output_folder, path
+from megatron_dmc.cli.common import model_name, output_folder, path, whole_number
 from megatron_dmc.config import MOST, ConfigError
 
 HELP = "the whole job on a small model, or with --model on a real one"
@@ -11,9 +11,7 @@ HELP = "the whole job on a small model, or with --model on a real one"
 
 def count(text: str) -> int:
     """A number of tokens."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= MOST):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST}, got {text[:40]!r}")
-    return int(text)
+    return whole_number(text, 1, MOST)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

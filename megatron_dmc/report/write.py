@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,13 +133,7 @@ def _write_images(folder: Path, images: dict[str, bytes]) -> None:
     """Each whole or not at all; of an earlier report none is left."""
     folder.mkdir(exist_ok=True)
     for name, content in images.items():
-        temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(folder / name, content)
     for old in folder.iterdir():
         if _IMAGE.fullmatch(old.name) and old.name not in images:
             old.unlink()

@@ -1,6 +1,5 @@
 """The compressed cache with slots in codes: however the tokens are cut into calls, it is its oracle."""
 
-import copy
 import functools
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor
 from megatron_dmc.ops.decode import LayerCache, cpp, triton
 from megatron_dmc.ops.decode.codes import CACHE_DTYPES, CacheDtype
 from megatron_dmc.ops.decode.layout import Layout
-from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation, through_cache
+from tests.support.decoding import Kind, Stream, another, draw_stream, oracle, rotation, through_cache
 from tests.support.oracle import Shape
 
 KINDS: dict[str, Kind] = {
@@ -127,14 +126,7 @@ def test_a_cache_can_be_copied_saved_and_moved(kind, way, backend, tmp_path):
     settings = {"cache_dtype": "int4", "backend": backend}
     cache = LayerCache(*KINDS[kind], **settings)
     through_cache(stream.cut(0, 37), [30, 1, 1, 1, 4], cache)
-    if way == "deepcopy":
-        other = copy.deepcopy(cache)
-    elif way == "moved":
-        other = copy.deepcopy(cache).to("cpu")
-    else:
-        torch.save(cache.state_dict(), tmp_path / "cache.pt")
-        other = LayerCache(*KINDS[kind], **settings)
-        other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+    other = another(cache, way, LayerCache(*KINDS[kind], **settings), tmp_path)
     rest, cuts = stream.cut(37, 60), [1, 1, 11, 1, 9]
     # Neither has a part of the other.
     expected = through_cache(rest, cuts, cache)

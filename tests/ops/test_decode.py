@@ -19,7 +19,7 @@ from megatron_dmc.ops.decode.state import tensors
 from megatron_dmc.ops.decode.torch import has_wide_products
 from megatron_dmc.ops.states import attention_states
 from megatron_dmc.ops.tokens import Tokens as KeysAndValues
-from tests.support.decoding import KINDS, Kind, by_kind, oracle, rotation, through_cache
+from tests.support.decoding import KINDS, Kind, another, by_kind, oracle, rotation, through_cache
 from tests.support.decoding import Stream as Tokens
 from tests.support.oracle import Draw, Shape, draw_attention
 
@@ -397,14 +397,7 @@ def test_a_cache_can_be_copied_saved_and_moved(kind, way, tmp_path):
     tokens = make_tokens(Shape(2, 60, 4, 2, 8))
     cache = LayerCache(*kind)
     through_cache(tokens.cut(0, 37), [30, 1, 1, 1, 4], cache)
-    if way == "deepcopy":
-        other = copy.deepcopy(cache)
-    elif way == "moved":
-        other = copy.deepcopy(cache).to("cpu")
-    else:
-        torch.save(cache.state_dict(), tmp_path / "cache.pt")
-        other = LayerCache(*kind)
-        other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+    other = another(cache, way, LayerCache(*kind), tmp_path)
     rest, cuts = tokens.cut(37, 60), [1, 1, 11, 1, 9]
     expected = through_cache(tokens, [60], LayerCache(*kind))[:, 37:]
     # Neither has a part of the other.

@@ -1,6 +1,8 @@
 """Tokens for the compressed cache, and its oracle."""
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import pytest
@@ -107,3 +109,13 @@ def oracle(
             out[b, :, h], slots = naive.decode(*head, rotate_at, **kind._asdict(), cache_dtype=cache_dtype)
             counts[b, h] = len(slots) + min(seq, kind.local_window)
     return out.flatten(2, 3), counts
+
+
+def another(cache: LayerCache, way: str, empty: LayerCache, folder: Path) -> LayerCache:
+    """A cache that goes on from where this one is, by a way: deepcopy, moved, or saved, which fills ``empty``."""
+    if way != "saved":
+        other = copy.deepcopy(cache)
+        return other.to("cpu") if way == "moved" else other
+    torch.save(cache.state_dict(), folder / "cache.pt")
+    empty.load_state_dict(torch.load(folder / "cache.pt", weights_only=True))
+    return empty

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_dmc.experiments.compare.rows import LABELS
 from megatron_dmc.experiments.real_model.page import markdown_table
-from megatron_dmc.experiments.recipes.report import mean, replace_section
+from megatron_dmc.experiments.recipes.report import mean, replace_section, spread
 from megatron_dmc.files import write_whole
 
 BEGIN = "<!-- comparison:begin (written by megatron-dmc compare --model smollm2) -->"
@@ -94,12 +94,6 @@ def _speed(report: dict[str, Any]) -> float:
 def _of_all(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], form: str) -> str:
     found = [value(row) for row in rows]
     return "" if None in found else spread([each for each in found if each is not None], form)
-
-
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """The mean, and the range of several."""
-    between = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{mean(list(values)):{form}}{between}"
 
 
 def show(results: dict[str, Any], console: Console) -> None:

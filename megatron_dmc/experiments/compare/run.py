@@ -24,6 +24,7 @@ from megatron_dmc.experiments.small_run import read_object
 from megatron_dmc.experiments.stages import Clock, Stage, StagedRun, read_stages, remove
 from megatron_dmc.files import write_whole
 from megatron_dmc.recipe import load_recipe
+from megatron_dmc.report.readers.reports import MODEL
 from megatron_dmc.report.write import PAGE
 
 RESULTS = "comparison.json"
@@ -33,7 +34,7 @@ RULER = "ruler/"
 RULER_LENGTHS = (1024, 2048)
 # Of the training part, which an export's curve is measured on.
 _CURVE_TEXTS = 2
-_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_SIZES = MODEL[1:]  # without its name
 
 
 class Comparison(StagedRun):
@@ -54,7 +55,7 @@ class Comparison(StagedRun):
 
     def process(self, words: Sequence[str]) -> list[str]:
         command = super().process(words)
-        if self._presses is None or "--baseline" not in words:
+        if self._presses is None or not set(words) & set(PRESSES):
             return command
         before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
         return ["env", f"PYTHONPATH={os.pathsep.join([str(self._presses), *before])}", *command]

@@ -13,16 +13,14 @@ from megatron_dmc.evaluation.exported.report import is_report
 from megatron_dmc.experiments.real_model.retrofits import Retrofit
 from megatron_dmc.experiments.small_run import read_object
 from megatron_dmc.experiments.stages import read_stages
+from megatron_dmc.report.readers.reports import MODEL
 
 if TYPE_CHECKING:
     from megatron_dmc.experiments.real_model.run import Options
 
 # Its report's name.
 BASE = "base"
-_MODEL = (
-    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
-    "max_position_embeddings",
-)
+_MODEL = (*MODEL[1:], "max_position_embeddings")
 
 
 def summarize(

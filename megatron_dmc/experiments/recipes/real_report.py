@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.experiments.real_model.page import markdown_table
-from megatron_dmc.experiments.recipes.report import mean, replace_section
+from megatron_dmc.experiments.recipes.report import mean, replace_section, spread
 
 BEGIN = "<!-- real-model:begin (written by make recipes MODEL=smollm2) -->"
 END = "<!-- real-model:end -->"
@@ -29,15 +29,10 @@ def table(results: dict[str, Any]) -> str:
         copying = [[row["copying"][i]["loss"] for row in rows] for i in range(len(lengths))]
         recall = [row["recall_over_base"] for row in rows]
         cells = [operation, str(window), str(ratio), f"{mean([row['compression_ratio'] for row in rows]):.2f}"]
-        cells += [_spread([row["loss"] - base["loss"] for row in rows], "+.3f"), _spread([row["kl"] for row in rows])]
-        cells += [*map(_spread, copying), "" if None in recall else _spread(recall, ".0%"), str(len(rows))]
+        cells += [spread([row["loss"] - base["loss"] for row in rows], "+.3f"), spread([row["kl"] for row in rows])]
+        cells += [*map(spread, copying), "" if None in recall else spread(recall, ".0%"), str(len(rows))]
         lines.append(cells)
     return markdown_table(columns, lines)
-
-
-def _spread(values: list[float], form: str = ".3f") -> str:
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{spread}"
 
 
 def write(results: dict[str, Any], docs: Path) -> None:

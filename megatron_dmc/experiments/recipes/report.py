@@ -87,8 +87,14 @@ def same_but_seed(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str
     ]
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """The mean, and the range of several."""
+    between = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{between}"
 
 
 def draw(results: dict[str, Any]) -> Figure:

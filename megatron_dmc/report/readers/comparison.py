@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.report.curves import event_folders
-from megatron_dmc.report.readers.reports import MODEL, add_report, bytes_tokens, exports
-from megatron_dmc.report.readers.stages import read_stages
+from megatron_dmc.report.readers.reports import add_report, bytes_tokens, exports, facts_of
+from megatron_dmc.report.readers.stages import read_stages, trainings
 from megatron_dmc.report.readers.values import (
     an_object,
     count,
-    facts,
     number,
     objects,
     optional,
@@ -35,16 +34,11 @@ def read(path: Path, values: dict[str, Any]) -> Run:
             folder,
             "a comparison of methods on one model",
             rows=rows,
-            facts=[
-                *facts(an_object(values, "model"), *MODEL),
-                *facts(an_object(values, "text")),
-                *read_tokens,
-                *facts(an_object(values, "machine")),
-            ],
+            facts=facts_of(values, read_tokens),
             stages=stages,
             bytes_tokens=bytes_tokens(base),
             curves=event_folders(folder / "tensorboard"),
-            training=[stage.command for stage in stages if stage.command.startswith("megatron-dmc retrofit ")],
+            training=trainings(stages),
             models=exports(folder, [row.name for row in rows]),
             text=[folder / "data" / "text_valid", folder / "data" / "valid"],
         )

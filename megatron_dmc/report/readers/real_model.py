@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.report.curves import event_folders
-from megatron_dmc.report.readers.reports import MODEL, add_report, bytes_tokens, exports
-from megatron_dmc.report.readers.stages import read_stages
-from megatron_dmc.report.readers.values import an_object, facts, number, objects, optional, positive, taken_from, text
+from megatron_dmc.report.readers.reports import add_report, bytes_tokens, exports, facts_of
+from megatron_dmc.report.readers.stages import read_stages, trainings
+from megatron_dmc.report.readers.values import an_object, number, objects, optional, positive, taken_from, text
 from megatron_dmc.report.run import Row, Run, Stage
 
 REMEDY = "run megatron-dmc quickstart --model again, which writes it anew"
@@ -27,15 +27,11 @@ def read(path: Path, summary: dict[str, Any]) -> Run:
             folder,
             "a retrofit of a real model, and what it has kept",
             rows=rows,
-            facts=[
-                *facts(an_object(summary, "model"), *MODEL),
-                *facts(an_object(summary, "text")),
-                *facts(an_object(summary, "machine")),
-            ],
+            facts=facts_of(summary),
             stages=stages,
             bytes_tokens=bytes_tokens(base),
             curves=event_folders(folder / "tensorboard"),
-            training=[stage.command for stage in stages if stage.command.startswith("megatron-dmc retrofit ")],
+            training=trainings(stages),
             # The last one is the trained one with the highest ratio.
             models=exports(folder, [row.name for row in reversed(rows)]),
             text=[folder / "data" / "text_valid"],

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.report.readers.values import count, heads, number, objects, optional, positive
+from megatron_dmc.report.readers.values import an_object, count, facts, heads, number, objects, optional, positive
 from megatron_dmc.report.run import Measure, Row, Served
 
 # Sizes of a model, as a summary has them.
@@ -37,6 +37,12 @@ def bytes_tokens(base: dict[str, Any]) -> int | None:
     """Tokens of the text that :func:`add_report` takes ratio and bytes of."""
     served = objects(base, "serving")
     return count(served[0], "tokens") if served else None
+
+
+def facts_of(values: dict[str, Any], between: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """Of a summary's model, text and machine; ``between`` stand before those of the machine."""
+    model, text, machine = (an_object(values, name) for name in ("model", "text", "machine"))
+    return [*facts(model, *MODEL), *facts(text), *between, *facts(machine)]
 
 
 def _served(row: dict[str, Any]) -> Served:

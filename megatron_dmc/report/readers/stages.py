@@ -1,9 +1,15 @@
 """The stages of a run, as its summary tells them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_dmc.report.readers.values import number, objects, text
 from megatron_dmc.report.run import Stage
+
+
+def trainings(stages: Sequence[Stage]) -> list[str]:
+    """Commands of the stages that train."""
+    return [stage.command for stage in stages if stage.command.startswith("megatron-dmc retrofit ")]
 
 
 def read_stages(values: dict[str, Any]) -> list[Stage]:
