@@ -82,7 +82,12 @@ def test_what_comes_first_and_what_one_training_serves() -> None:
     dms = [row for row in rows if row.method == "dms" and row.seed == 2]
     assert {row.training.name for row in dms if row.training} == {"dms-seed2"}
     assert [(row.checkpoint, row.tokens) for row in dms] == [
-        (f"cr_{ratio}" if ratio < 8 else "final", round(made.tokens * (ratio - 1) / 7)) for ratio in (2, 3, 4, 6, 8)
+        (f"cr_{ratio}" if ratio < 8 else "final", round(made.tokens * (ratio - 1) / 7)) for ratio in (4, 8, 2, 3, 6)
+    ]
+    first = [row.name for row in rows if row.seed == 1]
+    assert first[:6] == [f"{method}-cr{ratio}-seed1" for ratio in (4, 8) for method in ("calibrated", "dmc")] + [
+        "dms-cr4-seed1",
+        "dms-cr8-seed1",
     ]
 
 

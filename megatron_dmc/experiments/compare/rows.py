@@ -93,7 +93,8 @@ class Wanted:
     ruler: int = 0
 
     def rows(self, trainings: Trainings, groups: dict[float, int]) -> list[Row]:
-        """What is not trained comes first, then a seed after the other: a run that is ended early has something of each.
+        """What is not trained comes first, then a seed after the other, and of each first the methods at the ratios that
+        were asked for: a run that is ended early has something of each.
 
         Args:
             groups: {ratio: KV heads} that the base's can be averaged into.
@@ -107,15 +108,20 @@ class Wanted:
         if QUANTIZED in self.methods:
             found += [Row(QUANTIZED, 16 / bits, flags=("--baseline", QUANTIZED, "--bits", str(bits))) for bits in BITS]
         for seed in self.seeds:
-            found += self._decided(trainings, seed)
+            trained = list(self._decided(trainings, seed))
             if "dms" in self.methods:
-                found += self._sparsified(trainings, seed)
+                trained += self._sparsified(trainings, seed)
             if "gqa" in self.methods:
-                found += [
+                trained += [
                     Row("gqa", ratio, seed, trainings.grouped(f"gqa-{heads}", heads, seed))
                     for ratio, heads in groups.items()
                 ]
+            found += sorted(trained, key=self._comes_later)
         return found
+
+    def _comes_later(self, row: Row) -> bool:
+        """Whether it only says more of a model that another row is of."""
+        return row.method in CODED or (row.method != "gqa" and row.ratio not in self.ratios)
 
     def _decided(self, trainings: Trainings, seed: int) -> Iterator[Row]:
         for ratio in self.ratios:

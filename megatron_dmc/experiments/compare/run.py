@@ -123,8 +123,11 @@ class Comparison(StagedRun):
                     stages += self._training_stages(training)
                     made.add(training.name)
             if row.training is not None and row.export not in made:
-                stages += self._export_stages(row)
+                stages.append(self._export_stage(row))
                 made.add(row.export)
+            if row.method == AT_THRESHOLD and f"ratios: {row.export}" not in made:
+                stages.append(self._ratios_stage(row))
+                made.add(f"ratios: {row.export}")
             stages.append(self._evaluation_stage(row))
             if self._reads_ruler(row):
                 stages.append(self._ruler_stage(row.name, row.export, row.flags))
@@ -152,13 +155,15 @@ class Comparison(StagedRun):
             Stage(f"convert: {name}", checkpoint, ["convert-from-hf", grouped, checkpoint], 30, serves=serves),
         ]
 
-    def _export_stages(self, row: Row) -> list[Stage]:
+    def _export_stage(self, row: Row) -> Stage:
         assert row.training is not None
-        served = [each for each in self.rows if each.export == row.export]
-        serves = tuple(path for each in served for path in self._reports(each))
-        export = export_of(f"checkpoints/{row.training.name}/{row.checkpoint}", row.export, row.export, serves)
-        if not any(each.method == AT_THRESHOLD for each in served):
-            return [export]
+        serves = tuple(path for each in self.rows if each.export == row.export for path in self._reports(each))
+        return export_of(f"checkpoints/{row.training.name}/{row.checkpoint}", row.export, row.export, serves)
+
+    def _ratios_stage(self, row: Row) -> Stage:
+        """Finds an export's thresholds, for all rows that ask it for another ratio."""
+        asking = [each for each in self.rows if each.export == row.export and each.method == AT_THRESHOLD]
+        serves = tuple(path for each in asking for path in self._reports(each))
         length = self.ground.recipe["data"]["sequence_length"]
         words = [
             "ratios",
@@ -175,7 +180,7 @@ class Comparison(StagedRun):
         def is_measured() -> bool:
             return config.exists() and read_object(config).get("compression_curve") is not None
 
-        return [export, Stage(f"ratios: {row.export}", row.export, words, 240, serves=serves, is_done=is_measured)]
+        return Stage(f"ratios: {row.export}", row.export, words, 240, serves=serves, is_done=is_measured)
 
     def _evaluation_stage(self, row: Row) -> Stage:
         report = self._report(row)
@@ -270,7 +275,8 @@ class Comparison(StagedRun):
     def _commands(self, row: Row) -> list[str]:
         """That made a row, in the run's folder."""
         stages = [stage for each in row.trainings for stage in self._training_stages(each)]
-        stages += [] if row.training is None else self._export_stages(row)
+        stages += [] if row.training is None else [self._export_stage(row)]
+        stages += [self._ratios_stage(row)] if row.method == AT_THRESHOLD else []
         works = [stage.work for stage in (*stages, self._evaluation_stage(row))]
         return [" ".join(["megatron-dmc", *work]) for work in works if not callable(work)]
 
