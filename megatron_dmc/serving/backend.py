@@ -93,7 +93,7 @@ class DMCMetadataBuilder(AttentionMetadataBuilder[DMCMetadata]):
             self._init_reorder_batch_threshold(1)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             requests, window = vllm_config.scheduler_config.max_num_seqs, kv_cache_spec.local_window
-            self.buffers = DecodingBuffers(requests, window, layer.rotary.cos_sin_cache, kv_cache_spec.dtype)
+            self.buffers = DecodingBuffers(requests, window, layer.rotary.cos_sin_cache, layer.header.dtype)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

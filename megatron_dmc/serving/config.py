@@ -7,10 +7,14 @@ import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from megatron_dmc.hf.adapter import ADAPTER_FILE, lacks_its_base
+from megatron_dmc.ops.decode.codes import CACHE_DTYPES, check_cache_dtype
 from megatron_dmc.serving import kernels
 from megatron_dmc.serving.header import Header
 from megatron_dmc.serving.plugin import logger
 from megatron_dmc.serving.ratios import Thresholds
+
+# What vLLM calls float8_e4m3fn.
+_FP8 = ("fp8", "fp8_e4m3")
 
 
 class Refused(NamedTuple):
@@ -40,6 +44,8 @@ class DMCSettings(VerifyAndUpdateConfig):
         from vllm.platforms import current_platform
 
         _refuse(_of_the_engine(vllm_config))
+        _choose_cache_dtype(vllm_config.model_config, vllm_config.cache_config)
+        _refuse(_of_the_blocks(vllm_config.model_config, vllm_config.cache_config))
         Thresholds.of(vllm_config.model_config.hf_config, vllm_config.additional_config)
         if not current_platform.is_cpu():
             logger.warning(
@@ -67,18 +73,27 @@ class DMCSettings(VerifyAndUpdateConfig):
         )
 
 
+def _own_dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _choose_cache_dtype(model: Any, cache: Any) -> None:
+    """What --kv-cache-dtype says goes before the export's own; vLLM itself must not take part in it."""
+    if cache.cache_dtype in _FP8:
+        model.hf_config.cache_dtype = "fp8"
+    elif cache.cache_dtype == _own_dtype(model):
+        model.hf_config.cache_dtype = None
+    cache.cache_dtype = "auto"
+
+
 def default_block_size(model: Any) -> int:
     """The smallest in whose blocks a header fits, since kernels ask for that; else the largest. model: vLLM's ModelConfig."""
     fitting = (size for size in kernels.BLOCK_SIZES if _header_blocks(model, size) == 1)
     return next(fitting, kernels.BLOCK_SIZES[-1])
 
 
-def _header(model: Any, block_size: int) -> Header:
-    return Header.of(model.hf_config.dmc, model.get_head_size(), model.max_model_len, block_size)
-
-
 def _header_blocks(model: Any, block_size: int) -> int:
-    return _header(model, block_size).blocks(model.dtype.itemsize)
+    return Header.of_model(model, block_size).blocks
 
 
 def _refuse(found: Iterator[Refused]) -> None:
@@ -93,9 +108,11 @@ def _of_the_model(model: Any) -> Iterator[Refused]:
             model.model,
             f"{ADAPTER_FILE} holds the decisions only; load it with base= and save_pretrained both",
         )
-    if (cache_dtype := getattr(model.hf_config, "cache_dtype", None)) is not None:
-        remedy = "vLLM's blocks hold the model's dtype; add --hf-overrides '{\"cache_dtype\": null}'"
-        yield Refused("cache_dtype", cache_dtype, remedy)
+    try:
+        check_cache_dtype("cache_dtype", model.hf_config.cache_dtype)
+    except ValueError:
+        remedy = f"it is {', '.join(CACHE_DTYPES)}, or null for the model's own dtype"
+        yield Refused("cache_dtype", model.hf_config.cache_dtype, remedy)
     if model.runner_type != "generate":
         yield Refused(
             "--runner", model.runner_type, "it was retrofitted to generate text; leave --runner and --convert out"
@@ -148,19 +165,24 @@ def _of_the_engine(config: Any) -> Iterator[Refused]:
     kv_heads, ranks = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
     if kv_heads % ranks:
         yield Refused("--tensor-parallel-size", ranks, f"it must divide the model's {kv_heads} KV heads")
-    own = str(model.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", own):
-        yield Refused("--kv-cache-dtype", cache.cache_dtype, f"slots are kept in the model's {own}; leave it out")
-    yield from _of_the_blocks(model, cache)
+    own = _own_dtype(model)
+    if cache.cache_dtype not in ("auto", own, *_FP8):
+        remedy = f'it is fp8, or the model\'s {own}; for int8 and int4 use --hf-overrides \'{{"cache_dtype": "int4"}}\''
+        yield Refused("--kv-cache-dtype", cache.cache_dtype, remedy)
 
 
 def _of_the_blocks(model: Any, cache: Any) -> Iterator[Refused]:
-    """Only where kernels would be left out for a block's size."""
+    """Where nothing fits into a block, or where kernels would be left out for its size."""
     from vllm.platforms import current_platform
 
-    size, least = cache.block_size, default_block_size(model)
-    device = current_platform.device_type
-    if device not in kernels.NEEDED or kernels.of(_header(model, least), model.dtype, device) is None:
+    size, device = cache.block_size, current_platform.device_type
+    if cache.user_specified_block_size:
+        try:
+            _header_blocks(model, size)
+        except ValueError as error:
+            yield Refused("--block-size", size, f"{error}; leave it out")
+    least = default_block_size(model)
+    if device not in kernels.NEEDED or kernels.of(Header.of_model(model, least), device) is None:
         return
     if _header_blocks(model, least) > 1:
         yield Refused(

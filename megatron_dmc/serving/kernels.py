@@ -40,18 +40,13 @@ NEEDED = {"cuda"}
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
-def of(header: Header, dtype: torch.dtype, device: str) -> Kernels | None:
-    """Those that can decode models of such headers, if a header is one block.
-
-    Args:
-        dtype: of the cache.
-        device: its type.
-    """
+def of(header: Header, device: str) -> Kernels | None:
+    """Those that can decode models of such headers, if a header is one block; device: its type."""
     kernels = OF_DEVICES.get(device)
-    key = torch.empty(0, header.head_dim, dtype=dtype, device="cpu" if device == "cpu" else "meta")
+    key = torch.empty(0, header.head_dim, dtype=header.dtype, device="cpu" if device == "cpu" else "meta")
     return kernels if kernels and kernels.unsupported(header.layout, key) is None else None
 
 
-def serve(header: Header, dtype: torch.dtype, device: str) -> bool:
+def serve(header: Header, device: str) -> bool:
     """Whether kernels decode: they find the state of a (layer, KV head) in one cell."""
-    return of(header, dtype, device) is not None and header.blocks(dtype.itemsize) == 1
+    return of(header, device) is not None and header.blocks == 1

@@ -26,13 +26,13 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
         cache: the worker's; None until vLLM has allocated it, while it measures memory.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, rotary: Any, dmc: dict[str, Any], prefix: str):
+    def __init__(self, kv_heads: int, rotary: Any, prefix: str):
         super().__init__()
         config = get_current_vllm_config()
         self.layer_name = prefix
         self.rotary = rotary
-        self.header = Header.of(dmc, head_dim, config.model_config.max_model_len, config.cache_config.block_size)
-        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, config.model_config.dtype
+        self.header = Header.of_model(config.model_config, config.cache_config.block_size)
+        self.kv_heads = kv_heads
         self.impl = DMCImpl()
         self.cache: WorkerCache | None = None
         # vLLM binds its view of this layer's part here; the cache has one view of all layers.
@@ -46,14 +46,16 @@ class CompressedAttention(nn.Module, AttentionLayerBase):
         return DMCSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.kv_heads,
-            head_size=self.head_dim,
-            dtype=self.dtype,
-            header_blocks=self.header.blocks(self.dtype.itemsize),
+            # As vLLM counts: half of a slot is its key. Codes are bytes.
+            head_size=self.header.slot_bytes // 2 // self.header.stored_as.itemsize,
+            dtype=self.header.stored_as,
+            header_blocks=self.header.blocks,
             reserved_slots=self.header.reserved_slots,
+            near_pages=self.header.near_cells,
             local_window=self.header.layout.local_window,
             most_tokens_at_once=vllm_config.scheduler_config.max_num_batched_tokens,
             longest=self.header.longest,
-            by_kernels=kernels.serve(self.header, self.dtype, current_platform.device_type),
+            by_kernels=kernels.serve(self.header, current_platform.device_type),
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, decision_logits: Tensor, omega: Tensor) -> Tensor:

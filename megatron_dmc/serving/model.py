@@ -58,7 +58,7 @@ class DMCAttention(nn.Module):
         rotary = get_rope(
             self.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
-        self.attn = CompressedAttention(kv_heads // ranks, self.head_dim, rotary, self.dmc, f"{prefix}.attn")
+        self.attn = CompressedAttention(kv_heads // ranks, rotary, f"{prefix}.attn")
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], normed, of several requests -> the same. The cache counts positions itself."""

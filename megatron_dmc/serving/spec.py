@@ -94,9 +94,9 @@ class DMCManager(SingleTypeKVCacheManager):
     def _needed(self, use: Use, num_tokens: int) -> int:
         """Blocks for ``num_tokens`` in all: n more of them open at most ceil(n / block_size) pages per head, however full its
         last page is."""
-        # They come with the first token that leaves the ring.
-        begins = cdiv(self.spec.reserved_slots, self.block_size) if use.tokens <= self.spec.local_window else 0
-        return use.blocks + begins + cdiv(max(num_tokens - use.tokens, 0), self.block_size)
+        return (
+            use.blocks + self.spec.pages_to_begin(use.tokens) + cdiv(max(num_tokens - use.tokens, 0), self.block_size)
+        )
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
@@ -233,6 +233,7 @@ class DMCSpec(FullAttentionSpec):
     Attributes:
         header_blocks: a request's first blocks, which hold its state.
         reserved_slots: slots of every head's list that are no token's, taken with the first token that leaves the ring.
+        near_pages: pages of every head's list that come with the first token and hold its ring, beside those of kept slots.
         local_window: tokens in the ring.
         most_tokens_at_once: that a step may bring.
         longest: max_model_len.
@@ -241,6 +242,7 @@ class DMCSpec(FullAttentionSpec):
 
     header_blocks: int = 1
     reserved_slots: int = 0
+    near_pages: int = 0
     local_window: int = 0
     most_tokens_at_once: int = 0
     longest: int = 0
@@ -259,19 +261,19 @@ class DMCSpec(FullAttentionSpec):
     def prefix_cacheable(self) -> bool:
         return False
 
+    def pages_to_begin(self, tokens: int) -> int:
+        """Pages of every head's list that are no token's, and still to come once there were so many."""
+        begins = cdiv(self.reserved_slots, self.block_size) if tokens <= self.local_window else 0
+        return int(begins + (self.near_pages if tokens == 0 else 0))
+
     def blocks_of_a_request(self, ratio: float) -> int:
         """What a request of max_model_len tokens holds; one block is there for the next token."""
-        return (
-            self.header_blocks
-            + cdiv(self.reserved_slots, self.block_size)
-            + 1
-            + int(cdiv(self.longest / ratio, self.block_size))
-        )
+        return self.header_blocks + self.pages_to_begin(0) + 1 + int(cdiv(self.longest / ratio, self.block_size))
 
     @property
     def most_blocks(self) -> int:
         """That a request is granted at most: its pages, those that tokens in flight may round up to, and the next token's."""
-        return int(cdiv(self.longest + self.reserved_slots, self.block_size)) + 3
+        return self.near_pages + int(cdiv(self.longest + self.reserved_slots, self.block_size)) + 3
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one sequence that never merges: it must fit, or alone in the pool it would be preempted for ever."""

@@ -85,6 +85,7 @@ class Group:
                 self._call = Step(
                     layout, self.seen, rotation_at(self.seen, angles, dtype), rotation_at(leaving, angles, dtype)
                 )
+                self._call.tokens = self.seen + 1
             else:
                 self._call = Chunk(layout, self.seen, None, self.chunk)
                 positions = (self.seen - self._call.held)[:, None] + self._call.column
@@ -122,7 +123,8 @@ class WorkerCache:
     """All blocks of this worker as cells [block, layer, head] of [slot, key | value], any of which any head may take.
 
     Args:
-        kv_caches: by layer, [block, head, slot, 2 * head_dim] as vLLM bound them, of one allocation in layout BLHNC.
+        kv_caches: by layer, [block, head, slot, 2 * head_dim] as vLLM bound them, of one allocation in layout BLHNC; where
+            kept slots are codes, uint8 [block, head, slot, bytes of a slot].
         header: of every layer.
         spec: of every layer.
         requests: at once.
@@ -145,7 +147,7 @@ class WorkerCache:
         self.rows = len(views) * self.heads
         self.blocks = self.words.view(blocks, self.rows, -1)
         self.granted = GrantedBlocks(requests, spec.most_blocks, blocks, self.rows, pool.device)
-        self.kernels = kernels.of(header, spec.dtype, pool.device.type) if spec.by_kernels else None
+        self.kernels = kernels.of(header, pool.device.type) if spec.by_kernels else None
         self.memories = {name: self._memory(name) for name in self.index} if self.kernels else {}
         # Above which a request's tokens merge, by its first block: at an address that a captured graph may keep.
         self.thresholds = torch.zeros(blocks, device=pool.device)
@@ -165,6 +167,8 @@ class WorkerCache:
             decisions=reals[..., header.decisions] if header.layout.local_window else None,
             recent=reals[..., header.recent] if header.layout.recent else None,
             grants=self.granted.lists,
+            codes=header.layout.codes(header.head_dim),
+            near_cells=header.near,
         )
 
     def begin_step(

@@ -11,14 +11,14 @@ BLOCKS, BLOCK_SIZE, HEADERS, ROWS, CHUNK = 40, 8, 2, 6, 32
 class Worker:
     """Does what a worker may do: n tokens fill at most n slots of each row, a page is taken when the one before is full."""
 
-    def __init__(self, chance: random.Random):
-        self.chance = chance
+    def __init__(self, chance: random.Random, near_pages: int):
+        self.chance, self.near_pages = chance, near_pages
         self.granted: dict[int, list[int]] = {}
         self.slots: dict[int, list[int]] = {}
         self.owner: dict[int, int] = {}
 
     def blocks(self, first: int) -> int:
-        return -(-sum(-(-count // BLOCK_SIZE) for count in self.slots[first]) // ROWS)
+        return -(-sum(self.near_pages + -(-count // BLOCK_SIZE) for count in self.slots[first]) // ROWS)
 
     def step(self, changes: dict[int, Any], tokens: dict[int, int]) -> dict[int, Any]:
         from megatron_dmc.serving.spec import Report
@@ -27,7 +27,7 @@ class Worker:
         for first, (kept, new) in changes.items():
             if kept == 0:
                 self.slots[first] = [0] * ROWS
-            own = self.granted.get(first, [])[: self.blocks(first)]
+            own = self.granted[first][: self.blocks(first)] if kept else []
             assert all(self.owner[block] == first for block in own), "another request has written to a block"
             self.granted[first] = self.granted.get(first, [])[:kept] + new
             assert self.granted[first][: len(own)] == own, "a block with slots was taken away"
@@ -42,8 +42,8 @@ class Worker:
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("most_late", [1, 2, 3])
-def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
+@pytest.mark.parametrize(("most_late", "near_pages"), [(1, 0), (2, 0), (3, 0), (3, 2)])
+def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int, near_pages: int) -> None:
     import torch
     from vllm.v1.core.block_pool import BlockPool
 
@@ -59,11 +59,12 @@ def test_blocks_are_neither_lost_nor_shared(seed: int, most_late: int) -> None:
         header_blocks=HEADERS,
         most_tokens_at_once=CHUNK,
         longest=100,
+        near_pages=near_pages,
     )
     pool = BlockPool(BLOCKS, enable_caching=False, hash_block_size=BLOCK_SIZE)
     manager = DMCManager(spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=BLOCK_SIZE)
     granted = GrantedBlocks(6, spec.most_blocks, BLOCKS, ROWS, torch.device("cpu"))
-    worker, at_first = Worker(chance), pool.get_num_free_blocks()
+    worker, at_first = Worker(chance, near_pages), pool.get_num_free_blocks()
     seen: dict[str, int] = {}
     late: list[tuple[int, dict[int, Any]]] = []
     scheduled = freed = 0

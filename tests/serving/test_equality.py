@@ -48,6 +48,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "window-size-12": ("llama", {"window_size": 12}, {}),
     "window-4-window-size-3": ("llama", {"local_window": 4, "window_size": 3}, {}),
     "window-size-longer-than-requests": ("llama", {"local_window": 4, "window_size": 4000}, {}),
+    "fp8": ("llama", {"local_window": 4}, {"cache_dtype": "fp8"}),
+    "fp8-absorb-window-16": (
+        "qwen3",
+        {"operation": "absorb", "local_window": 16, "decision_source": "neuron"},
+        {"cache_dtype": "fp8"},
+    ),
+    "int8-evict": ("llama", {"operation": "evict", "local_window": 4}, {"cache_dtype": "int8"}),
+    "int4-window-0": ("llama", {}, {"cache_dtype": "int4"}),
     "mistral": ("mistral", {"local_window": 4}, {"head_dim": 32}),
     "qwen2": ("qwen2", {"local_window": 4}, {"head_dim": 32}),
     "qwen2-neuron": ("qwen2", {"decision_source": "neuron"}, {"tie_word_embeddings": True}),
@@ -66,7 +74,9 @@ def test_greedy_outputs_are_the_exports_own(export: Callable[..., Served], case:
         assert running.is_as_at_first()
 
 
-@pytest.mark.parametrize("case", ["window-0", "window-16", "absorb", "evict", "window-4-window-size-3", "qwen2-neuron"])
+@pytest.mark.parametrize(
+    "case", ["window-0", "window-16", "absorb", "evict", "fp8", "window-4-window-size-3", "qwen2-neuron"]
+)
 def test_without_kernels(export: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Where there is no compiler, or they cannot serve a model."""
     from megatron_dmc.serving import kernels
@@ -90,6 +100,7 @@ def test_without_kernels(export: Callable[..., Served], monkeypatch: pytest.Monk
         (1, 48, "window-4"),
         (8, 11, "absorb"),
         (1, 20, "window-4-window-size-3"),
+        (8, 11, "fp8-absorb-window-16"),
     ],
     ids=lambda value: str(value),
 )

@@ -32,7 +32,7 @@ class Layer:
         from megatron_dmc.serving.worker_cache import WorkerCache
 
         settings = {"local_window": 4, "operation": operation, "window_size": None, "decision_source": "projection"}
-        header = Header.of(settings, WIDTH, 200, PAGE)
+        header = Header.of(settings, WIDTH, 200, PAGE, dtype=torch.bfloat16)
         self.rotary = None  # the kernels' path does not ask for it
         self.spec = DMCSpec(
             block_size=PAGE,

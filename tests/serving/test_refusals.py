@@ -49,14 +49,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tensor_parallel_size": 4},
         "--tensor-parallel-size cannot be 4 for a model with DMC: it must divide the model's 2 KV heads",
     ),
-    "fp8-cache": ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype cannot be 'fp8' for a model with DMC"),
+    "fp8-of-another-form": (
+        {"kv_cache_dtype": "fp8_e5m2"},
+        "--kv-cache-dtype cannot be 'fp8_e5m2' for a model with DMC",
+    ),
     "other-cache": (
         {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
-        "--kv-cache-dtype cannot be 'bfloat16' for a model with DMC: slots are kept in the model's float32",
+        "--kv-cache-dtype cannot be 'bfloat16' for a model with DMC: it is fp8, or the model's float32; for int8 and int4",
     ),
-    "cache-dtype-of-the-export": (
-        {"hf_overrides": {"cache_dtype": "int4"}},
-        "cache_dtype cannot be 'int4' for a model with DMC: vLLM's blocks hold the model's dtype",
+    "cache-dtype": (
+        {"hf_overrides": {"cache_dtype": "int3"}},
+        "cache_dtype cannot be 'int3' for a model with DMC: it is int8, fp8, int4, or null for the model's own dtype",
+    ),
+    "pages-too-small-for-a-ring": (
+        {"kv_cache_dtype": "fp8", "dtype": "float32", "block_size": 2},
+        "--block-size cannot be 2 for a model with DMC: pages of 2 slots in fp8 are too small for one in torch.float32;",
     ),
     "pooling": ({"runner": "pooling"}, "--runner cannot be 'pooling' for a model with DMC"),
     "embedding": ({"convert": "embed"}, "--runner cannot be 'pooling' for a model with DMC"),
@@ -76,6 +83,15 @@ def test_what_is_served_is_not_refused(folder: Path) -> None:
     assert config.kv_transfer_config.kv_connector == "DMCConnector"
     assert config.cache_config.block_size == 16
     assert config_of(folder, block_size=32).cache_config.block_size == 32
+
+
+def test_the_command_line_chooses_how_slots_are_stored(folder: Path, tmp_path: Path) -> None:
+    copied(folder, tmp_path, cache_dtype="int4")
+    for option, stored in (("fp8", "fp8"), ("fp8_e4m3", "fp8"), ("bfloat16", None), ("auto", "int4")):
+        config = config_of(tmp_path, dtype="bfloat16", kv_cache_dtype=option)
+        assert config.model_config.hf_config.cache_dtype == stored
+        # vLLM itself takes no part in it.
+        assert config.cache_config.cache_dtype == "auto"
 
 
 @dataclass(frozen=True)

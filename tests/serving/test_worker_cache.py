@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.decode.codes import CACHE_DTYPES, CacheDtype
+from tests.ops.test_coded_cache import assert_close
 from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation
 from tests.support.oracle import Shape
 
@@ -36,28 +38,30 @@ def make_cache_of(form: str, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> Any
     return cache
 
 
-def make_cache(kind: Kind, dtype: torch.dtype) -> Any:
+def make_cache(kind: Kind, dtype: torch.dtype, cache_dtype: CacheDtype | None = None) -> Any:
     """Whatever somebody may have left lies in its blocks: numbers that look right, and NaN. vLLM's null block is zero."""
     from megatron_dmc.serving.header import Header
     from megatron_dmc.serving.spec import DMCSpec
     from megatron_dmc.serving.worker_cache import WorkerCache
 
-    header = Header.of({**kind._asdict(), "decision_source": "projection"}, WIDTH, LONGEST, PAGE)
-    assert header.blocks(dtype.itemsize) == 1
+    settings = {**kind._asdict(), "decision_source": "projection"}
+    header = Header.of(settings, WIDTH, LONGEST, PAGE, dtype=dtype, cache_dtype=cache_dtype)
+    assert header.blocks == 1
     spec = DMCSpec(
         block_size=PAGE,
         num_kv_heads=KV_HEADS,
-        head_size=WIDTH,
-        dtype=dtype,
+        head_size=header.slot_bytes // 2 // header.stored_as.itemsize,
+        dtype=header.stored_as,
         reserved_slots=header.reserved_slots,
+        near_pages=header.near_cells,
         local_window=kind.local_window,
         longest=LONGEST,
         by_kernels=True,
     )
-    words = torch.randint(-3, 40, (BLOCKS, KV_HEADS * PAGE * 2 * WIDTH * dtype.itemsize // 4), dtype=torch.int32)
+    words = torch.randint(-3, 40, (BLOCKS, KV_HEADS * PAGE * header.slot_bytes // 4), dtype=torch.int32)
     words[:, ::7] = 0x7FC07FC0
     words[0] = 0
-    pool = words.view(dtype).view(BLOCKS, 1, KV_HEADS, PAGE, 2 * WIDTH)
+    pool = words.view(header.stored_as).view(BLOCKS, 1, KV_HEADS, PAGE, -1)
     return WorkerCache({"layer": pool[:, 0]}, header, spec, requests=2)
 
 
@@ -78,7 +82,7 @@ def run(cache: Any, stream: Stream) -> Tensor:
         now = stream.cut(start, stop)
         requests = [Request(range(0), [first], start) for first in FIRSTS]
         places = [cache.granted.places[first] for first in FIRSTS]
-        if turn == 0:
+        if turn == 0 and cache.kernels is not None:
             # A graph may be filled up with a request of vLLM's null block.
             new = NewTokens(*(torch.cat([x[:, 0], x[:1, 0]]) for x in now))
             step = buffers.filled(torch.tensor([*FIRSTS, 0]), torch.tensor([stop, stop, 1], dtype=torch.int32))
@@ -86,13 +90,13 @@ def run(cache: Any, stream: Stream) -> Tensor:
             cache.decode("layer", step, new, found)
             assert not found[2].any()
             out[:, start] = found[:2]
-        elif cache.kernels.take_in is not None:
+        elif cache.kernels is not None and cache.kernels.take_in is not None:
             spans = [Request(range(i * turn, (i + 1) * turn), each.blocks, start) for i, each in enumerate(requests)]
             chunks = Chunks(spans, cache.header.layout.local_window, table, stream.key.dtype)
             out[:, start:stop] = cache.take_in("layer", chunks, NewTokens(*(x.flatten(0, 1) for x in now))).view(
                 2, turn, HEADS, WIDTH
             )
-        elif turn == 1:
+        elif turn <= 1:
             group = Group(slice(0, 2), requests, places)
             out[:, start] = cache.attend("layer", group, NewTokens(*(x[:, 0] for x in now)), table)
         else:
@@ -130,6 +134,63 @@ def test_single_tokens_and_chunks_take_turns(monkeypatch: pytest.MonkeyPatch, fo
         assert int(cache.granted.lists.cursor[cache.granted.places[first]]) == int(pages.sum())
         assert report.blocks == -(-int(pages.sum()) // KV_HEADS)
         assert report.slots == int(kept.sum()) + (KV_HEADS if kind.operation == "absorb" else 0)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("form", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    "kind",
+    [Kind(), Kind(5), Kind(3, "evict"), Kind(5, "absorb"), Kind(9, "merge", 3), Kind(20, "absorb")],
+    ids=lambda kind: f"{kind.operation}{kind.local_window}-{kind.window_size}",
+)
+def test_slots_in_codes(monkeypatch: pytest.MonkeyPatch, form: str, kind: Kind, cache_dtype: CacheDtype) -> None:
+    """The ring lies in pages of their own, which come with a request's first token."""
+    from megatron_dmc.serving import kernels
+
+    if form == "torch":
+        monkeypatch.setattr(kernels, "OF_DEVICES", {})
+    # A block of codes is smaller, and has to hold a header.
+    monkeypatch.setattr(f"{__name__}.PAGE", 16)
+    monkeypatch.setattr(f"{__name__}.BLOCKS", 48)
+    stream = draw_stream(Shape(2, SEQ, HEADS, KV_HEADS, WIDTH), torch.float32)
+    cache = make_cache(kind, torch.float32, cache_dtype)
+    assert (cache.kernels is None) == (form == "torch")
+    before = cache.blocks.clone()
+    blocks = {7: [3, 5, 8, 2, *range(20, 32)], 9: [4, 1, 6, 10, *range(32, 46)]}
+    blocks = {first: given[: cache.granted.most] for first, given in blocks.items()}
+    cache.begin_step({first: (0, given) for first, given in blocks.items()}, (), {})
+    out = run(cache, stream)
+    assert_close(out, oracle(stream, kind, cache_dtype=cache_dtype)[0], "cpp", cache_dtype)
+    others = [block for block in range(1, BLOCKS) if block not in [*FIRSTS, *blocks[7], *blocks[9]]]
+    assert torch.equal(cache.blocks[others], before[others])
+    for first, report in cache.reports().items():
+        assert not report.overflows
+        kept = cache.blocks[first, :, 0]
+        pages = cache.header.near_cells + (kept + PAGE - 1) // PAGE
+        assert int(cache.granted.lists.cursor[cache.granted.places[first]]) == int(pages.sum())
+        assert report.blocks == -(-int(pages.sum()) // KV_HEADS)
+
+
+@pytest.mark.parametrize("form", ["torch", "cpp"])
+@pytest.mark.parametrize("turn", [0, 1, 5], ids=["kernel", "single", "chunk"])
+def test_too_few_blocks_for_codes_hurt_nobody(monkeypatch: pytest.MonkeyPatch, form: str, turn: int) -> None:
+    from megatron_dmc.serving import kernels
+
+    if form == "torch":
+        monkeypatch.setattr(kernels, "OF_DEVICES", {})
+    monkeypatch.setattr(f"{__name__}.TURNS", [turn] * (30 // max(turn, 1)))
+    stream = draw_stream(Shape(2, 30, HEADS, KV_HEADS, WIDTH), torch.float32)
+    stream.alpha[0] = False
+    cache = make_cache(Kind(9), torch.float32, "fp8")
+    granted = {7: [3], 9: [4, 11, 12, 13, 14, 15, 18, 19]}
+    cache.begin_step({first: (0, given) for first, given in granted.items()}, (), {})
+    before = cache.blocks.clone()
+    out = run(cache, stream)
+    assert_close(out[1], oracle(stream, Kind(9), cache_dtype="fp8")[0][1], "cpp", "fp8")
+    others = [block for block in range(BLOCKS) if block not in (0, *FIRSTS, *granted[7], *granted[9])]
+    assert torch.equal(cache.blocks[others], before[others])
+    reports = cache.reports()
+    assert reports[7].overflows and not reports[9].overflows
 
 
 @pytest.mark.parametrize("turn", [0, 1, 5], ids=["kernel", "single", "chunk"])

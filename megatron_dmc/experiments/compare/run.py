@@ -209,7 +209,8 @@ class Comparison(StagedRun):
         folder.mkdir(exist_ok=True)
         for training in {each.name: each for row in self.rows for each in row.trainings}.values():
             path, text = folder / f"{training.name}.yaml", yaml.safe_dump(training.recipe, sort_keys=False)
-            if path.exists() and path.read_text(encoding="utf-8") != text:
+            begun = path.exists() and (self.folder / training.recipe["checkpoint"]["directory"]).exists()
+            if begun and path.read_text(encoding="utf-8") != text:
                 raise ConfigError(
                     f"{path} is of a comparison with other settings; name a new folder with --output, or remove this one"
                 )

@@ -1,9 +1,12 @@
 """The memory of a layer's cache: one pool of cells, each a page of one row. Memory follows the sum of the rows' lengths."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode.codes import Codes
+from megatron_dmc.ops.decode.layout import Layout
 
 # The pool grows by a 64th at least: a balance of unused memory and copies.
 GROWTH = 64
@@ -33,9 +36,14 @@ class Cells:
         self.taken = torch.zeros(rows, dtype=torch.long, device=like.device)
 
     @property
-    def nowhere(self) -> int:
-        """The slot that takes what nobody reads."""
+    def unread(self) -> int:
+        """Which of ``slots`` takes what nobody reads."""
         return len(self.slots) - 1
+
+    @property
+    def nowhere(self) -> int:
+        """The slot that takes what nobody reads, as slots are numbered."""
+        return self.unread
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,9 +102,9 @@ class Cells:
         page = index.div(self.page_size, rounding_mode="floor")
         exists = (page >= 0) & (page < self.taken[:, None])
         if self.table.shape[1] == 0:
-            return torch.full_like(index, self.nowhere)
+            return torch.full_like(index, self.unread)
         cell = self.table.gather(1, page.clamp(0, self.table.shape[1] - 1)).long()
-        return torch.where(exists, cell * self.page_size + index % self.page_size, self.nowhere)
+        return torch.where(exists, cell * self.page_size + index % self.page_size, self.unread)
 
     def at(self, row: Tensor, index: Tensor) -> Tensor:
         """Slots of the places ``index`` of rows' lists, int64 [n], beyond the layout's base; they have cells for them."""
@@ -105,7 +113,11 @@ class Cells:
     def dense(self) -> Tensor:
         """The rows' lists as a temporary, [rows, slots, 2 * head_dim]; any slot's content where a row has fewer. Codes are
         given back in float32 or wider."""
-        return self.slots[: self.nowhere].unflatten(0, (-1, self.page_size))[self.table].flatten(1, 2)
+        return self.paged()[self.table].flatten(1, 2)
+
+    def paged(self) -> Tensor:
+        """All cells, [cells, page_size, ...]."""
+        return self.slots[: len(self.slots) // self.page_size * self.page_size].unflatten(0, (-1, self.page_size))
 
     def select(self, row: Tensor) -> None:
         """Row i becomes what row[i] was; the cells of rows that are not named are freed."""
@@ -130,6 +142,43 @@ class Cells:
         self.slots = torch.cat([self.slots, self.slots.new_zeros(extra, self.slots.shape[1])])
         # What was the last slot may hold anything.
         self.slots[capacity] = 0
+
+
+@dataclass(frozen=True)
+class NearCells:
+    """How cells of codes hold a row's ring and reserved places where there is no other memory: in its first cells as they are.
+
+    Attributes:
+        places: of a row, the layout's base.
+        per_cell: as many fit into a cell.
+        dtype: of keys and values.
+    """
+
+    places: int
+    per_cell: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layout: Layout, head_dim: int, dtype: torch.dtype) -> "NearCells | None":
+        """None: cells are not of codes, and a row's list begins with these places.
+
+        Raises:
+            ValueError: a cell is smaller than a slot that is no code.
+        """
+        if (codes := layout.codes(head_dim)) is None:
+            return None
+        slot_bytes = 2 * head_dim * dtype.itemsize
+        per_cell = layout.page_size * codes.slot_bytes // slot_bytes
+        if not per_cell:
+            raise ValueError(
+                f"pages of {layout.page_size} slots in {layout.cache_dtype} are too small for one in {dtype}"
+            )
+        return cls(layout.base, per_cell, dtype)
+
+    @property
+    def cells(self) -> int:
+        """Of a row."""
+        return -(-self.places // self.per_cell)
 
 
 class CodedCells(Cells):
@@ -162,7 +211,7 @@ class CodedCells(Cells):
 
     @property
     def nowhere(self) -> int:
-        return self.beside + len(self.slots) - 1
+        return self.beside + self.unread
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +223,7 @@ class CodedCells(Cells):
     def write(self, slot: Tensor, content: Tensor) -> None:
         self.near.index_copy_(0, slot.clamp(max=self.beside), content.to(self.near.dtype))
         coded = slot - self.beside
-        coded = torch.where(coded >= 0, coded, len(self.slots) - 1)
+        coded = torch.where(coded >= 0, coded, self.unread)
         self.slots.index_copy_(0, coded, self.codes.encode(content))
 
     def make_room(self, length: Tensor) -> None:
@@ -185,15 +234,14 @@ class CodedCells(Cells):
         beside = (index >= 0) & (index < self.base)
         # Before the first place there is none.
         coded = super().places(torch.where(index >= self.base, index - self.base, -1))
-        coded = torch.where(coded < self.nowhere, coded + self.beside, coded)
-        return torch.where(beside, row * self.base + index, coded)
+        return torch.where(beside, row * self.base + index, coded + self.beside)
 
     def at(self, row: Tensor, index: Tensor) -> Tensor:
         return self.beside + super().at(row, index - self.base)
 
     def dense(self) -> Tensor:
         wide = torch.promote_types(self.dtype, torch.float32)
-        codes = self.first((len(self.slots) - 1) // self.page_size)[self.table].flatten(1, 2)
+        codes = self.paged()[self.table].flatten(1, 2)
         near = self.near[:-1].unflatten(0, (len(self.table), self.base))
         return torch.cat([near.to(wide), self.codes.decode(codes, wide)], dim=1)
 

@@ -133,6 +133,8 @@ class Told:
         if (codes := memory.codes) is not None:
             fields.code = _CACHE_DTYPES.index(codes.cache_dtype)
             fields.code_group, fields.slot_bytes = codes.group, codes.slot_bytes
+        if (near := memory.near_cells) is not None:
+            fields.near_cells, fields.near_per_cell = near.cells, near.per_cell
         for name, x in self.given.items():
             self._give_typed(name, x)
         self._give("alpha", new.alpha)

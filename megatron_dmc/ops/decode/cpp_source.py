@@ -32,7 +32,7 @@ NUMBERS = (
     *("cells", "pages", "page", "batch", "kv_heads", "group"),
     *("head_dim", "window", "base", "window_size", "merges", "absorbs"),
     *("clears_last", "granted_sequence", "granted_most", "count_sequence", "cells_per_block", "cache_type"),
-    *("threads", "code", "code_group", "slot_bytes"),
+    *("threads", "code", "code_group", "slot_bytes", "near_cells", "near_per_cell"),
 )
 # Name and kind, in order: an address, a whole number, or a real one.
 FIELDS = [
@@ -190,33 +190,47 @@ inline float* held(char* x, int64_t sequence, int64_t head, const Row& r) {
   return reinterpret_cast<float*>(x) + r.at * sequence + r.head * head;
 }
 
-// The slot at a place of a row's list, -1 where there is none.
-inline int64_t slot_at(const Step& s, const Row& r, int64_t place) {
-  const int64_t page = place / s.page;
-  if (place < 0 || page >= s.pages) return -1;
-  const int64_t cell = r.table[page];
-  return cell < 0 || cell >= s.cells ? -1 : cell * s.page + place % s.page;
+// A page of a row, as bytes; null where there is none.
+template <typename T>
+char* page_at(const Step& s, const Row& r, int64_t page) {
+  if (page < 0 || page >= s.pages) return nullptr;
+  const int64_t cell = r.table[page], slot = s.code ? s.slot_bytes : 2 * s.head_dim * int64_t(sizeof(T));
+  return cell < 0 || cell >= s.cells ? nullptr : s.slots + cell * s.page * slot;
 }
 
-// A slot of the ring or a reserved one, null where there is none: beside the pages, where these hold codes.
+// Slots of the ring and reserved ones that follow one another in memory.
+inline int64_t near_run(const Step& s) { return !s.code ? s.page : s.near ? INT64_MAX : s.near_per_cell; }
+
+// One of them, null where there is none. Where pages hold codes they lie beside them, or fill a row's first pages as they are.
 template <typename T>
 T* near_at(const Step& s, const Row& r, int64_t place) {
   const int64_t size = 2 * s.head_dim;
-  if (s.code)
-    return reinterpret_cast<T*>(s.near) + r.at * s.near_sequence + r.head * s.near_head + place * size;
-  const int64_t slot = slot_at(s, r, place);
-  return slot < 0 ? nullptr : reinterpret_cast<T*>(s.slots) + slot * size;
+  if (s.near) return reinterpret_cast<T*>(s.near) + r.at * s.near_sequence + r.head * s.near_head + place * size;
+  const int64_t run = near_run(s);
+  T* page = place < 0 ? nullptr : reinterpret_cast<T*>(page_at<T>(s, r, place / run));
+  return page ? page + place % run * size : nullptr;
 }
 
 // A kept slot, by its number: codes, or a key and a value.
 template <typename T>
 char* kept_slot(const Step& s, const Row& r, int64_t number) {
-  const int64_t slot = slot_at(s, r, s.code ? number : s.base + number);
-  return slot < 0 ? nullptr : s.slots + slot * (s.code ? s.slot_bytes : 2 * s.head_dim * int64_t(sizeof(T)));
+  if (!s.code) return reinterpret_cast<char*>(near_at<T>(s, r, s.base + number));
+  char* page = number < 0 ? nullptr : page_at<T>(s, r, s.near_cells + number / s.page);
+  return page ? page + number % s.page * s.slot_bytes : nullptr;
 }
 
-// Slots that a row's list can have.
-inline int64_t most_of_list(const Step& s) { return (s.code ? s.base : 0) + s.pages * s.page; }
+// Kept slots that a row can have, beside the ring and the reserved ones where these have pages of their own.
+inline int64_t most_kept(const Step& s) { return std::max<int64_t>(s.pages - s.near_cells, 0) * s.page; }
+
+// Slots that its list can have.
+inline int64_t most_of_list(const Step& s) { return (s.code ? s.base : 0) + most_kept(s); }
+
+// Pages of a list of so many slots.
+inline int64_t pages_of(const Step& s, int64_t length) {
+  const int64_t beside = s.code && length > 0 ? s.near_cells : 0;
+  const int64_t slots = s.code ? std::max<int64_t>(length - s.base, 0) : length;
+  return beside + (slots + s.page - 1) / s.page;
+}
 
 template <typename T>
 void write(const Step& s, T* to, const float* key, const float* value) {
@@ -237,9 +251,9 @@ void fetch(const Step& s, const T* from, float* both) {
   for (int64_t i = 0; i < 2 * s.head_dim; ++i) both[i] = wide(from[i]);
 }
 
-// The row's list becomes ``length`` long: at most one page is new, since a list grows by less than a page or begins.
+// The row's list becomes ``length`` long.
 void open_pages(const Step& s, const Row& r, int64_t before, int64_t length) {
-  for (int64_t page = (before + s.page - 1) / s.page; page * s.page < length; ++page) {
+  for (int64_t page = pages_of(s, before); page < pages_of(s, length); ++page) {
     int64_t place = r.at;
     if (s.granted_place) place = reinterpret_cast<const int32_t*>(s.granted_place)[r.at];
     const int64_t count = place * s.count_sequence;
@@ -265,7 +279,7 @@ void open_pages(const Step& s, const Row& r, int64_t before, int64_t length) {
 int64_t count_of(const Step& s, const Row& r, int64_t before) {
   if (before <= 0) return 0;
   const int64_t count = whole(s.kept, s.kept_type, r.at * s.kept_sequence + r.head * s.kept_head);
-  return std::min(std::max<int64_t>(count, 0), s.pages * s.page);
+  return std::min(std::max<int64_t>(count, 0), most_kept(s));
 }
 
 // The mean of the open slot's last window_size tokens, one of which is new.
@@ -503,13 +517,11 @@ void attend(const Step& s, const Task& task) {
     block.count = 0;
   };
   const auto see = [&](int64_t first, int64_t last, float added) {
+    const int64_t run = near_run(s);
     while (first < last) {
-      const int64_t page = first / s.page, in_page = first % s.page;
-      const int64_t stop = s.code ? last : std::min(last, (page + 1) * s.page);
-      const int64_t cell = s.code ? 0 : page < s.pages ? r.table[page] : -1;
-      if (!s.code && (cell < 0 || cell >= s.cells)) { first = stop; continue; }
-      const T* slot = s.code ? near_at<T>(s, r, first)
-                             : reinterpret_cast<const T*>(s.slots) + (cell * s.page + in_page) * 2 * d;
+      const int64_t stop = std::min(last, (first / run + 1) * run);
+      const T* slot = near_at<T>(s, r, first);
+      if (!slot) { first = stop; continue; }
       for (; first < stop; ++first, slot += 2 * d) {
         block.biases[block.count] = added;
         block.slots[block.count] = slot;

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decode.cells import CodedCells
+from megatron_dmc.ops.decode.cells import CodedCells, NearCells
 from megatron_dmc.ops.decode.codes import Codes
 from megatron_dmc.ops.decode.rows import Rows
 
@@ -76,7 +76,8 @@ class Memory(NamedTuple):
         place: int32 or int64 [batch]; None: sequence i's is i.
         grants: None: every row has all cells that it will need.
         near: [places, kv_heads, base, 2 * head_dim], the ring and reserved places, see CodedCells; None: they lie in cells.
-        codes: what slots are then, uint8 [slots, bytes of a slot].
+        codes: what slots are, uint8 [slots, bytes of a slot]; None: as they are.
+        near_cells: how the ring and reserved places lie in cells of codes; None: they do not.
     """
 
     slots: Tensor
@@ -90,6 +91,7 @@ class Memory(NamedTuple):
     grants: Grants | None = None
     near: Tensor | None = None
     codes: Codes | None = None
+    near_cells: NearCells | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -102,6 +104,8 @@ class Memory(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values that lie there as they are."""
+        if self.near_cells is not None:
+            return self.near_cells.dtype
         return self.slots.dtype if self.near is None else self.near.dtype
 
     @classmethod
