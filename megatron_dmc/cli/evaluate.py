@@ -16,7 +16,7 @@ from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
 HELP = "what a Hugging Face export has kept of its base: loss, recall, cache, speed; or lm-eval's scores of a model (--tasks)"
 
 # The flags of the ways to evaluate, by their names in the parsed options.
-_OF_TEXT = ("base", "amount", "cache_dtype")
+_OF_TEXT = ("base", "amount")
 _OF_TASKS = ("length", "limit", "num_fewshot", "batch_size", "seed", "include_path", "confirm_run_unsafe_code")
 # With --ruler-data of those only these.
 _OF_RULER = ("length", "limit")
@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "changed)",
     )
     parser.add_argument(
+        "--cache-dtype",
+        choices=["int8", "fp8", "int4"],
+        help="of an export: how its cache stores slots that have left the window (default: the export's; as they are, unless "
+        "it was changed)",
+    )
+    parser.add_argument(
         "--baseline",
         metavar="NAME",
         help="of a plain model: what a method that needs no training keeps of it at this --compression-ratio; with --text "
@@ -70,12 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["smoke", "brief", "compare_512", "compare", "default", "full"],
         help="how much is measured of a base, and so of what is compared with it (default, as it is by itself: about ten "
         "minutes for a model of 135 M parameters on two cores)",
-    )
-    text.add_argument(
-        "--cache-dtype",
-        choices=["int8", "fp8", "int4"],
-        help="of an export: how its cache stores slots that have left the window (default: the export's; as they are, unless "
-        "it was changed)",
     )
     tasks = parser.add_argument_group("on tasks of lm-evaluation-harness (extra [eval])")
     tasks.add_argument(
@@ -251,6 +251,7 @@ def _run_tasks(options: argparse.Namespace, output: Path) -> None:
         "lengths": options.length or (),
         "limit": options.limit,
         "merge_threshold": _threshold(options) if options.baseline is None else None,
+        "cache_dtype": options.cache_dtype,
         "baseline": _baseline(options),
         "leaderboard": options.leaderboard,
     }

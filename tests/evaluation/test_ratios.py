@@ -111,11 +111,16 @@ def test_evaluate_takes_a_cache_dtype(
     for part in (lambda x: x["loss"], lambda x: x["continued"][0]["loss"], lambda x: x["serving"][0]["cache_bytes"]):
         assert part(reports["none"]) != part(reports["int4"])
     assert reports["int4"]["serving"][0]["cache_bytes"] < reports["none"]["serving"][0]["cache_bytes"]
-    for words, line in (
-        (["base", "--text", "text"], "--cache-dtype int4: base is a plain model, whose cache transformers keeps"),
-        (["export", "--tasks", "dmc_ruler"], "--cache-dtype has no effect with --tasks"),
-    ):
-        assert main(["evaluate", *words, "--cache-dtype", "int4", "--output", "no.json"]) == 1
+    words = ["evaluate", "export", "--tasks", "dmc_niah_noise", "--length", "600", "--limit", "1"]
+    for name, flags in (("none", []), ("int4", ["--cache-dtype", "int4"])):
+        assert main([*words, *flags, "--output", f"{name}-tasks.json"]) == 0, capfd.readouterr().err
+        reports[name] = json.loads(Path(f"{name}-tasks.json").read_text())
+        assert reports[name]["settings"]["cache_dtype"] == {"none": None, "int4": "int4"}[name]
+    sizes = [reports[name]["results"][0]["cache_bytes"] for name in ("int4", "none")]
+    assert sizes[0] < sizes[1]
+    for words in (["--text", "text"], ["--tasks", "dmc_ruler", "--length", "600"]):
+        assert main(["evaluate", "base", *words, "--cache-dtype", "int4", "--output", "no.json"]) == 1
+        line = "--cache-dtype int4: base is a plain model, whose cache transformers keeps"
         assert line in capfd.readouterr().err
 
 

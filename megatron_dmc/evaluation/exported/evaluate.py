@@ -23,7 +23,7 @@ from megatron_dmc.data.indexed_dataset import check_dataset, token_stream
 from megatron_dmc.data.tokenizer import Tokenizer, check_own_vocabulary, load_tokenizer
 from megatron_dmc.evaluation.exported.amount import AMOUNTS, Amount
 from megatron_dmc.evaluation.exported.method import AsItIs, Method
-from megatron_dmc.evaluation.exported.model import load, loss_dtype, serving_dtype
+from megatron_dmc.evaluation.exported.model import check_cache_dtype, load, loss_dtype, serving_dtype
 from megatron_dmc.evaluation.exported.recall import recalls
 from megatron_dmc.evaluation.exported.report import read_report
 from megatron_dmc.evaluation.exported.serving import serving
@@ -105,10 +105,7 @@ def evaluate_exported(
         )
     before = None if base is None else read_report(base)
     config, dmc = read_config(Path(folder))
-    if cache_dtype is not None and dmc is None:
-        raise ConfigError(
-            f"--cache-dtype {cache_dtype}: {folder} is a plain model, whose cache transformers keeps; leave it out"
-        )
+    check_cache_dtype(folder, dmc is not None, cache_dtype)
     weights = model_digest(Path(folder))
     settings = AMOUNTS[amount or "default"] if before is None else Amount.from_dict(before["amount"])
     settings = _within(settings, config.max_position_embeddings)

@@ -31,6 +31,14 @@ def serving_dtype() -> torch.dtype:
     return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 
+def check_cache_dtype(folder: str | Path, merges: bool, cache_dtype: str | None) -> None:
+    """Raises ConfigError unless the model's cache can be kept in it, see DMCConfiguration. merges: it was retrofitted."""
+    if cache_dtype is not None and not merges:
+        raise ConfigError(
+            f"--cache-dtype {cache_dtype}: {folder} is a plain model, whose cache transformers keeps; leave it out"
+        )
+
+
 def load(folder: str | Path, dtype: torch.dtype | Literal["auto"] | None = None, attention: str | None = None) -> Any:
     """The model in eval mode on the first GPU, or on the CPU: a plain one, or an export with its compressed cache.
 

@@ -34,7 +34,7 @@ class RulerRequest:
         data: a folder with one of each length.
         lengths: names of folders in it.
         limit: questions of each task; None: all.
-        merge_threshold: of a model that merges, in place of its own.
+        merge_threshold, cache_dtype: of a model that merges, in place of its own.
         baseline: how a plain model keeps a context; None: the model as it is.
         leaderboard: where results are written in kvpress' form; None: nowhere.
     """
@@ -43,6 +43,7 @@ class RulerRequest:
     lengths: tuple[int, ...]
     limit: int | None = None
     merge_threshold: float | None = None
+    cache_dtype: str | None = None
     baseline: Method | None = None
     leaderboard: str | None = None
 
@@ -57,6 +58,7 @@ def evaluate_ruler(folder: str, request: RulerRequest) -> dict[str, Any]:
         ConfigError: the model or the data cannot be taken. Nothing is converted or loaded by then.
     """
     source = open_source(Path(folder))
+    source.check_cache_dtype(request.cache_dtype)
     check_lengths(source, request.lengths)
     check_tokenizer(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
@@ -69,6 +71,8 @@ def evaluate_ruler(folder: str, request: RulerRequest) -> dict[str, Any]:
         model = load(exported.folder, "auto", attention)
         if request.merge_threshold is not None:
             model.config.merge_threshold = request.merge_threshold
+        if request.cache_dtype is not None:
+            model.config.cache_dtype = request.cache_dtype
         for length, questions in chosen.items():
             predictions, uses = _predict(model, tokenizer, questions, request.baseline or AsItIs())
             results += _rows(predictions, uses, length)

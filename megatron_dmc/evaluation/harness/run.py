@@ -52,7 +52,7 @@ class TaskRequest:
         limit: documents of each task.
         include: a folder of more tasks.
         runs_code: whether code that the model writes may run.
-        merge_threshold: of a model that merges, in place of its own.
+        merge_threshold, cache_dtype: of a model that merges, in place of its own.
         baseline: how a plain model keeps a context, before its question is read; None: the model as it is.
         leaderboard: where results of the long-context tasks are written in kvpress' form; None: nowhere.
     """
@@ -66,6 +66,7 @@ class TaskRequest:
     include: str | None = None
     runs_code: bool = False
     merge_threshold: float | None = None
+    cache_dtype: str | None = None
     baseline: Method | None = None
     leaderboard: str | None = None
 
@@ -81,6 +82,7 @@ def evaluate_tasks(folder: str, request: TaskRequest) -> dict[str, Any]:
     """
     _be_quiet()
     source = open_source(Path(folder))
+    source.check_cache_dtype(request.cache_dtype)
     check_lengths(source, request.lengths)
     check_tokenizer(source)
     if request.runs_code:
@@ -247,6 +249,8 @@ def _model(source: Source, request: TaskRequest) -> ObservedLM:
         ) from None
     if request.merge_threshold is not None:
         model.model.config.merge_threshold = request.merge_threshold
+    if request.cache_dtype is not None:
+        model.model.config.cache_dtype = request.cache_dtype
     return model
 
 

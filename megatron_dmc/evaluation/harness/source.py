@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dmc.config import ConfigError
 from megatron_dmc.convert.hf_config import read_config, read_json
+from megatron_dmc.evaluation.exported.model import check_cache_dtype
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_checkpoint, why_no_folder
 from megatron_dmc.hf.adapter import ADAPTER_FILE
 
@@ -25,6 +26,7 @@ class Source:
         tokenizer: the folder of its tokenizer.
         positions: tokens that it reads at most; None: it does not say.
         vocabulary: rows of its embedding; None: it does not say.
+        merges: it was retrofitted.
         is_checkpoint: it is a checkpoint of megatron_dmc, not a Hugging Face folder.
     """
 
@@ -32,7 +34,12 @@ class Source:
     tokenizer: Path
     positions: int | None
     vocabulary: int | None
+    merges: bool = False
     is_checkpoint: bool = False
+
+    def check_cache_dtype(self, cache_dtype: str | None) -> None:
+        """Raises ConfigError unless the model's cache can be kept in it, see DMCConfiguration."""
+        check_cache_dtype(self.folder, self.merges, cache_dtype)
 
     @contextlib.contextmanager
     def as_hugging_face(self) -> Iterator["Source"]:
@@ -83,7 +90,7 @@ def _hugging_face(folder: Path) -> Source:
         raise ConfigError(f"{folder} holds no tokenizer; save one there with save_pretrained")
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     positions = next((text[name] for name in _POSITIONS if isinstance(text.get(name), int)), None)
-    return Source(folder, folder, positions, text.get("vocab_size"))
+    return Source(folder, folder, positions, text.get("vocab_size"), is_export)
 
 
 def _checkpoint(folder: Path) -> Source:
@@ -102,4 +109,4 @@ def _checkpoint(folder: Path) -> Source:
             # A base that has been moved is missed now, not when the export begins.
             _ = saved.base
         positions = saved.recipe.model.max_position_embeddings
-        return Source(folder, saved.tokenizer, positions, saved.vocabulary, is_checkpoint=True)
+        return Source(folder, saved.tokenizer, positions, saved.vocabulary, saved.merges, is_checkpoint=True)
