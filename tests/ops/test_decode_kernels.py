@@ -14,13 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_dmc.ops.decode import LayerCache, cpp
 from megatron_dmc.ops.decode import torch as torch_form
 from megatron_dmc.ops.decode import triton as triton_form
+from megatron_dmc.ops.decode.cells import NearCells
 from megatron_dmc.ops.decode.layout import Layout
 from megatron_dmc.ops.decode.memory import Grants, Memory
 from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.decode.triton_launch import AVAILABLE, CHANGING
 from megatron_dmc.ops.tokens import Tokens
-from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation
+from tests.ops.test_coded_cache import KINDS, assert_close, cast
+from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation, through_cache
 from tests.support.oracle import Draw, Shape
 from tests.support.processes import run
 
@@ -163,6 +165,22 @@ def test_equals_the_oracle_and_the_form_for_any_device(case, form):
     truth, _ = oracle(stream, Kind(case.window, case.operation), clears_last_channel=case.clears)
     for b, start in enumerate(case.lengths.tolist()):
         torch.testing.assert_close(out[b].double(), truth[b, start : start + case.steps], rtol=0, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "clears"), [*((kind, False) for kind in KINDS if "truncated" not in kind), ("merge-w5", True)]
+)
+def test_triton_knows_fp8(kind, clears):
+    """With the ring beside the pages; tests/serving has it in them."""
+    stream = draw_stream(Shape(2, 33, 4, 2, 8), torch.float64)
+    expected, counts = oracle(stream, KINDS[kind], clears_last_channel=clears, cache_dtype="fp8")
+    settings = {"cache_dtype": "fp8", "clears_last_channel": clears, "page_size": 4}
+    cache = LayerCache(*KINDS[kind], **settings, backend="triton")
+    out = through_cache(cast(stream, torch.float32), [*[1] * 4, 10, 1, 1, 8, *[1] * 9], cache)
+    assert cache.rows is not None and cache.rows.form == "triton"
+    assert_close(out, expected, "triton", "fp8")
+    assert torch.equal(cache.slots, counts)
 
 
 HALF_CASES = [
@@ -539,18 +557,24 @@ def test_shares_follow_the_device_and_the_batch():
     assert triton_form.splits_for(4096, 8192, 132) == triton_form.FEWEST_SPLITS
 
 
-def fake_launches(case: Case, dtype: torch.dtype, *, grants: bool = False, splits: int | None = None) -> list[Any]:
+def fake_launches(
+    case: Case, dtype: torch.dtype, *, grants: bool = False, splits: int | None = None, cache_dtype: Any = None
+) -> list[Any]:
     """What a step and the writing of a chunk launch, for tensors without memory: nothing can be read back from them."""
-    layout = Layout(case.window, case.operation, None, case.clears, case.page_size)
+    layout = Layout(case.window, case.operation, None, case.clears, case.page_size, cache_dtype)
+    codes = layout.codes(case.head_dim)
     heads, d = (case.batch, case.kv_heads), case.head_dim
     cells, i32 = 64, torch.int32
     empty = torch.empty
     numbers = empty(3, case.batch, dtype=i32).unbind()
     memory = Memory(
-        slots=empty(cells * case.page_size, 2 * d, dtype=dtype),
+        slots=empty(cells * case.page_size, 2 * d, dtype=dtype if codes is None else torch.uint8),
         cells=cells,
         table=empty(*heads, 512, dtype=i32),
         kept=empty(*heads, dtype=i32 if grants else torch.int64),
+        codes=codes,
+        near=None if codes is None or grants else empty(*heads, layout.base, 2 * d, dtype=dtype),
+        near_cells=NearCells.of(layout, d, dtype) if grants else None,
         sums=empty(*heads, 2 * d + 1) if layout.has_sums else None,
         decisions=empty(*heads, case.window) if case.window else None,
         place=empty(case.batch, dtype=i32) if grants else None,
@@ -565,6 +589,9 @@ def fake_launches(case: Case, dtype: torch.dtype, *, grants: bool = False, split
     call = Call(empty(case.batch, dtype=torch.int64), *at)
     length, advances = triton_form.advance(memory, new, layout, call)
     _, attends = triton_form.attend(memory, query, length, layout, call, 0.1, splits=splits)
+    if codes is not None:
+        # What a chunk leaves torch's operations write.
+        return [advances, *attends]
     chosen = empty(case.batch, 50, case.kv_heads, dtype=torch.bool)
     many = empty(2, case.batch, 50, case.kv_heads, d, dtype=dtype)
     writes = triton_form.write_in(memory, layout, chosen, chosen.long(), *many)
@@ -595,6 +622,8 @@ def test_what_this_form_cannot_do_is_named():
             key = torch.empty(1, 2, 64, dtype=torch.bfloat16, device="cuda")
             assert triton_form.unsupported(Layout(), key) is None
             assert triton_form.unsupported(Layout(5, "absorb"), key) is None
+            assert triton_form.unsupported(Layout(5, cache_dtype="fp8"), key) is None
+            assert triton_form.unsupported(Layout(5, cache_dtype="int4"), key) == "cache_dtype is int4"
             assert triton_form.unsupported(Layout(window_size=12), key) == "window_size is 12"
             assert triton_form.unsupported(Layout(0, "evict"), key) == "evict needs a local window"
             assert triton_form.unsupported(Layout(), key.double()) == "keys are torch.float64"
@@ -631,6 +660,12 @@ COMPILED = {
     "bf16-merge16-D256-G3": (Case(2, 12, 4, 256, 16, "merge", 64), torch.bfloat16, {}),
     "bf16-merge16-D128-G64": (Case(2, 64, 1, 128, 16, "merge", 32), torch.bfloat16, {}),
     "fp32-merge16-D128-G6": (Case(2, 12, 2, 128, 16, "merge"), torch.float32, {}),
+    "bf16-merge16-D128-G4-fp8": (Case(1, 32, 8, 128, 16, "merge"), torch.bfloat16, {"cache_dtype": "fp8"}),
+    "bf16-absorb64-D64-G4-engine-fp8": (
+        Case(2, 16, 4, 64, 64, "absorb", 32),
+        torch.bfloat16,
+        {"cache_dtype": "fp8", "grants": True},
+    ),
 }
 ARCHITECTURES = (80, 90, 100)
 # A program's on the smallest GPU of these architectures' families (8.6, 8.9), which run what is compiled for 8.0.
@@ -675,7 +710,9 @@ def compiled_kernels(tmp_path_factory) -> dict[tuple[str, int], dict[str, dict[s
 def test_kernels_compile_without_spills(compiled_kernels, name, architecture):
     _, dtype, options = COMPILED[name]
     kernels = compiled_kernels[name, architecture]
-    assert set(kernels) == {"advance", "attend", "write"} | ({"join"} if options.get("splits") != 1 else set())
+    coded = "cache_dtype" in options
+    writes = set() if coded else {"write"}
+    assert set(kernels) == {"advance", "attend"} | writes | ({"join"} if options.get("splits") != 1 else set())
     for kernel, found in kernels.items():
         print(name, architecture, kernel, found)
         assert found["local"] == 0, kernel
@@ -686,4 +723,5 @@ def test_kernels_compile_without_spills(compiled_kernels, name, architecture):
     assert attend["copies of 16 bytes"] >= 8
     assert attend["other copies"] == 0
     assert (attend["tensor cores"] > 0) == (dtype != torch.float32)
-    assert kernels["write"]["loads of 16 bytes"] >= 2 and kernels["write"]["stores of 16 bytes"] >= 2
+    if not coded:
+        assert kernels["write"]["loads of 16 bytes"] >= 2 and kernels["write"]["stores of 16 bytes"] >= 2

@@ -17,6 +17,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "evict": ("llama", {"operation": "evict", "local_window": 4}, {}),
     "absorb": ("llama", {"operation": "absorb", "local_window": 4}, {}),
     "neuron": ("qwen2", {"decision_source": "neuron"}, {}),
+    "fp8": ("llama", {"local_window": 4}, {"cache_dtype": "fp8"}),
 }
 
 

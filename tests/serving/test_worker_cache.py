@@ -38,6 +38,13 @@ def make_cache_of(form: str, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> Any
     return cache
 
 
+def choose(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_dmc.serving import kernels
+
+    chosen = {"torch": {}, "triton": {"cpu": kernels.TRITON}, "cpp": {"cpu": kernels.CPP}}
+    monkeypatch.setattr(kernels, "OF_DEVICES", chosen[form])
+
+
 def make_cache(kind: Kind, dtype: torch.dtype, cache_dtype: CacheDtype | None = None) -> Any:
     """Whatever somebody may have left lies in its blocks: numbers that look right, and NaN. vLLM's null block is zero."""
     from megatron_dmc.serving.header import Header
@@ -136,19 +143,19 @@ def test_single_tokens_and_chunks_take_turns(monkeypatch: pytest.MonkeyPatch, fo
         assert report.slots == int(kept.sum()) + (KV_HEADS if kind.operation == "absorb" else 0)
 
 
-@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("form", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    ("form", "cache_dtype"), [("triton", "fp8"), *((form, each) for form in ("torch", "cpp") for each in CACHE_DTYPES)]
+)
 @pytest.mark.parametrize(
     "kind",
     [Kind(), Kind(5), Kind(3, "evict"), Kind(5, "absorb"), Kind(9, "merge", 3), Kind(20, "absorb")],
     ids=lambda kind: f"{kind.operation}{kind.local_window}-{kind.window_size}",
 )
 def test_slots_in_codes(monkeypatch: pytest.MonkeyPatch, form: str, kind: Kind, cache_dtype: CacheDtype) -> None:
-    """The ring lies in pages of their own, which come with a request's first token."""
-    from megatron_dmc.serving import kernels
-
-    if form == "torch":
-        monkeypatch.setattr(kernels, "OF_DEVICES", {})
+    """The ring lies in pages of its own, which come with a request's first token."""
+    if kind.window_size and form == "triton":
+        pytest.skip("Triton's kernels know no window_size")
+    choose(form, monkeypatch)
     # A block of codes is smaller, and has to hold a header.
     monkeypatch.setattr(f"{__name__}.PAGE", 16)
     monkeypatch.setattr(f"{__name__}.BLOCKS", 48)
@@ -171,13 +178,10 @@ def test_slots_in_codes(monkeypatch: pytest.MonkeyPatch, form: str, kind: Kind, 
         assert report.blocks == -(-int(pages.sum()) // KV_HEADS)
 
 
-@pytest.mark.parametrize("form", ["torch", "cpp"])
+@pytest.mark.parametrize("form", ["torch", "triton", "cpp"])
 @pytest.mark.parametrize("turn", [0, 1, 5], ids=["kernel", "single", "chunk"])
 def test_too_few_blocks_for_codes_hurt_nobody(monkeypatch: pytest.MonkeyPatch, form: str, turn: int) -> None:
-    from megatron_dmc.serving import kernels
-
-    if form == "torch":
-        monkeypatch.setattr(kernels, "OF_DEVICES", {})
+    choose(form, monkeypatch)
     monkeypatch.setattr(f"{__name__}.TURNS", [turn] * (30 // max(turn, 1)))
     stream = draw_stream(Shape(2, 30, HEADS, KV_HEADS, WIDTH), torch.float32)
     stream.alpha[0] = False

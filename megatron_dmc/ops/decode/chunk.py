@@ -215,7 +215,7 @@ def _keep(query: Tensor, new: Tokens, rows: Rows, call: Chunk, settings: KernelS
 
 def _write(rows: Rows, chosen: Tensor, ordinal: Tensor, key: Tensor, value: Tensor) -> None:
     """Tokens ``chosen``, bool [batch, seq, kv_heads], become the slots that ``ordinal`` counts."""
-    if rows.form == "triton":
+    if rows.form == "triton" and rows.layout.cache_dtype is None:
         return triton.write(rows, chosen, ordinal, key, value)
     sequence, position, head = chosen.nonzero(as_tuple=True)
     row = sequence * rows.kv_heads + head

@@ -14,6 +14,9 @@ in a CUDA graph. How its kernels are made (numbers are sizes and counts; no time
   H100: more bytes in flight than bandwidth times latency asks for.
 - *join*: the shares by their log-sum-exps, a program per query head. Lists that fit into one share need none.
 
+Pages may hold codes, float8_e4m3fn: *advance* makes them and *attend* reads them by their bits, in a few whole-number operations
+per code, since the conversion in hardware begins with compute capability 8.9. The ring is then read from where it lies as it is.
+
 Visibility follows from the counts: of the ring what has been written, of the reserved places the residual slot if it holds
 something, of the rest what is kept.
 """
@@ -48,7 +51,7 @@ WRITTEN_BLOCK = 32
 def unsupported(layout: Layout, key: Tensor) -> str | None:
     """Why a step of such a layout, with such keys [..., head_dim], cannot be one of this form; None: it can."""
     head_dim = key.shape[-1]
-    if layout.cache_dtype is not None:
+    if layout.cache_dtype not in (None, "fp8"):
         return f"cache_dtype is {layout.cache_dtype}"
     if not AVAILABLE:
         return "Triton is not installed"
@@ -172,6 +175,8 @@ def advance(memory: Memory, new: Tokens, layout: Layout, call: OneToken) -> tupl
         "leaving_sequence": leaving_cos.stride(0),
         "pages": memory.table.shape[-1],
         **_placed(memory, layout),
+        **_near(memory, layout),
+        "NEAR_PAGES_PADDED": power_of_two(0 if memory.near_cells is None else memory.near_cells.cells),
         "LANES": power_of_two(head_dim // 2),
         "WINDOW": layout.local_window,
         "MERGES": layout.merges,
@@ -216,9 +221,9 @@ def attend(
     query = fits(query)
     cos, sin = _alike(call.cos, call.sin)
     if splits is None:
-        capacity = memory.table.shape[-1] * layout.page_size
+        capacity = memory.table.shape[-1] * layout.page_size + (layout.base if memory.codes is not None else 0)
         splits = splits_for(rows, capacity, _processors(query.device))
-    block = block_for(head_dim, memory.slots.element_size())
+    block = block_for(head_dim, memory.dtype.itemsize)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     part = weight = None
@@ -247,6 +252,7 @@ def attend(
         **_strides("sums", sums),
         **results,
         **_placed(memory, layout),
+        **_near(memory, layout),
         **sizes,
         "GROUP_PADDED": power_of_two(group, 16),
         "WINDOW": layout.local_window,
@@ -294,6 +300,30 @@ def _placed(memory: Memory, layout: Layout) -> dict[str, object]:
         "HEADS": memory.kv_heads,
         "D": memory.head_dim,
         "PAGE": layout.page_size,
+    }
+
+
+def _near(memory: Memory, layout: Layout) -> dict[str, object]:
+    """Where the ring and the reserved places are: in pages like all others; or in the first ones of codes; or beside them."""
+    if memory.codes is None:
+        pages, page, stride, near = 0, layout.page_size, layout.page_size * 2 * memory.head_dim, memory.slots
+    elif (cells := memory.near_cells) is not None:
+        near = memory.slots.flatten().view(cells.dtype)
+        pages, page, stride = (
+            cells.cells,
+            cells.per_cell,
+            layout.page_size * memory.codes.slot_bytes // cells.dtype.itemsize,
+        )
+    else:
+        assert memory.near is not None
+        pages, page, stride, near = 0, 1, 0, memory.near
+    return {
+        "near": near,
+        **_strides("near", memory.near),
+        "CODED": memory.codes is not None,
+        "NEAR_PAGES": pages,
+        "NEAR_PAGE": page,
+        "NEAR_STRIDE": stride,
     }
 
 

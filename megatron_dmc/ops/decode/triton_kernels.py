@@ -24,6 +24,7 @@ def advance(
     leaving_sin,
     tokens,
     slots,
+    near,
     place,
     table,
     kept,
@@ -45,6 +46,8 @@ def advance(
     omega_head,
     cos_sequence,
     leaving_sequence,
+    near_sequence,
+    near_head,
     table_sequence,
     table_head,
     kept_sequence,
@@ -66,6 +69,11 @@ def advance(
     ABSORBS: tl.constexpr,
     CLEARS_LAST: tl.constexpr,
     PAGE: tl.constexpr,
+    CODED: tl.constexpr,
+    NEAR_PAGES: tl.constexpr,
+    NEAR_PAGES_PADDED: tl.constexpr,
+    NEAR_PAGE: tl.constexpr,
+    NEAR_STRIDE: tl.constexpr,
     CELLS_PER_BLOCK: tl.constexpr,
 ):
     """One token of one row takes effect; one program per (sequence, KV head). See triton.py: advance."""
@@ -84,7 +92,11 @@ def advance(
     sequence_at = sequence.to(tl.int64)
     table += at * table_sequence + head_at * table_head
     kept += at * kept_sequence + head_at * kept_head
+    near += at * near_sequence + head_at * near_head
     base: tl.constexpr = WINDOW + 1 if ABSORBS else WINDOW
+    # Where pages hold codes, those of kept slots come after NEAR_PAGES others, and count from the first kept slot on.
+    beside: tl.constexpr = base if CODED else 0
+    first_page: tl.constexpr = NEAR_PAGES if CODED else 0
 
     # The decision that takes effect, and its token: the one that leaves the ring, or the new one where there is no ring.
     asks = tl.load(alpha + sequence_at * alpha_sequence + head_at * alpha_head)
@@ -107,32 +119,46 @@ def advance(
 
     # The length of the row's list. What was left in memory by another sequence is not read, and no count leaves the table.
     count = tl.where(before > 0, tl.load(kept).to(tl.int32), 0)
-    count = tl.minimum(tl.maximum(count, 0), pages * PAGE)
+    count = tl.minimum(tl.maximum(count, 0), (pages - first_page) * PAGE)
     length_before = tl.where(count > 0, base + count, tl.minimum(before, WINDOW))
     count_after = count + appends.to(tl.int32)
     length_after = tl.where(count_after > 0, base + count_after, tl.minimum(seen, WINDOW))
 
-    # At most one page is new: a list grows by one or two slots, and a page has more.
+    # At most one page is new: a list grows by one or two slots, and a page has more. Only those of the ring that are beside
+    # pages of codes come all at once.
     new_page = -1
     new_cell = -1
     if cursor is not None:
-        opened = (length_before + PAGE - 1) // PAGE
-        if length_after > opened * PAGE:
+        opened = (tl.maximum(length_before - beside, 0) + PAGE - 1) // PAGE
+        fresh = (length_after - beside > opened * PAGE).to(tl.int32)
+        opened += first_page
+        if NEAR_PAGES > 0:
+            begins = before == 0
+            opened, fresh = tl.where(begins, 0, opened), tl.where(begins, NEAR_PAGES, fresh)
+        if fresh > 0:
             granted_at = at
             if granted_place is not None:
                 granted_at = tl.load(granted_place + at).to(tl.int64)
             count_at = granted_at * count_sequence
             limit = tl.minimum(tl.load(granted_count + count_at).to(tl.int32), granted_most) * CELLS_PER_BLOCK
             limit = tl.where(opened < pages, limit, 0)
-            number = tl.atomic_add(cursor + count_at, 1)
-            is_granted = (number >= 0) & (number < limit)
+            number = tl.atomic_add(cursor + count_at, fresh)
+            taken = tl.where(number >= 0, tl.minimum(tl.maximum(limit - number, 0), fresh), 0)
             list_at = granted_at * granted_sequence
-            block = tl.load(granted + list_at + number // CELLS_PER_BLOCK, mask=is_granted, other=0)
+            block = tl.load(granted + list_at + number // CELLS_PER_BLOCK, mask=taken > 0, other=0)
             new_page = opened
-            new_cell = tl.where(is_granted, block.to(tl.int32) * CELLS_PER_BLOCK + number % CELLS_PER_BLOCK, -1)
-            if new_cell < 0:
+            new_cell = tl.where(taken > 0, block.to(tl.int32) * CELLS_PER_BLOCK + number % CELLS_PER_BLOCK, -1)
+            if NEAR_PAGES > 1:
+                # The others; nobody reads their entries before.
+                j = 1 + tl.arange(0, NEAR_PAGES_PADDED)
+                others = number + j
+                block = tl.load(granted + list_at + others // CELLS_PER_BLOCK, mask=j < taken, other=0)
+                cell = block.to(tl.int32) * CELLS_PER_BLOCK + others % CELLS_PER_BLOCK
+                most = tl.where(begins, tl.minimum(NEAR_PAGES, pages), 0)
+                tl.store(table + j, tl.where(j < taken, cell, -1), mask=j < most)
+            if taken < fresh:
                 # Taken back. The cursor never was below the limit since, so nobody else was refused by it.
-                tl.atomic_add(cursor + count_at, -1)
+                tl.atomic_add(cursor + count_at, taken - fresh)
                 tl.store(overflow + count_at, 1)
 
     i = tl.arange(0, LANES)
@@ -151,12 +177,15 @@ def advance(
     if WINDOW > 0:
         new_cos = tl.load(cos + sequence_at * cos_sequence + i, mask=inside, other=1.0).to(tl.float32)
         new_sin = tl.load(sin + sequence_at * cos_sequence + i, mask=inside, other=0.0).to(tl.float32)
-        ring_page = ring // PAGE
-        ring_cell = tl.load(table + ring_page, mask=ring_page < pages, other=-1).to(tl.int32)
-        ring_cell = tl.where(ring_page == new_page, new_cell, ring_cell)
-        ring_exists = (ring_cell >= 0) & (ring_cell < cells)
-        ring_slot = ring_cell.to(tl.int64) * PAGE + ring % PAGE
-        old = slots + ring_slot * (2 * D)
+        if CODED and NEAR_PAGES == 0:
+            ring_exists = before >= 0
+            old = near + ring * (2 * D)
+        else:
+            ring_page = ring // NEAR_PAGE
+            ring_cell = tl.load(table + ring_page, mask=ring_page < pages, other=-1).to(tl.int32)
+            ring_cell = tl.where(ring_page == new_page, new_cell, ring_cell)
+            ring_exists = (ring_cell >= 0) & (ring_cell < cells)
+            old = near + ring_cell.to(tl.int64) * NEAR_STRIDE + ring % NEAR_PAGE * (2 * D)
         held = i < tl.where(leaves & ring_exists, half, 0)
         entering_low = tl.load(old + i, mask=held, other=0.0).to(tl.float32)
         entering_high = tl.load(old + half + i, mask=held, other=0.0).to(tl.float32)
@@ -187,25 +216,29 @@ def advance(
         sum_value_high = tl.load(sums + D + half + i, mask=summed, other=0.0) + entering_value_high * weight
         total = tl.load(sums + 2 * D, mask=goes_on, other=0.0) + weight
 
-    last = base + count_after - 1
-    last_page = last // PAGE
+    last = base - beside + count_after - 1
+    last_page = first_page + last // PAGE
     last_cell = tl.load(table + last_page, mask=leaves & (last_page < pages), other=-1).to(tl.int32)
     last_cell = tl.where(last_page == new_page, new_cell, last_cell)
     last_slot = last_cell.to(tl.int64) * PAGE + last % PAGE
-    last_exists = leaves & (last_cell >= 0) & (last_cell < cells)
+    last_exists = leaves & (last >= 0) & (last_cell >= 0) & (last_cell < cells)
     if ABSORBS:
-        residual_page: tl.constexpr = WINDOW // PAGE
-        residual_cell = tl.load(table + residual_page, mask=leaves & (residual_page < pages), other=-1).to(tl.int32)
-        residual_cell = tl.where(residual_page == new_page, new_cell, residual_cell)
-        residual_slot = residual_cell.to(tl.int64) * PAGE + WINDOW % PAGE
-        residual_exists = leaves & (residual_cell >= 0) & (residual_cell < cells)
+        if CODED and NEAR_PAGES == 0:
+            residual_exists = leaves
+            residual = near + WINDOW * (2 * D)
+        else:
+            residual_page: tl.constexpr = WINDOW // NEAR_PAGE
+            residual_cell = tl.load(table + residual_page, mask=leaves & (residual_page < pages), other=-1).to(tl.int32)
+            residual_cell = tl.where(residual_page == new_page, new_cell, residual_cell)
+            residual_exists = leaves & (residual_cell >= 0) & (residual_cell < cells)
+            residual = near + residual_cell.to(tl.int64) * NEAR_STRIDE + WINDOW % NEAR_PAGE * (2 * D)
 
     # All has been read that is overwritten below, maybe by another thread.
     tl.debug_barrier()
     if new_page >= 0:
         tl.store(table + new_page, new_cell, mask=new_page < pages)
     tl.store(kept, count_after)
-    tl.store(length + sequence * HEADS + head, tl.minimum(length_after, pages * PAGE))
+    tl.store(length + sequence * HEADS + head, tl.minimum(length_after, beside + (pages - first_page) * PAGE))
     if WINDOW > 0:
         tl.store(decisions, decided)
 
@@ -239,16 +272,37 @@ def advance(
             entering_value_low,
             entering_value_high,
         )
-    out_type = slots.dtype.element_ty
+    out_type = near.dtype.element_ty
     to = slots + last_slot * (2 * D)
     written = i < tl.where(last_exists, half, 0)
-    tl.store(to + i, kept_low.to(out_type), mask=written)
-    tl.store(to + half + i, kept_high.to(out_type), mask=written)
-    tl.store(to + D + i, kept_value_low.to(out_type), mask=written)
-    tl.store(to + D + half + i, kept_value_high.to(out_type), mask=written)
+    if CODED:
+        if CLEARS_LAST:
+            kept_high = tl.where(i == half - 1, 0.0, kept_high)
+        for part in tl.static_range(4):
+            x = kept_low
+            if part == 1:
+                x = kept_high
+            if part == 2:
+                x = kept_value_low
+            if part == 3:
+                x = kept_value_high
+            # float8_e4m3fn by its bits, which every device knows and rounds alike: to the nearest, of two the even one.
+            bits = x.to(tl.int32, bitcast=True)
+            magnitude = tl.minimum(tl.abs(x), 448.0)
+            small = (magnitude * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # steps of 2**-9, below 2**-6
+            large = magnitude.to(tl.int32, bitcast=True)
+            large = ((large + 0x7FFFF + ((large >> 20) & 1)) >> 20) - (120 << 3)
+            code = tl.where(magnitude < 0.015625, small, large)
+            code = tl.where(x != x, 0x7F, code) | ((bits >> 24) & 0x80)
+            tl.store(to + part * half + i, code.to(tl.uint8), mask=written)
+    else:
+        tl.store(to + i, kept_low.to(out_type), mask=written)
+        tl.store(to + half + i, kept_high.to(out_type), mask=written)
+        tl.store(to + D + i, kept_value_low.to(out_type), mask=written)
+        tl.store(to + D + half + i, kept_value_high.to(out_type), mask=written)
 
     if ABSORBS:
-        to = slots + residual_slot * (2 * D)
+        to = residual
         written = i < tl.where(residual_exists, half, 0)
         tl.store(to + i, mean_low.to(out_type), mask=written)
         tl.store(to + half + i, mean_high.to(out_type), mask=written)
@@ -268,6 +322,7 @@ def attend(
     cos,
     sin,
     slots,
+    near,
     place,
     table,
     sums,
@@ -278,6 +333,8 @@ def attend(
     query_sequence,
     query_head,
     cos_sequence,
+    near_sequence,
+    near_head,
     table_sequence,
     table_head,
     sums_sequence,
@@ -293,6 +350,10 @@ def attend(
     BASE: tl.constexpr,
     CLEARS_LAST: tl.constexpr,
     PAGE: tl.constexpr,
+    CODED: tl.constexpr,
+    NEAR_PAGES: tl.constexpr,
+    NEAR_PAGE: tl.constexpr,
+    NEAR_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     LEAST: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -312,6 +373,7 @@ def attend(
     if place is not None:
         at = tl.load(place + sequence).to(tl.int64)
     table += at * table_sequence + head * table_head
+    near += at * near_sequence + head * near_head
     # Of the reserved places only the residual slot is seen, if it holds something.
     residual = -1
     if sums is not None:
@@ -336,7 +398,8 @@ def attend(
     q = q * turn_cos[None, :] + swapped * turn_sin[None, :]
     if CLEARS_LAST:
         q = tl.where((c == D - 1)[None, :], 0.0, q)
-    q = q.to(slots.dtype.element_ty)
+    number_type: tl.constexpr = near.dtype.element_ty
+    q = q.to(number_type)
 
     # Finite, so that a block in which nothing is seen gives weights of zero and no NaN.
     highest = tl.full([GROUP_PADDED], -1e30, tl.float32)
@@ -347,12 +410,33 @@ def attend(
         sees = p < stop
         if BASE > WINDOW:
             sees = sees & ((p < WINDOW) | (p >= BASE) | (p == residual))
-        cell = tl.load(table + p // PAGE, mask=sees, other=-1).to(tl.int32)
-        sees = sees & (cell >= 0) & (cell < cells)
-        slot = slots + (cell.to(tl.int64) * PAGE + p % PAGE) * (2 * D)
-        # What is not seen is not read either: it may hold anything.
-        read = sees[:, None] & inside[None, :]
-        keys = tl.load(slot[:, None] + c[None, :], mask=read, other=0.0)
+        if CODED:
+            is_near = p < BASE
+            far = tl.maximum(p - BASE, 0)
+            if NEAR_PAGES == 0:
+                cell = tl.load(table + far // PAGE, mask=sees & (p >= BASE), other=-1).to(tl.int32)
+                sees = sees & (is_near | ((cell >= 0) & (cell < cells)))
+                near_slot = near + p * (2 * D)
+            else:
+                page = tl.where(is_near, p // NEAR_PAGE, NEAR_PAGES + far // PAGE)
+                cell = tl.load(table + page, mask=sees, other=-1).to(tl.int32)
+                sees = sees & (cell >= 0) & (cell < cells)
+                near_slot = near + cell.to(tl.int64) * NEAR_STRIDE + p % NEAR_PAGE * (2 * D)
+            slot = slots + (cell.to(tl.int64) * PAGE + far % PAGE) * (2 * D)
+            # A block may hold both.
+            read = (sees & (p >= BASE))[:, None] & inside[None, :]
+            read_near = (sees & is_near)[:, None] & inside[None, :]
+            keys = tl.load(near_slot[:, None] + c[None, :], mask=read_near, other=0.0)
+            codes = tl.load(slot[:, None] + c[None, :], mask=read, other=0).to(tl.int32)
+            given_back = (((codes & 0x7F) << 20) | ((codes & 0x80) << 24)).to(tl.float32, bitcast=True) * 2.0**120
+            keys = tl.where(is_near[:, None], keys, given_back.to(number_type))
+        else:
+            cell = tl.load(table + p // PAGE, mask=sees, other=-1).to(tl.int32)
+            sees = sees & (cell >= 0) & (cell < cells)
+            slot = slots + (cell.to(tl.int64) * PAGE + p % PAGE) * (2 * D)
+            # What is not seen is not read either: it may hold anything.
+            read = sees[:, None] & inside[None, :]
+            keys = tl.load(slot[:, None] + c[None, :], mask=read, other=0.0)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if sums is not None:
             scores += tl.where(p == residual, bias, 0.0)[None, :]
@@ -360,7 +444,13 @@ def attend(
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrinks = tl.exp2(highest - higher)
-        values = tl.load(slot[:, None] + (D + c)[None, :], mask=read, other=0.0)
+        if CODED:
+            values = tl.load(near_slot[:, None] + (D + c)[None, :], mask=read_near, other=0.0)
+            codes = tl.load(slot[:, None] + (D + c)[None, :], mask=read, other=0).to(tl.int32)
+            given_back = (((codes & 0x7F) << 20) | ((codes & 0x80) << 24)).to(tl.float32, bitcast=True) * 2.0**120
+            values = tl.where(is_near[:, None], values, given_back.to(number_type))
+        else:
+            values = tl.load(slot[:, None] + (D + c)[None, :], mask=read, other=0.0)
         acc = acc * shrinks[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
         total = total * shrinks + tl.sum(weights, 1)

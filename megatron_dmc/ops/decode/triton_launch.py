@@ -23,7 +23,7 @@ CHANGING = frozenset(
     {"cells", "pages", "seq", "granted_sequence", "granted_most", "count_sequence"}
     | {
         f"{name}_{part}"
-        for name in ("table", "kept", "sums", "decisions", "alpha", "omega")
+        for name in ("near", "table", "kept", "sums", "decisions", "alpha", "omega")
         for part in ("sequence", "head")
     }
 )
