@@ -15,7 +15,7 @@ in a CUDA graph. How its kernels are made (numbers are sizes and counts; no time
 - *join*: the shares by their log-sum-exps, a program per query head. Lists that fit into one share need none.
 
 Pages may hold codes, float8_e4m3fn: *advance* makes them and *attend* reads them by their bits, in a few operations of whole
-numbers per code, since the conversion in hardware begins with compute capability 8.9. The ring is read where it lies, as it is.
+numbers per code, since the conversion in hardware begins with compute capability 8.9. The ring is read as it lies.
 
 Visibility follows from the counts: of the ring what has been written, of the reserved places the residual slot if it holds
 something, of the rest what is kept.
