@@ -115,7 +115,7 @@ test: setup transformers-floor kvpress megatron-newest vllm slurm chromium
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(SHARED) tests/hf $(CHOSEN)
 	PYTHONPATH=$(PRESSES) $(BIN)/python -m pytest tests/baselines $(CHOSEN)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(SHARED) -m "not distributed" tests/ops/test_decode_kernels.py \
-	    tests/model tests/training tests/checkpoint tests/convert tests/inference tests/distributed $(CHOSEN)
+	    tests/model tests/training tests/checkpoint $(CHOSEN)
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m quick tests $(CHOSEN)
 	$(SERVING)/bin/python -m pytest $(SHARED) tests/serving $(CHOSEN)
 	$(BIN)/python -m pytest $(SHARED) -m "not distributed" $(CHOSEN)
