@@ -25,11 +25,11 @@ class Kept(NamedTuple):
 
 
 class Baseline(ABC):
-    """A way to keep less of what a plain model has read. It is applied once a context is in the cache; what follows, a
+    """A way to keep less of what a plain model has read. It is applied to a context in the cache; what follows, a
     question and its answer, is kept whole. Its dataclass' fields go into reports.
     """
 
-    # Nothing is dropped while a text is read, so its loss there says nothing.
+    # If nothing is dropped while a text is read, its loss there says nothing.
     acts_while_reading = False
 
     @property
@@ -70,6 +70,10 @@ class Baseline(ABC):
         positions = torch.arange(kept.tokens, kept.tokens + len(tokens), device=model.device)[None]
         made = model(tokens[None].to(model.device), use_cache=True, position_ids=positions, **{CACHE_NAME: kept.cache})
         return made.logits[0], Kept(made[CACHE_NAME], kept.tokens + len(tokens))
+
+    def whole(self, model: Any, tokens: Tensor) -> Tensor:
+        """Of one that acts while it reads, see Method."""
+        raise NotImplementedError(f"{self.name} compresses what has been read")
 
     @abstractmethod
     def slots(self, model: Any, kept: Kept) -> Tensor | None:

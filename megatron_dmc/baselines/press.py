@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from megatron_dmc.baselines.baseline import Baseline, Kept
-from megatron_dmc.baselines.presses import NEED_WEIGHTS, PRESSES, QUANTIZED
+from megatron_dmc.baselines.presses import NEED_WEIGHTS, OF_KVPRESS, PRESSES, QUANTIZED
 from megatron_dmc.config import ConfigError
 from megatron_dmc.hf.cache import CACHE_NAME
 
@@ -45,9 +45,9 @@ class Press(Baseline):
         return _ATTENTION
 
     def check(self, folder: str, shortest: int) -> None:
-        if self.press not in PRESSES:
+        if self.press not in OF_KVPRESS:
             raise ConfigError(
-                f"--baseline {self.press}: there is none of that name; name one of {', '.join((*PRESSES, QUANTIZED))}"
+                f"--baseline {self.press}: there is none of that name; name one of {', '.join((*OF_KVPRESS, QUANTIZED))}"
             )
         if importlib.util.find_spec("kvpress") is None:
             raise ConfigError(

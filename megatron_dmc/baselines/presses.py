@@ -18,5 +18,12 @@ PRESSES: dict[str, Callable[[Any, float], Any]] = {
     ),
     "kvzip": lambda kvpress, dropped: kvpress.KVzipPress(dropped),
 }
+# Of kvpress, too, but applied again and again while a text is read. They are told how many slots there are to be.
+PIECEWISE: dict[str, Callable[[Any], Any]] = {
+    "piecewise_streaming_llm": lambda kvpress: kvpress.StreamingLLMPress(),
+    "piecewise_tova": lambda kvpress: kvpress.TOVAPress(),
+    "piecewise_snapkv": lambda kvpress: kvpress.SnapKVPress(window_size=32),
+}
+OF_KVPRESS = (*PRESSES, *PIECEWISE)
 # It sums the attention weights themselves, which only transformers' slowest attention returns.
 NEED_WEIGHTS = {"h2o"}

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
+from megatron_dmc.baselines.presses import OF_KVPRESS, PIECEWISE, QUANTIZED
 from megatron_dmc.cli.common import logit, path
 from megatron_dmc.config import ConfigError
 from megatron_dmc.files import CHECKPOINT_MARK, why_no_folder, why_nothing_new
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         metavar="NAME",
         help="of a plain model: what a method that needs no training keeps of it at this --compression-ratio; with --text "
-        f"beside its own report (--base), with --tasks dmc_ruler; one of {', '.join(PRESSES)}, by the library kvpress; or "
+        f"beside its own report (--base), with --tasks dmc_ruler; one of {', '.join(OF_KVPRESS)}, by the library kvpress; or "
         f"{QUANTIZED}, with --bits: all of its cache, in fewer bits",
     )
     parser.add_argument(
@@ -223,6 +223,10 @@ def _baseline(options: argparse.Namespace) -> Any:
         from megatron_dmc.baselines.quantized import Quantized
 
         return Quantized(options.bits)
+    if options.baseline in PIECEWISE:
+        from megatron_dmc.baselines.piecewise import PiecewisePress
+
+        return PiecewisePress(options.compression_ratio, options.baseline)
     from megatron_dmc.baselines.press import Press
 
     return Press(options.compression_ratio, options.baseline)

@@ -64,7 +64,7 @@ def test_losses(model: Any) -> None:
     base = dmc_model({"decision_source": "projection"})
     windows = prompts(3, 33)
     told: list[int] = []
-    found = text_loss(model, base, windows, told.append)
+    found = text_loss(model, base, windows, AsItIs(), told.append)
     assert sum(told) == 2 * 3 * 33
     with torch.no_grad():
         logits, wanted = (each(torch.stack(windows)[:, :-1], use_cache=False).logits.double() for each in (model, base))
@@ -97,8 +97,8 @@ def test_the_loss_after_a_context(model: Any) -> None:
 
 
 def test_a_model_is_no_distance_from_itself(model: Any) -> None:
-    assert text_loss(model, model, prompts(2, 17), lambda _: None)["kl"] == 0
-    assert "kl" not in text_loss(model, None, prompts(2, 17), lambda _: None)
+    assert text_loss(model, model, prompts(2, 17), AsItIs(), lambda _: None)["kl"] == 0
+    assert "kl" not in text_loss(model, None, prompts(2, 17), AsItIs(), lambda _: None)
 
 
 def test_copying_counts_the_second_half(model: Any) -> None:
@@ -108,7 +108,9 @@ def test_copying_counts_the_second_half(model: Any) -> None:
         predicted = model(whole, use_cache=False).logits.double().log_softmax(-1)
     # Token 20 begins the second half: nothing before it says that the text begins again.
     losses = [-predicted[i, t - 1, whole[i, t]] for i in range(2) for t in range(21, 40)]
-    assert copying_loss(model, halves, lambda _: None) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
+    assert copying_loss(model, halves, AsItIs(), lambda _: None) == pytest.approx(
+        float(sum(losses) / len(losses)), rel=1e-4
+    )
 
 
 def test_serving_reads_the_real_cache(model: Any) -> None:

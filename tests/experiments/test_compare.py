@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
+from megatron_dmc.baselines.presses import OF_KVPRESS, QUANTIZED
 from megatron_dmc.cli import main
 from megatron_dmc.cli.compare import METHODS as NAMES
 from megatron_dmc.experiments.compare import page
@@ -68,7 +68,7 @@ def test_what_comes_first_and_what_one_training_serves() -> None:
     made = trainings("smollm2")
     rows = Wanted(METHODS, (4.0, 8.0), (1, 2)).rows(made, possible_groups(3, 8))
     # Codes and other thresholds are asked of the first seed's exports alone.
-    assert [row.seed for row in rows] == [None] * (2 * len(PRESSES) + len(BITS)) + [1] * (13 + 2 * len(CODED)) + [
+    assert [row.seed for row in rows] == [None] * (2 * len(OF_KVPRESS) + len(BITS)) + [1] * (13 + 2 * len(CODED)) + [
         2
     ] * 10
     assert [row.flags for row in rows if row.method == "dmc_int4"] == [("--cache-dtype", "int4")] * 2

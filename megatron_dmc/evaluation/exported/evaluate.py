@@ -271,12 +271,13 @@ class _Evaluation:
 
     def _losses(self, model: Any, plain: Any, advance: Callable[[int], None]) -> dict[str, Any]:
         amount = self.amount
-        row = text_loss(model, plain, self.heldout.windows(amount.windows, amount.window_tokens + 1), advance)
+        windows = self.heldout.windows(amount.windows, amount.window_tokens + 1)
+        row = text_loss(model, plain, windows, self.method, advance)
         self._check_finite(row)
         row["copying"] = []
         for tokens in amount.copy_tokens:
             halves = self.heldout.windows(amount.copies, tokens // 2)
-            row["copying"].append({"tokens": tokens, "loss": copying_loss(model, halves, advance)})
+            row["copying"].append({"tokens": tokens, "loss": copying_loss(model, halves, self.method, advance)})
         return row
 
     def _check_finite(self, row: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ class Method(Protocol):
     """A model as it is (:class:`AsItIs`), or with a baseline of ``megatron_dmc/baselines``.
 
     Attributes:
-        acts_while_reading: whether a text's loss, all its tokens read at once, says what the method costs.
+        acts_while_reading: whether a text's loss says what the method costs: it acts before the text's end.
     """
 
     acts_while_reading: bool
@@ -28,6 +28,9 @@ class Method(Protocol):
 
     def extend(self, model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """The next tokens, int64 [n]: logits [n, vocabulary], and the cache."""
+
+    def whole(self, model: Any, tokens: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] of a text of which nothing is to stay, if the method acts while it reads."""
 
     def slots(self, model: Any, cache: Any) -> Tensor | None:
         """int64 [layers, kv_heads]; None: as many as tokens."""
@@ -50,6 +53,10 @@ class AsItIs:
 
     def extend(self, model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return extend(model, tokens, cache)
+
+    def whole(self, model: Any, tokens: Tensor) -> Tensor:
+        logits: Tensor = model(tokens[None].to(model.device), use_cache=False).logits[0]
+        return logits
 
     def slots(self, model: Any, cache: Any) -> Tensor | None:
         return cache.slots[:, 0] if hasattr(cache, "slots") else None

@@ -64,19 +64,15 @@ def _is_beside(report: dict[str, Any], base: dict[str, Any]) -> bool:
 
 def _is_of_model(report: dict[str, Any]) -> bool:
     """An export that merges; or a plain model: with fewer KV heads, or the base trained on."""
-    return (
-        _holds_losses(report)
-        and _holds_numbers(report, "kl")
-        and [_is_number(value) for value in report["kl_by_quarter"]] == QUARTERS * [True]
-        and ("dmc" not in report or _is_dmc(report["dmc"]))
-    )
+    return _holds_divergences(report) and ("dmc" not in report or _is_dmc(report["dmc"]))
 
 
 def _is_of_baseline(report: dict[str, Any]) -> bool:
-    """Its settings are words and numbers; losses of texts that are read at once say nothing of it, and are not there."""
+    """Its settings are words and numbers; losses of whole texts are there if it acts while it reads."""
     settings = report["baseline"].values()
     return (
-        not {"dmc", "loss", "kl", "copying"} & set(report)
+        "dmc" not in report
+        and (not {"loss", "kl", "copying"} & set(report) or _holds_divergences(report))
         and any(map(_is_number, settings))
         and all(_is_name(value) or _is_number(value) for value in settings)
     )
@@ -93,6 +89,15 @@ def _is_continued(report: dict[str, Any]) -> bool:
     lengths = tuple(row["tokens"] for row in report["continued"])
     return lengths == Amount.from_dict(report["amount"]).recall_tokens and all(
         _holds_numbers(row, "loss", "kl") for row in report["continued"]
+    )
+
+
+def _holds_divergences(report: dict[str, Any]) -> bool:
+    """Losses of whole texts, beside the base's."""
+    return (
+        _holds_losses(report)
+        and _holds_numbers(report, "kl")
+        and [_is_number(value) for value in report["kl_by_quarter"]] == QUARTERS * [True]
     )
 
 

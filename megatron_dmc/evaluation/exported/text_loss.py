@@ -15,13 +15,14 @@ CONTINUED = 64
 
 @torch.inference_mode()
 def text_loss(
-    model: Any, base: Any | None, windows: Sequence[Tensor], advance: Callable[[int], None]
+    model: Any, base: Any | None, windows: Sequence[Tensor], method: Method, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Loss and KL(base || model) in nats per token, in all and by quarter of a window.
 
     Args:
         base: None: the model is the base; no divergence is reported.
         windows: int64 [tokens + 1] each; every token but the first is predicted.
+        method: how the model keeps what it reads.
         advance: is told of tokens that have been read.
 
     Returns:
@@ -29,7 +30,7 @@ def text_loss(
     """
     losses, divergences = [], []
     for window in windows:
-        predicted = _log_probabilities(model, window)
+        predicted = method.whole(model, window[:-1]).float().log_softmax(-1)
         window = window.to(predicted.device)
         losses.append(-predicted.gather(1, window[1:, None])[:, 0])
         if base is not None:
@@ -41,16 +42,16 @@ def text_loss(
 
 
 @torch.inference_mode()
-def copying_loss(model: Any, windows: Sequence[Tensor], advance: Callable[[int], None]) -> float:
+def copying_loss(model: Any, windows: Sequence[Tensor], method: Method, advance: Callable[[int], None]) -> float:
     """Nats per token on the second half of windows whose halves are equal; its first token, which nothing foretells, left out.
 
     Args:
         windows: int64 [tokens] each, the first half of the text; it is read twice.
-        advance: as :func:`text_loss`'s.
+        method, advance: as :func:`text_loss`'s.
     """
     losses = []
     for half in windows:
-        predicted = _log_probabilities(model, torch.cat([half, half]))
+        predicted = method.whole(model, torch.cat([half, half])[:-1]).float().log_softmax(-1)
         half = half.to(predicted.device)
         losses.append(-predicted[len(half) :].gather(1, half[1:, None])[:, 0])
         advance(2 * len(half))

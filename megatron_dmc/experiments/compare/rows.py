@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_dmc.baselines.presses import PRESSES, QUANTIZED
+from megatron_dmc.baselines.presses import OF_KVPRESS, QUANTIZED
 from megatron_dmc.experiments.compare.trainings import Training, Trainings
 
 # {method: what it is called}, in the order of the tables. A press is called as kvpress calls it.
@@ -19,9 +19,9 @@ LABELS = {
     AT_THRESHOLD: "DMC at another ratio than its own",
     **{name: f"DMC, slots in {dtype}" for name, dtype in CODED.items()},
     QUANTIZED: "plain, quantized",
-    **{name: name for name in PRESSES},
+    **{name: name for name in OF_KVPRESS},
 }
-METHODS = (*TRAINED, *CODED, QUANTIZED, *PRESSES)
+METHODS = (*TRAINED, *CODED, QUANTIZED, *OF_KVPRESS)
 # Ratios that cost no training of their own once there is a model for the others.
 BETWEEN = (2, 3, 6)
 
@@ -99,7 +99,7 @@ class Wanted:
         Args:
             groups: {ratio: KV heads} that the base's can be averaged into.
         """
-        presses = [name for name in PRESSES if name in self.methods]
+        presses = [name for name in OF_KVPRESS if name in self.methods]
         found = [
             Row(press, ratio, flags=("--baseline", press, "--compression-ratio", f"{ratio:g}"))
             for ratio in self.ratios

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from megatron_dmc.baselines.presses import PRESSES
+from megatron_dmc.baselines.presses import OF_KVPRESS
 from megatron_dmc.config import ConfigError
 from megatron_dmc.evaluation.exported.evaluate import recall_over_base
 from megatron_dmc.experiments.compare import page
@@ -47,7 +47,7 @@ class Comparison(StagedRun):
         self.trainings = Trainings(ground.recipe, shipped("dms"), shipped("gqa"))
         # Known once the base is there.
         self.rows: list[Row] = []
-        self._presses = _presses_folder() if set(wanted.methods) & set(PRESSES) else None
+        self._presses = _presses_folder() if set(wanted.methods) & set(OF_KVPRESS) else None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,7 +55,7 @@ class Comparison(StagedRun):
 
     def process(self, words: Sequence[str]) -> list[str]:
         command = super().process(words)
-        if self._presses is None or not set(words) & set(PRESSES):
+        if self._presses is None or not set(words) & set(OF_KVPRESS):
             return command
         before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
         return ["env", f"PYTHONPATH={os.pathsep.join([str(self._presses), *before])}", *command]
@@ -304,7 +304,7 @@ def _presses_folder() -> Path | None:
     if root is not None and (root / ".venv-kvpress" / "kvpress").is_dir():
         return root / ".venv-kvpress"
     raise ConfigError(
-        f"the rows {', '.join(PRESSES)} need kvpress; run make kvpress, or leave them out: --methods dmc,calibrated,dms,gqa"
+        f"the rows {', '.join(OF_KVPRESS)} need kvpress; run make kvpress, or leave them out: --methods dmc,calibrated,dms,gqa"
     )
 
 
