@@ -29,6 +29,8 @@ import torch
 from decode import SIZES, appending_rates
 from torch import Tensor, nn
 
+from megatron_dmc.ops.decode.codes import CACHE_DTYPES, Codes
+
 # vLLM reads them when it is imported. One process: the steps can be looked at.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -126,11 +128,14 @@ class Watched:
         self.dmc, self.dtype = "dmc" in config, getattr(torch, options.dtype)
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         rows = config["num_hidden_layers"] * config["num_key_value_heads"]
-        token_bytes = rows * 2 * width * self.dtype.itemsize
+        plain_bytes = slot_bytes = 2 * width * self.dtype.itemsize
+        coded = {"cache_dtype": options.cache_dtype} if self.dmc and options.cache_dtype else {}
+        if coded:
+            slot_bytes = Codes(options.cache_dtype, width).slot_bytes
         block_size = options.block_size if self.dmc else options.plain_block_size
-        pool = options.plain_requests * (sum(options.prompts) / 2 + options.new_tokens)
-        blocks = int(pool // block_size)
-        self.kv_bytes, self.rows = blocks * block_size * token_bytes, rows
+        pool = options.plain_requests * (sum(options.prompts) / 2 + options.new_tokens) * plain_bytes
+        blocks = int(pool // (block_size * slot_bytes))
+        self.kv_bytes, self.rows = blocks * block_size * rows * slot_bytes, rows
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=folder,
@@ -143,6 +148,7 @@ class Watched:
                 enable_prefix_caching=False,
                 enforce_eager=True,
                 skip_tokenizer_init=True,
+                hf_overrides=coded,
             )
         )
         self.scheduler = self.engine.engine_core.engine_core.scheduler
@@ -318,6 +324,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=512, help="max_num_batched_tokens")
     parser.add_argument("--block-size", type=int, default=16, help="with DMC")
     parser.add_argument("--plain-block-size", type=int, default=32)
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of DMC's kept slots")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     common.add_timing_options(parser)
