@@ -193,6 +193,7 @@ def test_a_recipe_that_merges_nothing(own: Path, tmp_path: Path) -> None:
 def report(ratio: float, loss: float) -> dict[str, Any]:
     """As a report beside a base, what the table needs of it."""
     return {
+        "kl": 0.005 * ratio,
         "continued": [{"tokens": 2000, "loss": loss, "kl": 0.01 * ratio}],
         "copying": [{"tokens": 2048, "loss": 0.25}],
         "serving": [
@@ -210,13 +211,14 @@ def report(ratio: float, loss: float) -> dict[str, Any]:
 
 def row(method: str, seed: int | None, found: dict[str, Any], recall: float | None) -> dict[str, Any]:
     shown = {"method": method, "label": LABELS[method], "ratio": 4.0, "seed": seed}
-    return {**shown, "trained_tokens": 131_072 if seed else 0, "report": found, "recall_over_base": recall}
+    trained = {"trained_tokens": 131_072, "training_seconds": 600.0 * seed} if seed else {"trained_tokens": 0}
+    return {"training_seconds": None, **shown, **trained, "report": found, "recall_over_base": recall}
 
 
 def test_the_table_shows_means_and_ranges() -> None:
     base = report(1, 2.0) | {"amount": {"samples": 6, "copies": 3}}
     press = report(4, 2.5)
-    del press["copying"], press["serving"][0]["compression_ratio"]
+    del press["copying"], press["kl"], press["serving"][0]["compression_ratio"]
     results = {
         "model": {"name": "toy"},
         "base": base,
@@ -229,8 +231,16 @@ def test_the_table_shows_means_and_ranges() -> None:
     shown, dmc, snapkv = page.rows(results)
     assert shown[0] == "base" and shown[3] == "46.0 MB"
     assert dmc[:3] == ["DMC", "4", "4.00 (3.90 to 4.10)"] and dmc[4] == "+0.150 (+0.100 to +0.200)"
-    assert dmc[7:] == ["95% (90% to 100%)", "1.20", "131 k", "2"]
-    assert snapkv[:3] == ["snapkv", "4", "4.00"] and snapkv[6:] == ["", "", "1.20", "", ""]
+    assert dmc[6:] == [
+        "0.0200 (0.0195 to 0.0205)",
+        "0.250 (0.250 to 0.250)",
+        "95% (90% to 100%)",
+        "1.20",
+        "131 k",
+        "15",
+        "2",
+    ]
+    assert snapkv[:3] == ["snapkv", "4", "4.00"] and snapkv[6:] == ["", "", "", "1.20", "", "", ""]
     assert {len(each) for each in page.rows(results)} == {len(page.columns(results))}
 
 

@@ -24,8 +24,8 @@ reads {tokens:,} tokens, DMC's calibration among them. Machine: {cores} cores ({
 
 *CR* is tokens per slot in a text of {served} tokens, or bytes of the plain cache over its own. *Loss over base* and *KL* are
 those of the last 64 of {continued} tokens, with what is before them in the cache, {copies} texts. *Recall over base* is the
-mean of accuracy over the base's, of the tasks that the base can do, {samples} samples each at every length. Several seeds:
-the mean, and the range."""
+mean of accuracy over the base's, of the tasks that the base can do, {samples} samples each at every length. *Minutes* are
+those of the training, on that machine. Several seeds: the mean, and the range."""
 
 
 def columns(results: dict[str, Any]) -> list[str]:
@@ -38,10 +38,12 @@ def columns(results: dict[str, Any]) -> list[str]:
         f"cache, {served} tokens",
         f"loss over base after {continued} tokens",
         "KL there",
+        "KL, whole texts",
         "copying",
         "recall over base",
         "tokens/s over plain",
         "trained on",
+        "minutes",
         "seeds",
     ]
 
@@ -56,7 +58,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     for (_, ratio), same in sorted(groups.items()):
         reports = [row["report"] for row in same]
         over = [each["continued"][-1]["loss"] - results["base"]["continued"][-1]["loss"] for each in reports]
-        tokens = same[0]["trained_tokens"]
+        tokens, seconds = same[0]["trained_tokens"], [row["training_seconds"] for row in same]
         found.append(
             [
                 same[0]["label"],
@@ -65,10 +67,12 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
                 f"{mean([each['serving'][-1]['cache_bytes'] for each in reports]) / 1e6:.1f} MB",
                 spread(over, "+.3f"),
                 spread([each["continued"][-1]["kl"] for each in reports]),
+                _of_all(reports, lambda each: each.get("kl"), ".4f"),
                 _of_all(reports, lambda each: each["copying"][-1]["loss"], ".3f") if "copying" in reports[0] else "",
                 _of_all(same, lambda row: row["recall_over_base"], ".0%"),
                 f"{mean([_speed(each) for each in reports]):.2f}",
                 f"{tokens / 1000:.0f} k" if tokens else "",
+                "" if None in seconds else f"{mean(seconds) / 60:.0f}",
                 str(len(same)) if same[0]["seed"] is not None else "",
             ]
         )
@@ -77,7 +81,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 
 def _base_row(base: dict[str, Any]) -> list[str]:
     size = f"{base['serving'][-1]['cache_bytes'] / 1e6:.1f} MB"
-    return ["base", "", "1", size, "", "", f"{base['copying'][-1]['loss']:.3f}", "", "", "", ""]
+    return ["base", "", "1", size, "", "", "", f"{base['copying'][-1]['loss']:.3f}", "", "", "", "", ""]
 
 
 def compression_ratio(report: dict[str, Any]) -> float:
