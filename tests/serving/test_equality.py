@@ -90,6 +90,18 @@ def test_without_kernels(export: Callable[..., Served], monkeypatch: pytest.Monk
         assert running.is_as_at_first()
 
 
+def test_the_command_line_asks_for_fp8(export: Callable[..., Served], tmp_path: Path) -> None:
+    family, dmc, config = CASES["fp8"]
+    expected = export(dmc, family, **config)
+    shutil.copytree(expected.folder, tmp_path, dirs_exist_ok=True)
+    own = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**own, "cache_dtype": None}))
+    with engine(expected._replace(folder=tmp_path), kv_cache_dtype="fp8") as running:
+        assert running.manager.spec.page_size_bytes == 16 * 2 * 2 * 16
+        assert running.generate(expected.prompts) == expected.outputs
+        assert running.is_as_at_first()
+
+
 @pytest.mark.parametrize(
     ("block_size", "most_tokens", "case"),
     [
