@@ -16,7 +16,7 @@ from tests.support.processes import ROOT
 
 # From the ground up: a room imports the floors below, and of its own floor only itself.
 FLOORS = (
-    ("megatron_dmc", "config", "errors", "files", "terminal"),
+    ("megatron_dmc", "config", "errors", "files", "megatron_import", "terminal"),
     ("ops",),
     ("model", "hf"),
     ("recipe",),
@@ -32,6 +32,7 @@ FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floo
 ALLOWED = {
     ("megatron_dmc", "config"): "the package offers DMCConfig under its own name",
     ("megatron_dmc", "errors"): "the package offers its errors under its own name",
+    ("megatron_dmc", "megatron_import"): "it must be there before anything imports megatron-core",
     ("config", "errors"): "a wrong setting is an error",
     ("__main__", "cli"): "python -m megatron_dmc and python -m megatron_dmc.cluster_check are commands",
     ("report", "evaluation"): "it shows what evaluation has measured, and reads models and texts as evaluation does",

@@ -9,16 +9,10 @@ from torch import Tensor
 from megatron_dmc.ops.decode import LayerCache, cpp, triton
 from megatron_dmc.ops.decode.codes import CACHE_DTYPES, CacheDtype
 from megatron_dmc.ops.decode.layout import Layout
+from tests.support.coded import KINDS, ONE_CODE, assert_close, cast
 from tests.support.decoding import Kind, Stream, another, draw_stream, oracle, rotation, through_cache
 from tests.support.oracle import Shape
 
-KINDS: dict[str, Kind] = {
-    "exact": Kind(),
-    "truncated12": Kind(window_size=12),
-    **{f"{operation}-w5": Kind(5, operation) for operation in ("merge", "evict", "absorb")},
-    "merge-w5-truncated3": Kind(5, "merge", 3),
-    "absorb-w100": Kind(100, "absorb"),
-}
 by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 by_cache_dtype = pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 by_backend = pytest.mark.parametrize("backend", ["torch", "cpp"])
@@ -29,26 +23,12 @@ CUTS = {
     "chunks": lambda seq: [3, 11, 1, 1, 8, seq - 24],
 }
 DTYPES = {"torch": torch.float64, "cpp": torch.float32}
-# What a single code may do that another order of sums rounds to the other side.
-ONE_CODE = {"int8": 1e-3, "fp8": 2e-2, "int4": 2e-2}
-
-
-def cast(stream: Stream, dtype: torch.dtype) -> Stream:
-    return Stream(*(x.to(dtype) if x.is_floating_point() else x for x in stream))
 
 
 @functools.cache
 def stream_and_oracle(shape: Shape, kind: Kind, cache_dtype: CacheDtype) -> tuple[Stream, Tensor, Tensor]:
     stream = draw_stream(shape, torch.float64)
     return stream, *oracle(stream, kind, cache_dtype=cache_dtype)
-
-
-def assert_close(found: Tensor, expected: Tensor, backend: str, cache_dtype: CacheDtype) -> None:
-    error = (found.double() - expected).abs()
-    if backend == "torch":
-        assert error.max() < 1e-10
-    else:
-        assert error.median() < 1e-5 and error.max() < ONE_CODE[cache_dtype]
 
 
 @by_backend

@@ -21,7 +21,7 @@ from megatron_dmc.ops.decode.rows import Rows
 from megatron_dmc.ops.decode.sequences import Step
 from megatron_dmc.ops.decode.triton_launch import AVAILABLE, CHANGING
 from megatron_dmc.ops.tokens import Tokens
-from tests.ops.test_coded_cache import KINDS, assert_close, cast
+from tests.support.coded import KINDS, assert_close, cast
 from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation, through_cache
 from tests.support.oracle import Draw, Shape
 from tests.support.processes import run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.decode.codes import CACHE_DTYPES, CacheDtype
-from tests.ops.test_coded_cache import assert_close
+from tests.support.coded import assert_close
 from tests.support.decoding import Kind, Stream, draw_stream, oracle, rotation
 from tests.support.oracle import Shape
 
