@@ -10,6 +10,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_dmc.checkpoint import CheckpointInfo, SavedModel, save_checkpoint
 from megatron_dmc.checkpoint.weights import model_state
@@ -89,7 +90,9 @@ def test_an_exported_dmc_model_computes_the_same(dmc_checkpoint: Path, tmp_path:
     # The margin is enough for rounding, and both decisions occur.
     assert margin > 1e-4 and 0.1 < merged < 0.9
     export_hf(dmc_checkpoint, tmp_path / "hf")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    # Not by AutoModelForCausalLM: another test may have made our own classes known to it.
+    name = json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+    exported = get_class_from_dynamic_module(name, str(tmp_path / "hf")).from_pretrained(tmp_path / "hf").eval()
     assert type(exported).__name__ == "DMCLlamaForCausalLM"
     assert type(exported).__module__.startswith("transformers_modules.")
     logits = exported(TOKENS).logits
